@@ -1,0 +1,123 @@
+"""The search against llama.cpp's own mixes, at the mixes' own sizes, by llama.cpp's own numbers.
+
+For each mix: its types by llama.cpp's rules, encoded by ggml with importance from the same calibration text; then
+a search whose budget is exactly that file's size. Both files run in llama.cpp on the same held-out text.
+
+    python -m benchmarks.llamacpp_mixes [--config configs/stdlib-6m.yaml] [--mix Q2_K --mix Q3_K_M] [--json out.json]
+"""
+
+import argparse
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bitgenome.artefacts import WINDOWS_FILE
+from bitgenome.config import RunConfig, load_config
+from bitgenome.pipeline import run
+from bitgenome.plan import make_plan
+from bitgenome.proof import Proof, prove
+from evaluators.calibration import InputGroup
+from evaluators.model_folder import ModelFolder
+from evaluators.text import TokenWindows
+from exporters.gguf_file import export_gguf
+from exporters.llamacpp_mixes import llamacpp_mix
+from exporters.provenance import Provenance
+from exporters.tensor_names import quantizable_tensors, tensor_table
+from quantizers.formats import QuantFormat
+from tests import ggml_reference
+
+
+@dataclass(frozen=True)
+class Duel:
+    mix: str
+    theirs: Proof
+    ours: Proof
+    evaluations: int
+
+    @property
+    def ratio(self) -> float:
+        """KL of our file over that of the mix, both by llama.cpp."""
+        return self.ours.runtime_kl / self.theirs.runtime_kl
+
+
+def importances(calibration: Path) -> dict[str, torch.Tensor]:
+    """Mean square of each input feature (columns,) by Hugging Face tensor name, as llama-imatrix collects it."""
+    found = {}
+    for file in sorted(calibration.glob("*.safetensors")):
+        if file.name != WINDOWS_FILE:
+            group = InputGroup.load(file)
+            found.update(dict.fromkeys(group.tensors, group.hessian.diagonal().contiguous()))
+    return found
+
+
+def export_mix(folder: ModelFolder, mix: str, importance: dict[str, torch.Tensor], path: Path) -> int:
+    """Write the file that llama-quantize would make of ``mix`` with an importance matrix; its bytes."""
+    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(folder)}
+    shapes = {names[name]: shape for name, shape in quantizable_tensors(folder).items()}
+    heads, kv_heads = folder.config["num_attention_heads"], folder.config["num_key_value_heads"]
+    formats = llamacpp_mix(mix, shapes, folder.config["num_hidden_layers"], heads // kv_heads)
+
+    def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
+        fmt = formats[names[name]]
+        return fmt, ggml_reference.quantize(fmt, folder.read(name).float(), importance[name]).numpy()
+
+    return export_gguf(folder, packed, path, Provenance.blank(len(shapes)))
+
+
+def calibration_of(config: RunConfig) -> Path:
+    """Newest calibration under the storage path: the one that the run just before has used."""
+    return max((config.storage_path / "shared" / "calibration").iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def duel(config: RunConfig, mix: str, console: Console) -> Duel:
+    folder = make_plan(config).folder
+    importance = importances(calibration_of(config))
+    path = config.storage_path / f"{folder.path.name}-llamacpp-{mix}.gguf"
+    size = export_mix(folder, mix, importance, path)
+    ours = config.model_copy(
+        update={
+            "name": f"{folder.path.name}-against-{mix}",
+            "budget": config.budget.model_copy(update={"bits_per_weight": None, "file_size": size}),
+        }
+    )
+    outcome = run(ours, console)
+    windows = TokenWindows.load(outcome.run / WINDOWS_FILE).windows["test"]
+    return Duel(mix, prove(path, folder, windows), outcome.proof, outcome.evaluations)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/stdlib-6m.yaml"))
+    parser.add_argument("--mix", action="append")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    console = Console()
+    config = load_config(args.config, args.overrides)
+    run(config, console)
+    duels = [duel(config, mix, console) for mix in args.mix or ("Q2_K", "Q3_K_M")]
+    table = Table(title="llama.cpp's mixes and the search at their size, both run by llama.cpp", title_justify="left")
+    for column in ("mix", "bytes", "KL", "ppl", "our bytes", "our KL", "our ppl", "KL ratio"):
+        table.add_column(column, justify="right")
+    for d in duels:
+        table.add_row(
+            d.mix, f"{d.theirs.file_bytes:,}", f"{d.theirs.runtime_kl:.5f}", f"{d.theirs.runtime_perplexity:.3f}",
+            f"{d.ours.file_bytes:,}", f"{d.ours.runtime_kl:.5f}", f"{d.ours.runtime_perplexity:.3f}", f"{d.ratio:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    if args.json:
+        records = [
+            {"mix": d.mix, "ratio": d.ratio, "theirs": d.theirs.to_json(), "ours": d.ours.to_json()} for d in duels
+        ]
+        args.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Stages before the search: text, Hessians, bank, sensitivities. Each leaves an artefact that the next one reads.
+
+What several runs can share (Hessians, bank, sensitivities) lies under ``<storage_path>/shared/<kind>/<digest>``; a
+stage whose artefact is there and whole is skipped.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bitgenome.config import RunConfig
+from bitgenome.plan import Plan
+from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
+from evaluators import bank as banks
+from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
+from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
+from evaluators.stdlib_text import SPLITS, load_held_out
+from evaluators.text import TokenWindows, divide_file, file_documents, load_tokenizer, stdlib_documents, token_windows
+from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail
+from search.fitness import FitnessSettings
+from search.sensitivity import SensitivityTable
+from search.types import Fidelity
+from workers.pool import Pool
+
+log = logging.getLogger(__name__)
+
+Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
+WINDOWS_FILE = "windows.safetensors"
+GROUPS_FILE = "groups.json"
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What the search reads."""
+
+    setup: EvaluatorSetup
+    sensitivities: pd.DataFrame  # a record a gene and choice: kl, logit_mse, reconstruction, relative
+
+    def table(self, measure: str) -> SensitivityTable:
+        """The additive table of one measure."""
+        records = [{str(key): value for key, value in row.items()} for row in self.sensitivities.to_dict("records")]
+        return SensitivityTable.from_records(self.setup.space, records, measure)
+
+
+def digest_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def shared_directory(config: RunConfig, kind: str, digest: str) -> Path:
+    directory = config.storage_path / "shared" / kind / digest[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory.resolve()  # workers have a working directory of their own
+
+
+def read_windows(plan: Plan) -> TokenWindows:
+    """Token windows of all splits. Raises TextError if a split is too short."""
+    text = plan.config.text
+    if text.source == "stdlib":
+        documents = stdlib_documents(load_held_out(text.splits))
+    elif text.source == "file" and text.path:
+        documents = divide_file(text.path, text.shares)
+    else:
+        documents = file_documents(text.files or {})
+    tokens = {split: getattr(text.tokens, split) for split in SPLITS}
+    return token_windows(load_tokenizer(plan.folder), documents, text.window, tokens, text.seed)
+
+
+def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
+    """Windows and digests into the run directory; raises UserError if a run was begun with another text or model."""
+    run.pin("text", windows.digest)
+    run.pin("model", plan.folder.digest)
+    atomic_write_bytes(run.path / WINDOWS_FILE, windows.to_bytes())
+
+
+def calibrate(plan: Plan, windows: TokenWindows, pool: Pool, track: Track) -> tuple[Path, list[str]]:
+    """Directory of the input groups' Hessians, and the groups' names in order."""
+    calibration = windows.windows["calibration"]
+    text = hashlib.sha256(calibration.tobytes()).hexdigest()
+    digest = digest_of(plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT)
+    directory = shared_directory(plan.config, "calibration", digest)
+    done = directory / GROUPS_FILE
+    if not done.is_file() or not all(
+        group_readable(group_file(directory, name)) for name in json.loads(done.read_text(encoding="utf-8"))
+    ):
+        windows_file = directory / WINDOWS_FILE
+        atomic_write_bytes(windows_file, windows.to_bytes())
+        task = Calibrate(plan.folder.path, windows_file, directory)
+        (groups,) = track(pool.map([task]), 1, "calibrating")
+        atomic_write_text(done, json.dumps(groups))
+    names: list[str] = json.loads(done.read_text(encoding="utf-8"))
+    return directory, names
+
+
+def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
+    """Directory of the bank, built tensor by tensor where it is not there yet; damaged tensors are rebuilt."""
+    formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
+    names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
+    damping = plan.config.quantization.damping
+    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, damping)
+    directory = shared_directory(plan.config, "bank", digest)
+    for tensor in banks.damaged_tensors(directory):
+        log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
+        banks.tensor_file(directory, tensor).unlink(missing_ok=True)
+    missing = {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
+    tasks = [
+        banks.BuildBankGroup(plan.folder.path, group_file(calibration, group), directory, names, damping)
+        for group in groups
+        if missing & set(banks.group_tensors(group_file(calibration, group)))
+    ]
+    for _ in track(pool.map(tasks), len(tasks), "building the bank"):
+        pass
+    if tasks or not (directory / banks.MANIFEST).is_file():
+        banks.write_manifest(directory, list(names))
+    return directory
+
+
+def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup:
+    fitness = FitnessSettings(**plan.config.fitness.model_dump())
+    windows = (run.path / WINDOWS_FILE).resolve()
+    key = digest_of(str(bank), str(windows), plan.config.digest)
+    return EvaluatorSetup(plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key)
+
+
+def measure_sensitivities(
+    plan: Plan, setup: EvaluatorSetup, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track
+) -> pd.DataFrame:
+    """What each choice of each gene costs alone, a record each, measured once for a bank and text."""
+    fidelity = Fidelity("search", plan.config.text.tokens.sensitivity)
+    own = run.path / SENSITIVITY_FILE
+    rows = windows.take(fidelity.split, fidelity.tokens)
+    digest = digest_of(setup.bank.name, hashlib.sha256(rows.tobytes()).hexdigest(), rows.shape)
+    run.pin("sensitivity", digest)
+    if own.is_file():  # what this run was begun with counts, whatever became of the shared one
+        return pd.read_parquet(own)
+    directory = shared_directory(plan.config, "sensitivity", digest)
+    file = directory / SENSITIVITY_FILE
+    if not file.is_file():
+        frame = pd.DataFrame(measured_records(plan, setup, fidelity, directory / "sensitivity.jsonl", pool, track))
+        atomic_write_bytes(file, frame.to_parquet(index=False))
+    atomic_write_bytes(own, file.read_bytes())
+    return pd.read_parquet(own)
+
+
+def measured_records(
+    plan: Plan, setup: EvaluatorSetup, fidelity: Fidelity, partial: Path, pool: Pool, track: Track
+) -> list[dict[str, Any]]:
+    """Records of all genes in order; each gene's go to ``partial`` as they come, and are not measured again."""
+    cut_torn_tail(partial)
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
+    tasks = [MeasureSensitivity(setup, gene, fidelity) for gene in range(len(lines), len(plan.space.genes))]
+    with partial.open("a", encoding="utf-8") as stream:
+        for records in track(pool.map(tasks), len(tasks), "measuring sensitivities"):
+            lines.append(json.dumps(records))
+            stream.write(lines[-1] + "\n")
+            stream.flush()
+    return [record for line in lines for record in json.loads(line)]
+
+
+def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:
+    """All artefacts of a run, in order, each stage timed in the run's record."""
+    record_inputs(plan, windows, run)
+    with run.stage("calibration"):
+        calibration, groups = calibrate(plan, windows, pool, track)
+    with run.stage("bank"):
+        bank = build_bank(plan, calibration, groups, pool, track)
+    setup = evaluator_setup(plan, run, bank)
+    with run.stage("sensitivity"):
+        sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
+    return Artefacts(setup, sensitivities)

@@ -1,0 +1,145 @@
+"""The command line. Exit codes: 0 done, 2 the user's to mend, 130 interrupted and resumable."""
+
+import logging
+import os
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from typer.exceptions import TyperException
+
+from bitgenome.config import RunConfig, load_config
+from search.errors import UserError
+from workers.errors import TaskError, WorkersLostError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(highlight=False)
+errors = Console(stderr=True)
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: search.generations=20")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="Run directory", show_default=False)]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"bitgenome {version('bitgenome')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+) -> None:
+    """Search mixed-precision GGUF quantizations: what is searched is what ships."""
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Search, export and prove; continues a run of the same configuration."""
+    execute(load_config(config, overrides or ()))
+
+
+@app.command()
+def resume(run: RunPath) -> None:
+    """Continue an interrupted run to the same result."""
+    from bitgenome.run_directory import RunDirectory  # noqa: PLC0415 - commands import what they need: fast start
+
+    config = RunDirectory.open(run).config
+    path = run.resolve()
+    execute(config.model_copy(update={"storage_path": path.parent, "name": path.name}))
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show genes, sizes, budget, evaluations and time; loads no weights."""
+    from bitgenome.plan import make_plan  # noqa: PLC0415
+    from bitgenome.report import show_plan  # noqa: PLC0415
+
+    settings = load_config(config, overrides or ())
+    cpus = (os.cpu_count() or 1) // settings.workers.cpus_per_worker
+    show_plan(make_plan(settings), settings.workers.count or max(1, cpus), console)
+
+
+@app.command()
+def export(run: RunPath) -> None:
+    """Write the GGUF and the recipe of a finished run again, from its bank."""
+    from bitgenome.pipeline import export_again  # noqa: PLC0415
+
+    gguf = export_again(run)
+    console.print(f"wrote {gguf} and {run / 'recipe.txt'}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a run", show_default=False)],
+    run: Annotated[Path | None, typer.Option(help="Its run directory, if the file has left it")] = None,
+) -> None:
+    """Read a file back through llama.cpp: perplexity, KL and speed beside the simulated figures."""
+    from bitgenome.pipeline import verify_file  # noqa: PLC0415
+    from bitgenome.report import show_proof  # noqa: PLC0415
+
+    show_proof(verify_file(file, run or file.parent), console)
+
+
+def execute(config: RunConfig) -> None:
+    from bitgenome.pipeline import run as run_pipeline  # noqa: PLC0415
+    from bitgenome.report import show_outcome  # noqa: PLC0415
+
+    directory = config.storage_path / config.name
+    try:
+        show_outcome(run_pipeline(config, console), console)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; nothing is lost. Continue with: bitgenome resume {directory}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM, as Ray and schedulers send it, ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: users' mistakes end in one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler()], force=True)
+    for noisy in ("httpx", "gguf", "ray", "gguf.gguf_writer"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        code = app(standalone_mode=False)  # an Exit of a command comes back as its code
+    except (typer.Abort, KeyboardInterrupt):
+        raise SystemExit(130) from None
+    except UserError as error:
+        fail(str(error), 2)
+    except (TaskError, WorkersLostError) as error:
+        fail(f"{error}; what was done is kept, and resume continues from there", 1)
+    except TyperException as error:
+        fail(error.format_message(), 2)
+    except OSError as error:
+        fail(f"expected to read or write {error.filename}, found: {error.strerror or error}", 2)
+    raise SystemExit(code or 0)
+
+
+def log_handler() -> logging.Handler:
+    """Plain lines with the time in a log, rich ones on a terminal."""
+    if errors.is_terminal:
+        return RichHandler(console=errors, show_level=False, show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    return handler
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The configuration of a run: what a YAML file may say, checked before any work."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from evaluators.stdlib_text import SPLITS
+from quantizers.formats import LEVEL_FORMATS
+from search.errors import UserError
+from search.fitness import FitnessSettings
+
+Share = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and a loaded configuration does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetConfig(Section):
+    """The size of the whole file, embeddings and metadata included: give exactly one."""
+
+    bits_per_weight: float | None = Field(None, gt=0, description="bits of the file over weights of the model")
+    compression_ratio: float | None = Field(None, gt=0, description="file over the model in 16 bits, e.g. 0.25")
+    file_size: int | str | None = Field(None, description='bytes, or "3.2 MiB", "4.5GB"')
+
+    @model_validator(mode="after")
+    def one_of(self) -> Self:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"expected exactly one of bits_per_weight, compression_ratio, file_size, found {found}")
+        return self
+
+
+class TokensConfig(Section):
+    """Tokens read of each split; ``sensitivity`` is the part of the search text that sensitivities are measured on."""
+
+    calibration: int = Field(98304, gt=0)
+    sensitivity: int = Field(4096, gt=0)
+    search: int = Field(8192, gt=0)
+    validation: int = Field(16384, gt=0)
+    test: int = Field(16384, gt=0)
+
+    @model_validator(mode="after")
+    def nested(self) -> Self:
+        if self.sensitivity > self.search:
+            raise ValueError(f"expected sensitivity at most search ({self.search}), found {self.sensitivity}")
+        return self
+
+
+class TextConfig(Section):
+    """Where calibration, search, validation and test text come from; the splits are always disjoint.
+
+    ``stdlib`` reads held-out modules of the running interpreter's standard library; ``file`` divides one text file by
+    ``shares``; ``files`` names one file a split.
+    """
+
+    source: Literal["stdlib", "file", "files"] = "stdlib"
+    splits: Path = Path("models/stdlib-6m/splits.json")
+    path: Path | None = None
+    shares: dict[str, Annotated[float, Field(gt=0)]] = {
+        "calibration": 0.4,
+        "search": 0.2,
+        "validation": 0.2,
+        "test": 0.2,
+    }
+    files: dict[str, Path] | None = None
+    window: int = Field(512, ge=8, description="tokens that are read together")
+    tokens: TokensConfig = TokensConfig()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        if self.source == "file" and self.path is None:
+            raise ValueError("expected text.path for source: file, found none")
+        if self.source == "files" and set(self.files or {}) != set(SPLITS):
+            raise ValueError(
+                f"expected text.files for {', '.join(SPLITS)}, found {', '.join(self.files or {}) or 'none'}"
+            )
+        if set(self.shares) != set(SPLITS):
+            raise ValueError(f"expected text.shares for {', '.join(SPLITS)}, found {', '.join(self.shares)}")
+        return self
+
+
+class QuantizationConfig(Section):
+    """How the bank is built."""
+
+    damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal")
+
+
+class FitnessConfig(Section):
+    """``distortion``: kl_weight * KL + reconstruction_weight * reconstruction.
+
+    ``weighted``: alpha / MSE + beta * compression, to be maximized.
+    """
+
+    kind: Literal["distortion", "weighted"] = "distortion"
+    kl_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(0.0, ge=0)
+    alpha: float = Field(1.0, ge=0)
+    beta: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def something(self) -> Self:
+        FitnessSettings(**self.model_dump())
+        return self
+
+
+class SearchConfig(Section):
+    """``population * generations`` is the number of evaluations of every strategy but ``exact``."""
+
+    strategy: Literal["genetic", "optuna", "exact", "random"] = "genetic"
+    population: int = Field(20, ge=4)
+    generations: int = Field(12, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    tournament_size: int = Field(4, ge=1)
+    crossover: Literal["one_point", "two_point", "uniform"] = "uniform"
+    crossover_rate: float = Field(0.5, ge=0, le=1)
+    mutation_rate: float = Field(0.1, ge=0, le=1, description="offspring that get one to four random genes")
+    swap_rate: float = Field(0.8, ge=0, le=1, description="offspring that get one to three size-preserving swaps")
+    elites: int = Field(4, ge=1)
+    immigrants: int = Field(1, ge=0)
+    brood: int = Field(16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate")
+    validation_candidates: int = Field(6, ge=1, description="best genomes compared on validation text")
+
+    @model_validator(mode="after")
+    def room(self) -> Self:
+        if self.immigrants >= self.population:
+            raise ValueError(f"expected immigrants below population ({self.population}), found {self.immigrants}")
+        return self
+
+
+class WorkersConfig(Section):
+    """``ray``: auto, local, HOST:PORT, or off for one process."""
+
+    ray: str = "auto"
+    count: int | None = Field(None, ge=1)
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    max_retries: int = Field(3, ge=0)
+
+    @field_validator("ray", mode="before")
+    @classmethod
+    def yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
+
+class RunConfig(Section):
+    """One search: a model, a budget, and how to go from one to the other."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str = Field(description="Hugging Face folder or id")
+    budget: BudgetConfig
+    levels: tuple[str, ...] = ("W2", "W3", "W4", "W5", "W6", "W8")
+    text: TextConfig = TextConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    fitness: FitnessConfig = FitnessConfig()
+    search: SearchConfig = SearchConfig()
+    workers: WorkersConfig = WorkersConfig()
+    storage_path: Path = Path("runs")
+
+    @field_validator("levels")
+    @classmethod
+    def known(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
+        for level in levels:
+            if level not in LEVEL_FORMATS:
+                raise ValueError(f"expected levels among {', '.join(LEVEL_FORMATS)}, found {level}")
+        if len(set(levels)) < len(levels) or not levels:
+            raise ValueError(f"expected one or more different levels, found {', '.join(levels) or 'none'}")
+        return levels
+
+    def result_keys(self) -> dict[str, Any]:
+        """The settings that decide the result. Where it is computed and stored is not among them, nor where model and
+        text lie: a run records digests of what it read there.
+        """
+        places = {"workers": True, "storage_path": True, "name": True, "model": True}
+        return self.model_dump(mode="json", exclude={**places, "text": {"splits", "path", "files"}})
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.result_keys(), sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply overrides such as ``search.generations=20``. Raises UserError with one sentence."""
+    if not path.is_file():
+        raise UserError(f"expected a configuration file, found nothing at {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"expected a mapping of settings in {path}, found {type(data).__name__}")
+    for override in overrides:
+        apply_override(data, override)
+    return absolute_paths(parse_config(data, str(path)))
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """``config`` with model folder and text files as absolute paths, so that a run can be resumed from anywhere."""
+    text = config.text
+    files = None if text.files is None else {split: path.absolute() for split, path in text.files.items()}
+    found = {"splits": text.splits.absolute(), "path": text.path and text.path.absolute(), "files": files}
+    model = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
+    return config.model_copy(update={"model": model, "text": text.model_copy(update=found)})
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place, its value read as YAML; setting one kind of budget replaces another."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"expected --set KEY=VALUE, found {override!r}")
+    *parents, last = key.split(".")
+    section = data
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"expected a section {parent!r} for --set {key}, found a value")
+    if parents == ["budget"]:
+        section.clear()
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
+
+
+def parse_config(data: dict[str, Any], source: str) -> RunConfig:
+    """Validate ``data``; ``source`` names it in errors. Raises UserError for the first problem."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source)) from None
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    problem = error.errors()[0]
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in problem["loc"])
+        names = _section_at(parents).model_fields
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"known keys: {', '.join(names)}"
+        return f"unknown key {location!r} in {source}: {hint}"
+    if problem["type"] == "missing":
+        return f"expected key {location!r} in {source}, found none"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{location or 'configuration'} in {source}: {message}" + ("" if "found" in message else found)
+
+
+def _section_at(path: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        inner = section.model_fields[part].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            section = inner
+    return section

@@ -1,0 +1,194 @@
+"""A run from configuration to proof: the order of the stages, and what they leave behind."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors import SafetensorError
+
+from bitgenome.artefacts import WINDOWS_FILE, prepare, read_windows
+from bitgenome.config import RunConfig
+from bitgenome.plan import Plan, make_plan
+from bitgenome.progress import track
+from bitgenome.proof import RECIPE_FILE, Proof, differing_tensors, export_winner, prove
+from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
+from bitgenome.searching import SearchResult, pool_evaluate, search
+from evaluators.bank import Bank, damaged_tensors
+from evaluators.simulated import genome_formats
+from evaluators.text import TokenWindows
+from exporters.llamacpp_runtime import LlamaCppError
+from search.archive import EvaluationLog
+from search.budget import Budget
+from search.errors import UserError
+from search.files import atomic_write_json
+from search.loop import Evaluate, evaluate_missing
+from search.seeds import pure_uniform
+from search.types import Evaluation, Fidelity
+from workers.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.pool import Pool
+
+log = logging.getLogger(__name__)
+
+BEST_FILE = "best.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table: a genome measured on test text by simulation."""
+
+    name: str
+    file_bytes: int
+    bits_per_weight: float
+    kl: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that the closing table shows."""
+
+    budget_bytes: int
+    winner: Evaluation
+    bits_per_weight: float
+    rows: tuple[Row, ...]  # the winner first
+    proof: Proof
+    evaluations: int
+    seconds: dict[str, float]  # by stage
+    gguf: Path
+    recipe: Path
+    run: Path
+
+
+def run(config: RunConfig, console: Console) -> Outcome:
+    """Do all of ``config`` that is not done yet in its run directory."""
+    plan = make_plan(config)
+    windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    directory = RunDirectory.create(config)
+    with log_file(directory.path / "events.log"):
+        settings = WorkerSettings(**config.workers.model_dump())
+        try:
+            with directory.stage("workers"):
+                pool = open_pool(settings)
+            with pool:
+                return run_stages(plan, windows, directory, pool, console)
+        finally:
+            close_cluster()
+
+
+def export_again(path: Path) -> Path:
+    """Write GGUF and recipe of a finished run from its record and bank. Raises UserError if it is not finished."""
+    directory = RunDirectory.open(path)
+    best = path / BEST_FILE
+    if not best.is_file():
+        raise UserError(f"expected a finished run with {BEST_FILE}, found none in {path}: bitgenome resume {path}")
+    winner = Evaluation.from_json(json.loads(best.read_text(encoding="utf-8"))["winner"])
+    plan = make_plan(directory.config)
+    directory.pin("model", plan.folder.digest)
+    bank = Path(directory.record["bank"])
+    if damaged := damaged_tensors(bank):
+        raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {path} rebuilds it")
+    return export_winner(plan, bank, directory, winner)
+
+
+def verify_file(file: Path, run_path: Path) -> Proof:
+    """Prove a file with the model and test text of its run. Raises UserError for a file or run that cannot serve."""
+    directory = RunDirectory.open(run_path)
+    windows = run_path / WINDOWS_FILE
+    if not windows.is_file():
+        raise UserError(f"expected {WINDOWS_FILE} with the test text in {run_path}, found none")
+    folder = make_plan(directory.config).folder
+    directory.pin("model", folder.digest)
+    try:
+        return prove(file, folder, TokenWindows.load(windows).windows["test"])
+    except (ValueError, LlamaCppError, SafetensorError) as error:
+        raise UserError(str(error)) from None
+
+
+def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool: Pool, console: Console) -> Outcome:
+    def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        return track(items, total, what, console)
+
+    artefacts = prepare(plan, windows, directory, pool, tracked)
+    directory.record["bank"] = str(artefacts.setup.bank)
+    result = search(plan, artefacts, directory, pool, tracked)
+    winner = result.winner.evaluation
+    with directory.stage("test"):
+        evaluate = pool_evaluate(artefacts.setup, pool, tracked, "measuring on test text")
+        with closing(EvaluationLog(directory.path / EVALUATIONS_FILE)) as archive:
+            rows = comparison_rows(plan, result, evaluate, archive)
+            evaluations = len(archive)
+    with directory.stage("export"):
+        gguf = export_winner(plan, artefacts.setup.bank, directory, winner)
+        formats = genome_formats(plan.space, winner.genome)
+        if different := differing_tensors(gguf, plan.folder, Bank(artefacts.setup.bank), formats):
+            raise UserError(
+                f"expected the file to decode to the weights that were scored, found {different[0]} to differ"
+            )
+    with directory.stage("proof"):
+        try:
+            proof = prove(gguf, plan.folder, windows.windows["test"])
+        except LlamaCppError as error:
+            raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
+    outcome = Outcome(
+        budget_bytes=plan.budget.file_bytes,
+        winner=winner,
+        bits_per_weight=plan.space.bits_per_weight(winner.genome),
+        rows=rows,
+        proof=proof,
+        evaluations=evaluations,
+        seconds=directory.seconds,
+        gguf=gguf,
+        recipe=directory.path / RECIPE_FILE,
+        run=directory.path,
+    )
+    save_outcome(directory, outcome, plan)
+    return outcome
+
+
+def comparison_rows(plan: Plan, result: SearchResult, evaluate: Evaluate, archive: EvaluationLog) -> tuple[Row, ...]:
+    """Winner, seeds and every uniform level, whatever its size, on test text; each genome once, with all its names."""
+    space = plan.space
+    levels = pure_uniform(space, Budget(space.file_bytes(space.largest())))
+    named = {
+        "searched": result.winner.evaluation.genome,
+        **result.seeds,
+        **{f"uniform {level}": genome for level, genome in levels.items()},
+    }
+    genomes = list(dict.fromkeys(named.values()))
+    fidelity = Fidelity("test", plan.config.text.tokens.test)
+    rows = []
+    for e in evaluate_missing(genomes, fidelity, evaluate, archive):
+        name = " = ".join(key for key, value in named.items() if value == e.genome)
+        rows.append(Row(name, e.file_bytes, space.bits_per_weight(e.genome), e.kl, e.perplexity))
+    return tuple(rows)
+
+
+def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
+    record = {
+        "winner": outcome.winner.to_json(),
+        "formats": {name: f.name for name, f in genome_formats(plan.space, outcome.winner.genome).items()},
+        "budget_bytes": outcome.budget_bytes,
+        "bits_per_weight": outcome.bits_per_weight,
+        "rows": [asdict(row) for row in outcome.rows],
+        "proof": outcome.proof.to_json(),
+        "gguf": outcome.gguf.name,
+    }
+    atomic_write_json(directory.path / BEST_FILE, record)
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """While open, everything that is logged also goes to ``path``."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,0 +1,104 @@
+"""What a configuration amounts to before any weight is read: genes, sizes, budget, evaluations, time."""
+
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from bitgenome.config import BudgetConfig, RunConfig
+from evaluators.devices import best_device
+from evaluators.model_folder import ModelFolder, resolve_model
+from exporters.gguf_file import fixed_bytes
+from exporters.tensor_names import quantizable_tensors
+from search.budget import Budget
+from search.errors import UserError
+from search.types import SearchSpace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that can be met."""
+
+    config: RunConfig
+    folder: ModelFolder
+    space: SearchSpace
+    budget: Budget
+
+    @property
+    def search_evaluations(self) -> int:
+        if self.config.search.strategy == "exact":
+            return 0
+        return self.config.search.population * self.config.search.generations
+
+    @property
+    def sensitivity_evaluations(self) -> int:
+        return sum(len(gene.formats) for gene in self.space.genes)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
+    folder = ModelFolder(resolve_model(config.model).resolve())
+    shapes = quantizable_tensors(folder)
+    fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
+    space = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)
+    try:
+        budget = budget_of(config.budget, space)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_text(config, folder)
+    return Plan(config, folder, space, budget)
+
+
+def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
+    """Exact bytes of a configured budget. Raises ValueError, with both bounds, if the space cannot meet it."""
+    if config.bits_per_weight is not None:
+        return Budget.from_bits_per_weight(space, config.bits_per_weight)
+    if config.compression_ratio is not None:
+        return Budget.from_compression(space, config.compression_ratio)
+    assert config.file_size is not None
+    return Budget.from_size(space, config.file_size)
+
+
+def check_text(config: RunConfig, folder: ModelFolder) -> None:
+    """Refuse a missing text file or a window that the model cannot read, before minutes of work."""
+    longest = folder.config.get("max_position_embeddings")
+    if longest and config.text.window > longest:
+        raise UserError(
+            f"expected text.window at most the model's context ({longest}, max_position_embeddings), "
+            f"found {config.text.window}"
+        )
+    needed: dict[str, Path | None] = {"text.splits": config.text.splits if config.text.source == "stdlib" else None}
+    if config.text.source == "file":
+        needed["text.path"] = config.text.path
+    for name, path in {**needed, **(config.text.files or {})}.items():
+        if path is not None and not path.is_file():
+            raise UserError(f"expected a file for {name}, found nothing at {path}")
+
+
+def matmul_flops(device: torch.device) -> float:
+    """Floating-point operations per second of a float32 product of transformer-like shape, measured in place."""
+    a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)
+    (a @ b).sum().item()
+    started = time.perf_counter()
+    repeats = 8
+    for _ in range(repeats):
+        (a @ b).sum().item()
+    return repeats * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
+
+
+def estimated_seconds(plan: Plan, workers: int, cpus_per_worker: int) -> float:
+    """Seconds of sensitivities and search: two operations a weight and token, at half the rate of a bare product.
+
+    Sensitivities skip the blocks below their gene, half of the work on average.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpus_per_worker)
+    try:
+        rate = workers * matmul_flops(best_device()) / 2
+    finally:
+        torch.set_num_threads(threads)
+    tokens = plan.config.text.tokens
+    read = plan.sensitivity_evaluations * tokens.sensitivity / 2 + plan.search_evaluations * tokens.search
+    return 2 * plan.space.weights * read / rate

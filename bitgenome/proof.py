@@ -1,0 +1,147 @@
+"""The file and its proof: export the winner, read the file back, run it in llama.cpp."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitgenome.plan import Plan
+from bitgenome.run_directory import RunDirectory
+from evaluators.bank import Bank
+from evaluators.block_model import BlockModel
+from evaluators.devices import best_device
+from evaluators.divergence import Reference
+from evaluators.model_folder import ModelFolder
+from evaluators.simulated import final_hidden, genome_formats
+from exporters.gguf_file import export_gguf
+from exporters.gguf_read import read_packed
+from exporters.llamacpp_runtime import generation_speed
+from exporters.provenance import Provenance
+from exporters.recipe import recipe_command, recipe_lines
+from exporters.tensor_names import tensor_table
+from exporters.verify import log_probs, measure_file
+from quantizers.codec import dequantize
+from quantizers.formats import FORMATS, QuantFormat
+from search.errors import UserError
+from search.files import atomic_write_text
+from search.types import Evaluation
+
+RECIPE_FILE = "recipe.txt"  # nothing but NAME=TYPE lines: llama-quantize takes no comments
+RECIPE_COMMAND_FILE = "recipe-command.txt"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a file is worth on held-out text, as simulated from its own bytes and as llama.cpp runs it."""
+
+    file: str
+    file_bytes: int
+    tokens: int
+    full_perplexity: float
+    simulated_kl: float  # nats per token, full precision to simulated
+    simulated_perplexity: float
+    runtime_kl: float  # full precision to llama.cpp
+    runtime_perplexity: float
+    simulated_to_runtime_kl: float
+    top1_agreement: float  # of llama.cpp with the full-precision model
+    prompt_tokens_per_second: float
+    generated_tokens_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
+    bits = plan.space.bits_per_weight(winner.genome)
+    return run.path / f"{plan.folder.name}-{bits:.2f}bpw.gguf"
+
+
+def export_winner(plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation) -> Path:
+    """Write GGUF and recipe. Raises UserError if the size is not the searched one: a changed tokenizer, say."""
+    bank = Bank(bank_directory)
+    formats = genome_formats(plan.space, winner.genome)
+    path = gguf_path(plan, run, winner)
+
+    def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
+        return formats[name], bank.packed(name, formats[name]).numpy()
+
+    provenance = Provenance(
+        genome=winner.genome,
+        budget_bytes=plan.budget.file_bytes,
+        kl=winner.kl,
+        model_digest=plan.folder.digest,
+        text_digest=run.record["digests"]["text"],
+        run_digest=plan.config.digest,
+        version=version("bitgenome"),
+    )
+    size = export_gguf(plan.folder, packed, path, provenance)
+    if size != winner.file_bytes:
+        raise UserError(
+            f"expected {path} to have the {winner.file_bytes:,} bytes that were searched, found {size:,}: "
+            f"has the tokenizer in {plan.folder.path} changed?"
+        )
+    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
+    by_gguf_name = {names[name]: fmt for name, fmt in formats.items()}
+    atomic_write_text(run.path / RECIPE_FILE, "\n".join(recipe_lines(by_gguf_name)) + "\n")
+    atomic_write_text(run.path / RECIPE_COMMAND_FILE, recipe_command(by_gguf_name) + "\n")
+    return path
+
+
+def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
+    """float32 (rows, columns) of the file's quantized tensors, by Hugging Face name, in transformers' row order."""
+    weights = {}
+    for name, (kind, rows) in read_packed(path, folder).items():
+        if kind in FORMATS and len(folder.shapes[name]) == 2:
+            data = torch.from_numpy(np.ascontiguousarray(rows)).view(torch.uint8).reshape(len(rows), -1)
+            weights[name] = dequantize(FORMATS[kind], data)
+    return weights
+
+
+def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
+    """Tensors of the file that do not decode to exactly the weights that were scored."""
+    shipped = shipped_weights(path, folder)
+    return [
+        name
+        for name, fmt in formats.items()
+        if name not in shipped
+        or not torch.equal(shipped[name], bank.weights(name, fmt, folder.shapes[name][1], torch.device("cpu")))
+    ]
+
+
+@torch.inference_mode()
+def prove(path: Path, folder: ModelFolder, windows: np.ndarray) -> Proof:
+    """Measure a GGUF file of ``folder``'s model on token windows (n, T), by simulation and by llama.cpp.
+
+    Raises ValueError for a damaged file, LlamaCppError if llama.cpp cannot run it.
+    """
+    weights = shipped_weights(path, folder)
+    ids = torch.from_numpy(windows)
+    model = BlockModel(folder, best_device())
+    model.load_all()
+    full_head = model.head_weight.data
+    full = final_hidden(model, ids)
+    for name, weight in weights.items():
+        model.weight(name).data = weight.to(model.device)
+    simulated = final_hidden(model, ids)
+    measured = Reference(full, full_head, ids).compare(simulated, model.head_weight)
+    runtime = measure_file(path, windows, log_probs(full, full_head), log_probs(simulated, model.head_weight.data))
+    assert runtime.reference is not None and runtime.simulated is not None
+    speed = generation_speed(path)
+    return Proof(
+        file=path.name,
+        file_bytes=path.stat().st_size,
+        tokens=windows.size,
+        full_perplexity=runtime.reference.perplexity,
+        simulated_kl=measured.kl,
+        simulated_perplexity=measured.perplexity,
+        runtime_kl=runtime.reference.kl,
+        runtime_perplexity=runtime.perplexity,
+        simulated_to_runtime_kl=runtime.simulated.kl,
+        top1_agreement=runtime.reference.top1_agreement,
+        prompt_tokens_per_second=speed.prompt,
+        generated_tokens_per_second=speed.generation,
+    )

@@ -1,0 +1,120 @@
+"""The run directory: what a run was asked, what it has done, and where its artefacts lie."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitgenome.config import RunConfig, parse_config
+from search.errors import UserError
+from search.files import atomic_write_text
+
+SCHEMA = 1
+EVALUATIONS_FILE = "evaluations.jsonl"
+SENSITIVITY_FILE = "sensitivity.parquet"
+RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "deap", "gguf", "numpy", "xllamacpp")
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    keys = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+class RunDirectory:
+    """``run.json`` and the paths beside it. Use ``create`` or ``open``."""
+
+    def __init__(self, path: Path, record: dict[str, Any]):
+        self.path = path
+        self.record = record
+
+    @classmethod
+    def create(cls, config: RunConfig) -> "RunDirectory":
+        """The directory of ``config``, new or continued; one that has evaluated nothing yet is begun anew.
+
+        Raises UserError if it belongs to another configuration, naming the keys that differ.
+        """
+        path = config.storage_path / config.name
+        if (path / "run.json").is_file() and (path / EVALUATIONS_FILE).is_file():
+            existing = cls.open(path)
+            differing = differing_keys(existing.config.result_keys(), config.result_keys())
+            if differing:
+                raise UserError(
+                    f"expected {path} to be a run of this configuration, found one that differs in "
+                    f"{', '.join(differing)}: choose another name, or resume it with: bitgenome resume {path}"
+                )
+            existing.record["config"] = config.model_dump(mode="json")  # workers and places may have changed
+            existing.save()
+            return existing
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / SENSITIVITY_FILE).unlink(missing_ok=True)  # of an attempt that got no further
+        except OSError as error:
+            raise UserError(f"expected to create the run directory {path}, found {error.strerror}") from None
+        packages = {name: version(name) for name in RECORDED_PACKAGES}
+        record = {
+            "schema": SCHEMA,
+            "config": config.model_dump(mode="json"),
+            "config_digest": config.digest,
+            "python": platform.python_version(),
+            "packages": packages,
+            "stages": {},
+        }
+        directory = cls(path, record)
+        directory.save()
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run. Raises UserError if there is none at ``path`` or its record cannot be read."""
+        file = path / "run.json"
+        if not file.is_file():
+            raise UserError(f"expected a run directory with run.json, found none at {path}")
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            schema = record["schema"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"expected a run record in {file}, found a file that cannot be read") from None
+        if schema != SCHEMA:
+            raise UserError(f"expected run schema {SCHEMA} in {file}, found {schema}: written by another version")
+        return cls(path, record)
+
+    @property
+    def config(self) -> RunConfig:
+        return parse_config(self.record["config"], str(self.path / "run.json"))
+
+    def save(self) -> None:
+        atomic_write_text(self.path / "run.json", json.dumps(self.record, indent=1) + "\n")
+
+    def pin(self, key: str, value: str) -> None:
+        """Record a digest once. Raises UserError if the run was begun with another."""
+        found = self.record.setdefault("digests", {}).setdefault(key, value)
+        if found != value:
+            raise UserError(f"expected the {key} that {self.path} was begun with ({found[:12]}), found {value[:12]}")
+        self.save()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the stage's seconds, also when it is interrupted."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            stages = self.record["stages"]
+            stages[name] = round(stages.get(name, 0.0) + time.monotonic() - started, 2)
+            self.save()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent by stage, over all attempts."""
+        return dict(self.record["stages"])

@@ -1,0 +1,99 @@
+"""The search stage: strategy, loop, and the winner chosen on text that the search never saw."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from bitgenome.artefacts import Artefacts, Track
+from bitgenome.config import SearchConfig
+from bitgenome.plan import Plan
+from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
+from evaluators.evaluator import EvaluateGenome, EvaluatorSetup
+from search.archive import EvaluationLog
+from search.checkpoint import Checkpoint
+from search.files import atomic_write_json
+from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, run_search
+from search.seeds import reference_genomes, seed_genomes
+from search.strategies.factory import STRATEGIES, make_strategy
+from search.types import Evaluation, Fidelity, Genome
+from workers.pool import Pool
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "checkpoint.json"
+TABLES = ("kl", "reconstruction")  # sensitivities that seed the search, the most trusted first
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The winner and the named genomes that it was held against."""
+
+    winner: Winner
+    seeds: dict[str, Genome]
+    strategy: str
+
+
+def pool_evaluate(setup: EvaluatorSetup, pool: Pool, track: Track, what: str) -> Evaluate:
+    """Evaluate genomes on the pool, results in their order."""
+
+    def evaluate(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
+        tasks = [
+            EvaluateGenome(setup, genome, fidelity, f"eval[{fidelity.split} {index + 1}/{len(genomes)}]")
+            for index, genome in enumerate(genomes)
+        ]
+        return track(pool.map(tasks), len(tasks), what)
+
+    return evaluate
+
+
+def strategy_settings(config: SearchConfig) -> Any:
+    """The strategy's own settings dataclass from the fields of ``config`` that it knows."""
+    kind = STRATEGIES[config.strategy]
+    values = config.model_dump() | {
+        "evaluations": config.population * config.generations,
+        "batch_size": config.population,
+    }
+    return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+
+
+def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, track: Track) -> SearchResult:
+    """Run or continue the search, then choose the winner on validation text."""
+    config, space = plan.config, plan.space
+    tables = [artefacts.table(measure) for measure in TABLES]
+    seeds = seed_genomes(space, plan.budget, tables)
+    strategy = make_strategy(
+        config.search.strategy,
+        space,
+        plan.budget,
+        tables=tables,
+        seeds=seeds,
+        settings=strategy_settings(config.search),
+        journal=run.path / "optuna-journal.log",
+    )
+    fidelity = Fidelity("search", config.text.tokens.search)
+    checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
+    with closing(EvaluationLog(run.path / EVALUATIONS_FILE)) as evaluations:
+        with run.stage("search"):
+            evaluate = pool_evaluate(artefacts.setup, pool, track, "searching")
+            run_search(strategy, evaluate, evaluations, fidelity, checkpoint=checkpoint, on_progress=log_progress)
+        with run.stage("validation"):
+            winner = choose_winner(
+                evaluations,
+                pool_evaluate(artefacts.setup, pool, track, "validating"),
+                search=fidelity,
+                validation=Fidelity("validation", config.text.tokens.validation),
+                references=reference_genomes(space, plan.budget, seeds).values(),
+                keep=config.search.validation_candidates,
+            )
+        atomic_write_json(run.path / "pareto.json", pareto_records(evaluations))
+    return SearchResult(winner, seeds, config.search.strategy)
+
+
+def log_progress(progress: Progress) -> None:
+    best = progress.best
+    log.info(
+        "generation %d: %d of %d evaluations, best loss %.6f (KL %.6f) in %s bytes",
+        progress.generation, progress.evaluations, progress.expected, best.loss, best.kl, f"{best.file_bytes:,}",
+    )  # fmt: skip

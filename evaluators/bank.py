@@ -1,0 +1,172 @@
+"""The bank: every tensor at every level, as the packed bytes that the GGUF file will hold, with its errors.
+
+One safetensors file a tensor, its header carrying the errors; ``manifest.json`` lists the files with their sha256.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save
+from torch import Tensor
+
+from evaluators.calibration import InputGroup
+from evaluators.devices import best_device
+from evaluators.model_folder import ModelFolder
+from quantizers.codec import dequantize
+from quantizers.formats import FORMATS, QuantFormat
+from quantizers.sparsegpt import Compensated, compensate
+from search.errors import UserError
+from search.files import atomic_write_bytes, atomic_write_text
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SCHEMA = 1  # raise when packed bytes or file layout change meaning
+
+
+class BankError(UserError):
+    """The bank does not hold what was asked; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class BankEntry:
+    """One tensor at one level: Hessian-weighted squared error tr(dW H dW^T), and the same over tr(W H W^T)."""
+
+    error: float
+    relative: float
+
+    @property
+    def power(self) -> float:
+        """tr(W H W^T), the error of zeroing the tensor."""
+        return self.error / self.relative if self.relative else 0.0
+
+
+def tensor_file(directory: Path, tensor: str) -> Path:
+    return directory / f"{tensor}.safetensors"
+
+
+def bank_digest(model: str, calibration: str, formats: Mapping[str, Sequence[QuantFormat]], damping: float) -> str:
+    """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
+    legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
+    key = json.dumps([SCHEMA, model, calibration, legal, damping], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def save_tensor(directory: Path, tensor: str, levels: Mapping[str, Compensated]) -> None:
+    """Write one tensor's levels atomically."""
+    errors = {name: {"error": c.error, "relative": c.relative} for name, c in levels.items()}
+    packed = {name: c.packed.data.cpu().contiguous() for name, c in levels.items()}
+    atomic_write_bytes(tensor_file(directory, tensor), save(packed, {"errors": json.dumps(errors)}))
+
+
+@dataclass(frozen=True)
+class BuildBankGroup:
+    """Pool task: compensate and pack all levels of the tensors of one input group."""
+
+    model: Path
+    group: Path  # file of the InputGroup
+    directory: Path
+    formats: Mapping[str, tuple[str, ...]]  # tensor -> format names
+    damping: float
+
+    @property
+    def label(self) -> str:
+        return f"bank[{self.group.stem}]"
+
+    def run(self, state: dict[Any, Any]) -> tuple[str, ...]:
+        """Names of the tensors written."""
+        folder = ModelFolder(self.model)
+        group = InputGroup.load(self.group)
+        device = best_device()
+        names = [name for name in group.tensors if name in self.formats]
+        weights = {name: folder.read(name).to(device, torch.float32) for name in names}
+        formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
+        results = compensate(weights, formats, group.hessian.to(device), damping=self.damping)
+        for name in names:
+            save_tensor(self.directory, name, results[name])
+        return tuple(names)
+
+
+def group_tensors(group: Path) -> tuple[str, ...]:
+    """Tensors of an input group, from its file's header."""
+    with safe_open(group, framework="pt") as file:
+        return tuple(file.metadata()["tensors"].split("\n"))
+
+
+def readable(directory: Path, tensor: str, formats: Iterable[str]) -> bool:
+    """Whether the tensor's file is there, whole, and holds all of ``formats``."""
+    try:
+        with safe_open(tensor_file(directory, tensor), framework="pt") as file:
+            return set(formats) <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, tensors: Sequence[str]) -> None:
+    files = {name: file_digest(tensor_file(directory, name)) for name in tensors}
+    atomic_write_text(directory / MANIFEST, json.dumps({"schema": SCHEMA, "files": files}, indent=1))
+
+
+def damaged_tensors(directory: Path) -> list[str]:
+    """Tensors whose file is missing or differs from the manifest; all of them are trusted if there is no manifest yet.
+
+    Files without a manifest come from an interrupted build, each written atomically.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return []
+    try:
+        files: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        log.warning("the bank's manifest %s cannot be read; it is written anew", manifest)
+        manifest.unlink()
+        return []
+    return [n for n, d in files.items() if not (p := tensor_file(directory, n)).is_file() or file_digest(p) != d]
+
+
+class Bank:
+    """Read access, memory-mapped and lazy. Raises BankError for a tensor or format that is not there."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._open: dict[str, Any] = {}
+        self._errors: dict[str, dict[str, BankEntry]] = {}
+
+    def _file(self, tensor: str) -> Any:
+        if tensor not in self._open:
+            path = tensor_file(self.directory, tensor)
+            try:
+                self._open[tensor] = safe_open(path, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise BankError(f"expected the bank file of {tensor}, found {error} at {path}") from None
+        return self._open[tensor]
+
+    def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
+        """uint8 (rows, row_bytes), the bytes that ship."""
+        file = self._file(tensor)
+        if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+            raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
+        return file.get_tensor(fmt.name)
+
+    def weights(self, tensor: str, fmt: QuantFormat, columns: int, device: torch.device) -> Tensor:
+        """float32 (rows, columns) that the packed bytes decode to."""
+        return dequantize(fmt, self.packed(tensor, fmt).to(device))[:, :columns]
+
+    def entry(self, tensor: str, fmt: QuantFormat) -> BankEntry:
+        """Errors of one tensor at one level."""
+        if tensor not in self._errors:
+            records = json.loads(self._file(tensor).metadata()["errors"])
+            self._errors[tensor] = {name: BankEntry(**record) for name, record in records.items()}
+        return self._errors[tensor][fmt.name]

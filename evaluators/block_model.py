@@ -1,0 +1,134 @@
+"""A causal language model that runs block by block, with the weights of the blocks that are loaded.
+
+Shapes: B windows, T positions, D hidden size, V vocabulary. The modules are transformers' own.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from evaluators.model_folder import ModelFolder, ModelFolderError
+
+
+class BlockModel:
+    """Embedding, decoder blocks, final norm and head of a model folder, float32, loaded part by part.
+
+    Nothing is in memory until ``load_block`` or ``load_ends`` is called, so that a caller which keeps one block at a
+    time needs the memory of one block. Raises ModelFolderError if transformers cannot build the architecture.
+    """
+
+    def __init__(self, folder: ModelFolder, device: torch.device):
+        self.folder = folder
+        self.device = device
+        try:
+            self.config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                )
+        except (ValueError, KeyError, OSError) as error:
+            raise ModelFolderError(f"expected an architecture that transformers knows, found {error}") from None
+        self.model.eval().requires_grad_(False)
+        self.decoder = self.model.get_decoder()
+        self.blocks: nn.ModuleList = self.decoder.layers
+        self.rotary = type(self.decoder.rotary_emb)(config=self.config).to(device)
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+
+    @property
+    def embedding_name(self) -> str:
+        """Hugging Face name of the token embedding's weight."""
+        return f"{self._names[id(self.decoder.embed_tokens)]}.weight"
+
+    @property
+    def head_name(self) -> str:
+        """Hugging Face name of the tensor that makes the logits; the embedding's where the two are tied."""
+        return self.embedding_name if self.folder.tied else "lm_head.weight"
+
+    def block_prefix(self, block: int) -> str:
+        return f"{self._names[id(self.blocks[block])]}."
+
+    def block_of(self, tensor: str) -> int:
+        """Index of the block that ``tensor`` belongs to; -1 for the embedding, number of blocks for norm and head."""
+        if tensor == self.embedding_name:
+            return -1
+        prefix = self.block_prefix(0).removesuffix("0.")
+        if tensor.startswith(prefix):
+            return int(tensor.removeprefix(prefix).split(".")[0])
+        return len(self.blocks)
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        missing = [prefix + name for name, _ in module.named_parameters() if prefix + name not in self.folder.shapes]
+        if missing:
+            raise ModelFolderError(f"expected tensor {missing[0]} in the weights, found none in {self.folder.path}")
+        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
+        module.load_state_dict(state, strict=False, assign=True)
+
+    def _read(self, name: str) -> Tensor:
+        return self.folder.read(name).to(device=self.device, dtype=torch.float32)
+
+    def load_block(self, block: int) -> None:
+        self._load(self.blocks[block], self.block_prefix(block))
+
+    def unload_block(self, block: int) -> None:
+        self.blocks[block].to("meta")
+
+    def load_ends(self) -> None:
+        """Load embedding, final norm and head."""
+        self._load(self.decoder.embed_tokens, self.embedding_name.removesuffix("weight"))
+        self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
+        if not self.folder.tied:
+            self._load(self.model.lm_head, "lm_head.")
+
+    def load_all(self) -> None:
+        self.load_ends()
+        for block in range(len(self.blocks)):
+            self.load_block(block)
+
+    def weight(self, name: str) -> nn.Parameter:
+        """The loaded parameter of that name; assign to its ``data`` to change the model."""
+        return self.model.get_parameter(name)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) matrix that turns final hidden states into logits."""
+        return self.weight(self.head_name)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, D)."""
+        return self.decoder.embed_tokens(ids.to(self.device))
+
+    def run_block(self, block: int, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D) through one block, causal over whole windows."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        return self.blocks[block](
+            hidden,
+            attention_mask=self._mask(block, hidden, positions),
+            position_ids=positions,
+            position_embeddings=self.rotary(hidden, positions),
+        )
+
+    def _mask(self, block: int, hidden: Tensor, positions: Tensor) -> Tensor | None:
+        """None is plain causal attention; a window shorter than the text needs a mask of its own."""
+        window = getattr(self.blocks[block].self_attn, "sliding_window", None)
+        if self.config.model_type == "mistral":
+            window = self.config.sliding_window
+        if not window or window >= hidden.shape[1]:
+            return None
+        return create_sliding_window_causal_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+        )
+
+    def run_from(self, block: int, hidden: Tensor) -> Tensor:
+        """(B, T, D) input of ``block`` -> (B, T, D) final hidden states after the output norm."""
+        for index in range(block, len(self.blocks)):
+            hidden = self.run_block(index, hidden)
+        return self.decoder.norm(hidden)
+
+    def linears(self, block: int) -> Iterator[tuple[str, nn.Linear]]:
+        """(weight name, module) of the linear layers of one block."""
+        for name, module in self.blocks[block].named_modules():
+            if isinstance(module, nn.Linear):
+                yield f"{self.block_prefix(block)}{name}.weight", module

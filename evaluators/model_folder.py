@@ -1,0 +1,118 @@
+"""A Hugging Face model folder read lazily: configuration, tensor shapes and one tensor at a time."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+
+from search.errors import UserError
+
+
+class ModelFolderError(UserError):
+    """The folder is not a model that can be read; the message is one sentence for the user."""
+
+
+class ModelFolder:
+    """``config.json`` and the safetensors files of a folder; loads no weights until asked for one.
+
+    Raises ModelFolderError if the folder, its configuration or its weights are missing or unreadable.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ModelFolderError(f"expected a Hugging Face model folder, found nothing at {self.path}")
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise ModelFolderError(f"expected config.json in the model folder, found none in {self.path}")
+        try:
+            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelFolderError(f"expected JSON in {config}, found {error}") from None
+        self._files = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        index_file = self.path / "model.safetensors.index.json"
+        if index_file.is_file():
+            listed = json.loads(index_file.read_text(encoding="utf-8")).get("weight_map", {}).values()
+            files = sorted({self.path / name for name in listed})
+        elif (self.path / "model.safetensors").is_file():
+            files = [self.path / "model.safetensors"]  # not a copy in another layout beside it
+        else:
+            files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            hint = "; convert it with save_pretrained(safe_serialization=True)" if list(self.path.glob("*.bin")) else ""
+            raise ModelFolderError(f"expected *.safetensors weights, found none in {self.path}{hint}")
+        index: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    index.update(dict.fromkeys(tensors.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise ModelFolderError(f"expected a readable safetensors file, found {error} in {file}") from None
+        return dict(sorted(index.items()))
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every stored tensor by Hugging Face name."""
+        shapes = {}
+        for name, file in self._files.items():
+            with safe_open(file, framework="pt") as tensors:
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        return shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored type, on the CPU. Raises KeyError for a name that is not stored."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, or of the model where the folder is a snapshot in the hub's cache."""
+        path = self.path.resolve()
+        return path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one tensor."""
+        return "lm_head.weight" not in self.shapes
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over config.json, the tokenizer's files and every weights file."""
+        digest = hashlib.sha256()
+        small = [self.path / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+        for file in [*filter(Path.is_file, small), *sorted(set(self._files.values()))]:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def resolve_model(name: str) -> Path:
+    """A local folder as it is; otherwise a Hugging Face id, its safetensors downloaded or taken from the cache.
+
+    Raises ModelFolderError if it is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ModelFolderError(f"expected a Hugging Face model folder or id, found no folder at {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFolderError(
+            f"expected a model folder or a Hugging Face id, found neither at {name} ({reason})"
+        ) from None

@@ -1,0 +1,100 @@
+"""The one table of GGUF weight formats: block geometry, exact sizes and which rows they fit.
+
+Levels are the searcher's words (W2 ... W8); each names the GGUF type that realizes it. Sizes are gguf's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+SUPER_BLOCK = 256  # columns of a K type's super-block (QK_K in ggml-common.h)
+GGUF_ALIGNMENT = 32  # bytes; GGUF pads every tensor's data to this
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """A GGUF tensor type: ``block_size`` consecutive weights of a row stored in ``block_bytes`` bytes."""
+
+    name: str  # GGUF's own, e.g. "Q2_K"
+    level: str  # the searcher's, e.g. "W2"
+    block_size: int
+    block_bytes: int
+
+    @property
+    def ggml_type(self) -> GGMLQuantizationType:
+        return GGMLQuantizationType[self.name]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
+    @property
+    def is_float(self) -> bool:
+        return self.block_size == 1
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of ``columns`` weights divide into whole blocks."""
+        return columns % self.block_size == 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row. Raises ValueError if the row does not divide into blocks."""
+        if not self.fits(columns):
+            raise ValueError(f"row size ({columns}) is not a multiple of {self.name} block size ({self.block_size})")
+        return columns // self.block_size * self.block_bytes
+
+    def tensor_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor (rows, columns), without the padding that GGUF adds behind it."""
+        return prod(shape[:-1]) * self.row_bytes(shape[-1])
+
+
+def _format(name: str, level: str) -> QuantFormat:
+    return QuantFormat(name, level, *GGML_QUANT_SIZES[GGMLQuantizationType[name]])
+
+
+FORMATS: dict[str, QuantFormat] = {
+    f.name: f
+    for f in (
+        _format("Q2_K", "W2"),
+        _format("Q3_K", "W3"),
+        _format("Q4_K", "W4"),
+        _format("Q5_K", "W5"),
+        _format("Q6_K", "W6"),
+        _format("Q8_0", "W8"),
+        _format("Q4_0", "W4"),
+        _format("Q4_1", "W4"),
+        _format("Q5_0", "W5"),
+        _format("Q5_1", "W5"),
+        _format("F16", "W16"),
+        _format("F32", "W32"),
+    )
+}
+LEVEL_FORMATS = {"W2": "Q2_K", "W3": "Q3_K", "W4": "Q4_K", "W5": "Q5_K", "W6": "Q6_K", "W8": "Q8_0"}
+# What llama.cpp itself falls back to where a row does not divide into 256 (llama-quant.cpp, tensor type fallback).
+ROW_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}
+
+
+def format_for(level: str, columns: int) -> QuantFormat:
+    """The format of ``level`` for rows of ``columns`` weights, after llama.cpp's row fallback; F16 where no block fits.
+
+    Raises ValueError for a level that is not in the table.
+    """
+    if level not in LEVEL_FORMATS:
+        raise ValueError(f"unknown level {level!r}: expected one of {', '.join(LEVEL_FORMATS)}")
+    wanted = FORMATS[LEVEL_FORMATS[level]]
+    for candidate in (wanted, FORMATS[ROW_FALLBACK[wanted.name]]):
+        if candidate.fits(columns):
+            return candidate
+    return FORMATS["F16"]
+
+
+def legal_formats(levels: Sequence[str], columns: int) -> tuple[QuantFormat, ...]:
+    """Distinct formats of ``levels`` for rows of ``columns`` weights, smallest first."""
+    formats = {format_for(level, columns) for level in levels}
+    return tuple(sorted(formats, key=lambda f: (f.bits_per_weight, f.name)))
+
+
+def padded(size: int) -> int:
+    """``size`` bytes rounded up to GGUF's alignment."""
+    return -(-size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT

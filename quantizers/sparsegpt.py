@@ -1,0 +1,204 @@
+"""SparseGPT/GPTQ compensation onto GGUF's grids (Frantar & Alistarh 2022, 2023), all levels in one column loop.
+
+Columns are rounded in order, and each column's error is spread over the columns after it so that the output changes
+least. Where a row's scale block begins, its scales are fitted to the already compensated weights and frozen. Rows are
+independent, so every format of every tensor that reads the same input is just more rows, under one factorization.
+
+Legend: H (columns, columns), U upper with U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors
+and formats.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantizers.codec import (
+    PackedTensor,
+    check_weights,
+    dequantize,
+    fit_rows,
+    normalized_importance,
+    pad_rows,
+    quantize,
+)
+from quantizers.descent import descend
+from quantizers.formats import SUPER_BLOCK, QuantFormat
+from quantizers.grid import GRIDS, Grid, Scales, safe_inverse
+from quantizers.hessian import check_hessian, damped, inverse_factor
+from quantizers.packing import pack
+
+PANEL = 32  # columns between small updates; every scale block is a multiple of it
+DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
+GRAIN = 16  # columns that share a step in every format
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """A packed tensor with its error tr(dW H dW^T), and the same relative to tr(W H W^T)."""
+
+    packed: PackedTensor
+    error: float
+    relative: float
+
+
+@dataclass
+class Segment:
+    """Neighbouring rows of one format in the stack, and the scales they have been given."""
+
+    grid: Grid
+    rows: slice
+    scales: list[Scales] = field(default_factory=list)  # block by block along the row
+
+    def finish(self, W: Tensor, integers: Tensor, H: Tensor, rounds: int) -> Tensor:
+        """Bytes (N, row_bytes) of original W and compensated integers, (columns, N) each, after coordinate descent."""
+        N = W.shape[1]
+        W, integers = pad_rows(W), pad_rows(integers)
+        scales = Scales.concatenate(self.scales, 0).map(pad_rows)
+        return pack(self.grid, *descend(self.grid, W, H, (scales, integers), rounds))[:N]
+
+
+def compensate(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    H: Tensor,
+    damping: float = 0.01,
+    rounds: int = DESCENT_ROUNDS,
+) -> dict[str, dict[str, Compensated]]:
+    """Tensor name -> format name -> bytes and errors.
+
+    ``weights`` float (rows, columns) that multiply the same input, ``formats`` wanted of each, H (columns, columns)
+    of that input. ``damping`` is a fraction of the mean diagonal (see ``inverse_factor``); ``rounds`` of coordinate
+    descent follow the column loop. Each row is the better, by its tr(dW H dW^T), of that and plain rounding with
+    importance diag(H), so none is worse than ``quantize``.
+    Columns with H_jj = 0 are rounded plainly; float formats are copied.
+    Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
+    """
+    columns = len(H)
+    check_hessian(H, columns)
+    for name, W in weights.items():
+        for fmt in formats[name]:
+            check_weights(fmt, W, columns)
+    compensated = compensate_stack(weights, formats, H, damping, rounds)
+    return {
+        name: {fmt.name: _best_rows(fmt, W.float(), compensated.get((name, fmt.name)), H) for fmt in formats[name]}
+        for name, W in weights.items()
+    }
+
+
+def conditional_importance(U: Tensor, H: Tensor) -> Tensor:
+    """1 / U_jj^2, float32 (columns,), mean 1: what an error in column j costs once all later columns make up for it.
+
+    In place of diag(H) for fitting scales it lowers tr(dW H dW^T) by about 1 % (measured on a trained model, all
+    formats). Dead columns (H_jj = 0) do not count.
+    """
+    cost = U.diagonal().square().reciprocal()
+    return normalized_importance(torch.where(H.diagonal() == 0, 0.0, cost), len(H), H.device)
+
+
+def compensate_stack(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    H: Tensor,
+    damping: float,
+    rounds: int,
+) -> dict[tuple[str, str], Tensor]:
+    """(tensor, format) -> compensated bytes (rows, row_bytes), for all block formats."""
+    wanted = sorted({f.name for choices in formats.values() for f in choices if not f.is_float})
+    if not wanted:
+        return {}
+    members = {fmt: [name for name in weights if fmt in {f.name for f in formats[name]}] for fmt in wanted}
+    stack = torch.cat([weights[name].float() for fmt in wanted for name in members[fmt]]).T
+    segments = list(_segments(weights, members))
+    U, taken = inverse_factor(H, damping)
+    integers = column_loop(pad_rows(stack), U.float(), conditional_importance(U, H), segments)
+    regular = damped(H, taken).float()
+    packed = {}
+    for segment, (fmt, names) in zip(segments, members.items(), strict=True):
+        data = segment.finish(stack[:, segment.rows], integers[:, segment.rows], regular, rounds)
+        rows = [len(weights[name]) for name in names]
+        packed.update({(name, fmt): part for name, part in zip(names, data.split(rows), strict=True)})
+    return packed
+
+
+def _segments(weights: Mapping[str, Tensor], members: Mapping[str, Sequence[str]]) -> Iterator[Segment]:
+    start = 0
+    for fmt, names in members.items():
+        stop = start + sum(len(weights[name]) for name in names)
+        yield Segment(GRIDS[fmt], slice(start, stop))
+        start = stop
+
+
+def column_loop(W: Tensor, U: Tensor, importance: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Integers int8 (columns, R) of W (columns, R), which is overwritten; the segments receive their scales."""
+    columns, R = W.shape
+    integers = torch.empty(columns, R, dtype=torch.int8, device=W.device)
+    errors = torch.empty_like(W[:SUPER_BLOCK])
+    steps = _Steps(R, segments, W)
+    for block in range(0, columns, SUPER_BLOCK):
+        stop = min(block + SUPER_BLOCK, columns)
+        for start in range(block, stop, PANEL):
+            end = start + PANEL
+            steps.refresh(W, importance, start)
+            integers[start:end], panel_errors = _round_panel(W[start:end], U[start:end, start:end], steps, start)
+            W[end:stop] -= U[start:end, end:stop].T @ panel_errors
+            errors[start - block : end - block] = panel_errors
+        W[stop:] -= U[block:stop, stop:].T @ errors[: stop - block]
+    return integers
+
+
+class _Steps:
+    """Steps and offsets of every row, for each GRAIN of the present super-block."""
+
+    def __init__(self, R: int, segments: Sequence[Segment], like: Tensor):
+        self.segments = segments
+        self.step, self.inverse, self.offset = like.new_zeros(3, SUPER_BLOCK // GRAIN, R)
+        self.low, self.high = like.new_zeros(2, R)
+        for segment in segments:
+            self.low[segment.rows] = segment.grid.low
+            self.high[segment.rows] = segment.grid.high
+
+    def refresh(self, W: Tensor, importance: Tensor, start: int) -> None:
+        """Fit the scales of the blocks that begin at column ``start`` and freeze them."""
+        for segment in self.segments:
+            size = segment.grid.format.block_size
+            if start % size:
+                continue
+            scales = fit_rows(segment.grid, W[start : start + size, segment.rows], importance[start : start + size])
+            segment.scales.append(scales)
+            repeat = segment.grid.width // GRAIN
+            grains = slice(start % SUPER_BLOCK // GRAIN, (start % SUPER_BLOCK + size) // GRAIN)
+            for table, values in ((self.step, scales.step), (self.offset, scales.offset)):
+                table[grains, segment.rows] = values[0, :, 0].repeat_interleave(repeat, 0)
+            self.inverse[grains, segment.rows] = safe_inverse(self.step[grains, segment.rows])
+
+
+def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int) -> tuple[Tensor, Tensor]:
+    """Integers and errors / U_jj, (PANEL, R) each; the error of every column is spread over the rest of the panel."""
+    integers, errors = torch.empty_like(W), torch.empty_like(W)
+    for j, w in enumerate(W):
+        grain = (start + j) % SUPER_BLOCK // GRAIN
+        step, offset = steps.step[grain], steps.offset[grain]
+        q = torch.add(w, offset, out=integers[j]).mul_(steps.inverse[grain]).round_().clamp_(steps.low, steps.high)
+        error = torch.mul(q, step, out=errors[j]).sub_(offset).sub_(w).div_(-U[j, j])
+        W[j + 1 :].addcmul_(U[j, j + 1 :, None], error, value=-1)
+    return integers, errors
+
+
+def _best_rows(fmt: QuantFormat, W: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:
+    """Row by row the better of plain and compensated bytes."""
+    data = quantize(fmt, W, H.diagonal())
+    errors = row_errors(W - dequantize(fmt, data), H)
+    if compensated is not None:
+        compensated_errors = row_errors(W - dequantize(fmt, compensated), H)
+        better = compensated_errors < errors
+        data = torch.where(better[:, None], compensated, data)
+        errors = torch.where(better, compensated_errors, errors)
+    error, power = float(errors.sum()), float(row_errors(W, H).sum())
+    return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
+
+
+def row_errors(dW: Tensor, H: Tensor) -> Tensor:
+    """diag(dW H dW^T), float64 (rows,)."""
+    return ((dW @ H.float()) * dW).sum(1, dtype=torch.float64)

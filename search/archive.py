@@ -1,0 +1,78 @@
+"""evaluations.jsonl: every evaluation of a run, one line each, appended and never rewritten."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from search.errors import UserError
+from search.files import cut_torn_tail, sync_folder
+from search.types import Evaluation, Fidelity, Genome
+
+
+class EvaluationLog:
+    """The archive of evaluations, in memory by (genome, fidelity) and on disk in the order they came.
+
+    Opening repairs a torn last line (what a killed process or a power cut leaves) by cutting it off, and raises
+    ValueError for any other line that is no evaluation.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._evaluations: dict[tuple[Genome, Fidelity], Evaluation] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_tail(self.path)
+        self._load()
+        self._stream = self.path.open("ab")
+        sync_folder(self.path.parent)
+
+    def __len__(self) -> int:
+        return len(self._evaluations)
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        """Evaluations, oldest first."""
+        return iter(self._evaluations.values())
+
+    def get(self, genome: Genome, fidelity: Fidelity) -> Evaluation | None:
+        return self._evaluations.get((genome, fidelity))
+
+    def at(self, fidelity: Fidelity) -> list[Evaluation]:
+        """Every evaluation of ``fidelity``, oldest first."""
+        return [evaluation for evaluation in self if evaluation.fidelity == fidelity]
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Write one line, which survives the death of this process; ``sync`` makes it survive a power cut.
+
+        Raises ValueError if the genome already has a line at this fidelity.
+        """
+        key = (evaluation.genome, evaluation.fidelity)
+        if key in self._evaluations:
+            raise ValueError(f"genome {evaluation.genome} is already in {self.path} at {evaluation.fidelity}")
+        self._stream.write(json.dumps(evaluation.to_json(), allow_nan=False).encode() + b"\n")
+        self._stream.flush()
+        self._evaluations[key] = evaluation
+
+    def sync(self) -> None:
+        """fsync what was appended, once a batch."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _load(self) -> None:
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            evaluation = _parse(line)
+            if evaluation is None:
+                raise UserError(f"line {number} of {self.path} is not an evaluation: {line[:80]!r}")
+            key = (evaluation.genome, evaluation.fidelity)
+            if key in self._evaluations:
+                raise UserError(f"line {number} of {self.path} repeats genome {evaluation.genome} at {key[1]}")
+            self._evaluations[key] = evaluation
+
+
+def _parse(line: bytes) -> Evaluation | None:
+    try:
+        return Evaluation.from_json(json.loads(line))
+    except (ValueError, TypeError, KeyError):
+        return None

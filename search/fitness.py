@@ -1,0 +1,62 @@
+"""From what was measured of a genome to the one number that the search minimizes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from search.budget import F16_BYTES
+
+SMALLEST_MSE = 1e-12  # keeps 1 / MSE finite for an output that did not change
+
+
+@dataclass(frozen=True)
+class FitnessSettings:
+    """Which loss, and its weights.
+
+    ``distortion`` is kl_weight * KL + reconstruction_weight * reconstruction. ``weighted`` is the fitness of the first
+    mixed-precision searches, alpha * (1 / MSE) + beta * compression.
+    """
+
+    kind: Literal["distortion", "weighted"] = "distortion"
+    kl_weight: float = 1.0
+    reconstruction_weight: float = 0.0
+    alpha: float = 1.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("distortion", "weighted"):
+            raise ValueError(f"unknown fitness {self.kind!r}: expected distortion or weighted")
+        weights = (self.kl_weight, self.reconstruction_weight, self.alpha, self.beta)
+        if min(weights) < 0:
+            raise ValueError(f"fitness weights must not be negative, found {min(weights)}")
+        pair = weights[:2] if self.kind == "distortion" else weights[2:]
+        if max(pair) == 0:
+            raise ValueError(f"both weights of the {self.kind} fitness are zero: nothing is left to search for")
+
+
+def distortion_loss(kl: float, reconstruction: float, kl_weight: float, reconstruction_weight: float) -> float:
+    """kl_weight * KL (nats per token) + reconstruction_weight * reconstruction (relative Hessian-weighted error)."""
+    # A weight of zero leaves its term out, even a term that was not measured (NaN).
+    terms = ((kl_weight, kl), (reconstruction_weight, reconstruction))
+    return sum(weight * value for weight, value in terms if weight)
+
+
+def compression_of(file_bytes: int, weights: int) -> float:
+    """How many times smaller the file is than its weights at F16; larger is better."""
+    return F16_BYTES * weights / file_bytes
+
+
+def weighted_fitness(logit_mse: float, compression: float, alpha: float, beta: float) -> float:
+    """alpha * (1 / MSE) + beta * compression, after the original; larger is better."""
+    return alpha / max(logit_mse, SMALLEST_MSE) + beta * compression
+
+
+def search_loss(
+    settings: FitnessSettings, *, kl: float, logit_mse: float, reconstruction: float, file_bytes: int, weights: int
+) -> float:
+    """What Evaluation.loss holds; smaller is better.
+
+    The weighted fitness grows with quality, so its loss is its negative; ``weights`` counts those of the whole file.
+    """
+    if settings.kind == "weighted":
+        return -weighted_fitness(logit_mse, compression_of(file_bytes, weights), settings.alpha, settings.beta)
+    return distortion_loss(kl, reconstruction, settings.kl_weight, settings.reconstruction_weight)

@@ -1,0 +1,57 @@
+"""The genomes a search starts from, and is never allowed to end worse than."""
+
+import re
+from collections.abc import Sequence
+
+from search.budget import Budget
+from search.exact import exact, greedy, lagrangian
+from search.repair import Repair
+from search.sensitivity import SensitivityTable
+from search.types import Gene, Genome, SearchSpace
+
+
+def pure_uniform(space: SearchSpace, budget: Budget) -> dict[str, Genome]:
+    """By level ("W3"), smallest first: every gene at that level, where the file is not over the budget.
+
+    A gene without the level takes its next larger one, as llama.cpp does for rows that do not divide into blocks, or
+    its largest. These may leave much of the budget unused.
+    """
+    levels = sorted({quant_format.level for gene in space.genes for quant_format in gene.formats}, key=_bits)
+    genomes = {level: tuple(_choice_at(gene, _bits(level)) for gene in space.genes) for level in levels}
+    return {level: genome for level, genome in genomes.items() if space.file_bytes(genome) <= budget.file_bytes}
+
+
+def uniform(space: SearchSpace, budget: Budget, table: SensitivityTable | None = None) -> Genome:
+    """The largest uniform level that fits, filled to the budget: by gain a byte in ``table``, or in gene order."""
+    levels = pure_uniform(space, budget)
+    base = list(levels.values())[-1] if levels else space.smallest()
+    return Repair(space, budget, table).fill(base)
+
+
+def seed_genomes(space: SearchSpace, budget: Budget, tables: Sequence[SensitivityTable] = ()) -> dict[str, Genome]:
+    """Named full genomes for the first generation: uniform, then greedy, Lagrangian and exact by each table.
+
+    Different names may hold the same genome. The exact one of the first table is the strongest known start.
+    """
+    seeds = {f"exact {table.measure}": exact(space, budget, table).genome for table in tables}
+    seeds |= {f"lagrangian {table.measure}": lagrangian(space, budget, table) for table in tables}
+    seeds |= {f"greedy {table.measure}": greedy(space, budget, table) for table in tables}
+    return seeds | {"uniform": uniform(space, budget, tables[0] if tables else None)}
+
+
+def reference_genomes(space: SearchSpace, budget: Budget, seeds: dict[str, Genome]) -> dict[str, Genome]:
+    """``seeds`` and the pure uniform genomes that fit: what choose_winner holds the winner against."""
+    return seeds | {f"uniform {level}": genome for level, genome in pure_uniform(space, budget).items()}
+
+
+def _bits(level: str) -> int:
+    """3 of "W3"."""
+    match = re.search(r"\d+", level)
+    assert match is not None, level
+    return int(match[0])
+
+
+def _choice_at(gene: Gene, bits: int) -> int:
+    """The first choice of ``gene`` with at least ``bits``, else its largest."""
+    enough = (c for c, quant_format in enumerate(gene.formats) if _bits(quant_format.level) >= bits)
+    return next(enough, len(gene.formats) - 1)

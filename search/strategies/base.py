@@ -1,0 +1,149 @@
+"""What every strategy shares: the ask/tell protocol, novelty and JSON state. A strategy adds only what to try next."""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from search.repair import Repair
+from search.rng import rng_from_json, rng_to_json
+from search.types import Evaluation, Fidelity, Genome
+
+Batch = list[tuple[Genome, float]]  # in the order of ask; the loss is infinite where an evaluation has none
+
+NOVELTY_TRIES = 40  # candidates drawn before the space counts as having no new genome
+
+
+class BatchStrategy(ABC):
+    """Asks for one batch, waits for all its results, and never proposes a genome twice.
+
+    The batch is made by the first ``ask`` and kept until ``tell``: asking again gives it again, and so does a strategy
+    restored from state_dict.
+    """
+
+    def __init__(self, repair: Repair, seed: int) -> None:
+        self.repair = repair
+        self.space = repair.space
+        self.rng = random.Random(seed)
+        self.told: list[Batch] = []
+        self._batch: list[Genome] | None = None
+        self._seen: set[Genome] = set()  # told, or in the batch
+        self._fidelity: Fidelity | None = None
+
+    @property
+    @abstractmethod
+    def expected_evaluations(self) -> int:
+        """Genomes that the whole run will ask for; fewer if the space runs out of new ones."""
+
+    @abstractmethod
+    def _propose(self) -> list[Genome]:
+        """The next batch of new feasible genomes; [] to finish."""
+
+    @abstractmethod
+    def _learn(self, batch: Batch) -> None:
+        """Take in the losses of a batch. Called for every batch again when a state is loaded."""
+
+    def ask(self) -> list[Genome]:
+        """Feasible genomes to evaluate next; [] when finished. The same ones again until ``tell``."""
+        if self._batch is None:
+            self._batch = self._propose()
+        return list(self._batch)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Results for the last ``ask``, in its order.
+
+        Raises ValueError if nothing was asked, if these are other genomes, or if their fidelity is not the run's.
+        """
+        if not self._batch:
+            raise ValueError("tell without a batch: ask first, and tell every batch once")
+        found = [evaluation.genome for evaluation in evaluations]
+        if found != self._batch:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(found, self._batch, strict=False)))
+            raise ValueError(
+                f"tell expects the {len(self._batch)} genomes of the last ask in their order, "
+                f"found {len(found)}, of which the first {same} are as asked"
+            )
+        self._check_fidelity({evaluation.fidelity for evaluation in evaluations})
+        self._take([(e.genome, e.loss if math.isfinite(e.loss) else math.inf) for e in evaluations])
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serializable state, with the random state."""
+        return {
+            "strategy": type(self).__name__,
+            "rng": rng_to_json(self.rng),
+            "told": [[[list(g), loss if math.isfinite(loss) else None] for g, loss in batch] for batch in self.told],
+            "batch": None if self._batch is None else [list(genome) for genome in self._batch],
+            "fidelity": None if self._fidelity is None else [self._fidelity.split, self._fidelity.tokens],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where ``state_dict`` was taken. Raises ValueError for another strategy's state."""
+        self._check_name(state)
+        self._reset()
+        for batch in self._batches_of(state):
+            self._take(batch)
+        self.rng = rng_from_json(state["rng"])
+        self._fidelity = self._fidelity_of(state)
+        self._batch = None if state["batch"] is None else [tuple(genome) for genome in state["batch"]]
+        self._seen.update(self._batch or ())
+
+    def _reset(self) -> None:
+        """Forget everything told; the random state stays."""
+        self.told = []
+        self._batch = None
+        self._seen = set()
+        self._fidelity = None
+
+    def _take(self, batch: Batch) -> None:
+        self.told.append(batch)
+        self._seen.update(genome for genome, _ in batch)
+        self._batch = None
+        self._learn(batch)
+
+    def _check_name(self, state: Mapping[str, Any]) -> None:
+        if state["strategy"] != type(self).__name__:
+            raise ValueError(f"state of {state['strategy']} cannot be loaded into {type(self).__name__}")
+
+    @staticmethod
+    def _batches_of(state: Mapping[str, Any]) -> list[Batch]:
+        return [[(tuple(g), math.inf if loss is None else loss) for g, loss in batch] for batch in state["told"]]
+
+    @staticmethod
+    def _fidelity_of(state: Mapping[str, Any]) -> Fidelity | None:
+        return None if state["fidelity"] is None else Fidelity(*state["fidelity"])
+
+    def _check_fidelity(self, found: set[Fidelity]) -> None:
+        expected = self._fidelity or next(iter(found))
+        if found != {expected}:
+            raise ValueError(
+                f"losses of different fidelity are never ranked together: expected {expected}, found {found}"
+            )
+        self._fidelity = expected
+
+    def _feasible(self, genome: Genome) -> Genome:
+        """``genome`` repaired to the budget, then filled to the brim."""
+        return self.repair.fill(self.repair(genome, self.rng), self.rng)
+
+    def _is_new(self, genome: Genome) -> bool:
+        """Whether ``genome`` was never proposed; from now on it is."""
+        if genome in self._seen:
+            return False
+        self._seen.add(genome)
+        return True
+
+    def _new(self, make: Callable[[], Genome], tries: int = NOVELTY_TRIES) -> Genome | None:
+        """The first genome of ``make`` that was never proposed; None after ``tries``."""
+        return next((genome for genome in (make() for _ in range(tries)) if self._is_new(genome)), None)
+
+    def _new_ones(self, make: Callable[[], Genome], count: int) -> list[Genome]:
+        """``count`` genomes of ``make`` never proposed before; fewer once it seems to have no more."""
+        found: list[Genome] = []
+        while len(found) < count and (genome := self._new(make)) is not None:
+            found.append(genome)
+        return found
+
+    def _random(self) -> Genome:
+        """A feasible genome close to one with every gene drawn on its own."""
+        return self._feasible(tuple(self.rng.randrange(len(gene.formats)) for gene in self.space.genes))

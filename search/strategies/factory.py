@@ -1,0 +1,54 @@
+"""Strategies by the names that a configuration uses."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search.budget import Budget
+from search.repair import Repair
+from search.seeds import seed_genomes
+from search.sensitivity import SensitivityTable
+from search.strategies.genetic import GeneticSettings, GeneticStrategy
+from search.strategies.optuna_tpe import OptunaSettings, OptunaStrategy
+from search.strategies.random_search import RandomSettings, RandomStrategy
+from search.strategies.solver import SolverSettings, SolverStrategy
+from search.types import Genome, SearchSpace, Strategy
+
+STRATEGIES: dict[str, Any] = {
+    "genetic": GeneticSettings,
+    "optuna": OptunaSettings,
+    "exact": SolverSettings,
+    "random": RandomSettings,
+}  # the settings of each
+
+
+def make_strategy(
+    name: str,
+    space: SearchSpace,
+    budget: Budget,
+    *,
+    tables: Sequence[SensitivityTable] = (),
+    seeds: Mapping[str, Genome] | None = None,
+    settings: Any = None,
+    journal: Path | None = None,
+) -> Strategy:
+    """The strategy ``name``: genetic, optuna, exact or random.
+
+    ``tables`` are sensitivities, the most trusted first: it guides repairs. ``seeds`` default to seed_genomes of them.
+    ``settings`` is the strategy's own dataclass (its defaults if None); ``journal`` a file for optuna-dashboard.
+    Raises ValueError for an unknown name, or for settings of another strategy.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}: expected one of {', '.join(STRATEGIES)}")
+    if settings is not None and not isinstance(settings, STRATEGIES[name]):
+        raise ValueError(f"strategy {name} expects {STRATEGIES[name].__name__}, found {type(settings).__name__}")
+    table = tables[0] if tables else None
+    repair = Repair(space, budget, table)
+    if name == "random":
+        return RandomStrategy(repair, settings)
+    seeds = seed_genomes(space, budget, tables) if seeds is None else seeds
+    if name == "genetic":
+        return GeneticStrategy(repair, seeds, table, settings)
+    if name == "optuna":
+        return OptunaStrategy(repair, seeds, settings, journal)
+    return SolverStrategy(repair, seeds, tables, settings)

@@ -1,0 +1,210 @@
+"""The genetic search, on DEAP's operators.
+
+What it may gain over its seeds lies close to them: the exact solutions are optimal but for noise and interactions, so
+most offspring are one to three swaps away from a good parent, at equal size (after EvoPress, arXiv 2410.14649).
+Unlike EvoPress it recombines: parents improved by different swaps often pass both on. Of several offspring bred for
+each place only the most promising is evaluated (surrogate.py), for an evaluation costs a thousand times more.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from deap import base, tools
+
+from search.repair import Repair
+from search.sensitivity import SensitivityTable
+from search.strategies.base import Batch, BatchStrategy
+from search.surrogate import Surrogate
+from search.types import Genome
+
+MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
+MOST_MUTATED = 4  # genes of one random-gene mutation, drawn from 1 to this
+PARTNERS = 8  # partners of a swap looked at, of which the one that wastes least is taken
+CROSSOVERS: dict[str, Callable[..., Any]] = {
+    "one_point": tools.cxOnePoint,
+    "two_point": tools.cxTwoPoint,
+    "uniform": partial(tools.cxUniform, indpb=0.5),
+}
+
+
+@dataclass(frozen=True)
+class GeneticSettings:
+    """Population and generations are evaluations: every generation proposes ``population`` new genomes.
+
+    Rates are probabilities for one offspring; a child that no operator changed is swapped. ``brood`` offspring compete
+    by surrogate for each place (1 evaluates everything bred). ``elites`` are the best of the whole run, kept as
+    parents; ``immigrants`` are places of each generation for repaired random genomes.
+    """
+
+    population: int = 20
+    generations: int = 12
+    tournament_size: int = 4
+    crossover: Literal["one_point", "two_point", "uniform"] = "uniform"
+    crossover_rate: float = 0.5
+    mutation_rate: float = 0.1
+    swap_rate: float = 0.8
+    elites: int = 4
+    immigrants: int = 1
+    brood: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crossover not in CROSSOVERS:
+            raise ValueError(f"unknown crossover {self.crossover!r}: expected one of {', '.join(CROSSOVERS)}")
+        for name in ("population", "generations", "tournament_size", "elites", "brood"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("crossover_rate", "mutation_rate", "swap_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability from 0 to 1, found {getattr(self, name)}")
+        if not 0 <= self.immigrants < self.population:
+            raise ValueError(f"immigrants must be 0 to {self.population - 1}, found {self.immigrants}")
+
+
+class Fitness(base.Fitness):
+    weights = (-1.0,)  # the loss is minimized
+
+
+class Individual(list[int]):
+    """A genome that DEAP's operators may change in place."""
+
+    def __init__(self, genome: Sequence[int], loss: float | None = None) -> None:
+        super().__init__(genome)
+        self.fitness = Fitness() if loss is None else Fitness((loss,))
+
+
+@contextmanager
+def global_random(rng: random.Random) -> Iterator[None]:
+    """DEAP draws from the global random: lend it ``rng``, then give everybody else their state back."""
+    saved = random.getstate()
+    random.setstate(rng.getstate())
+    try:
+        yield
+    finally:
+        rng.setstate(random.getstate())
+        random.setstate(saved)
+
+
+class GeneticStrategy(BatchStrategy):
+    """Elites, tournament selection, crossover and size-preserving swaps; every child repaired, filled and new."""
+
+    def __init__(
+        self,
+        repair: Repair,
+        seeds: Mapping[str, Genome],
+        table: SensitivityTable | None = None,
+        settings: GeneticSettings | None = None,
+    ) -> None:
+        self.settings = settings or GeneticSettings()
+        super().__init__(repair, self.settings.seed)
+        self._seeds = tuple(dict.fromkeys(seeds.values()))
+        self._table = table
+        self._parents: list[Individual] = []
+        self.toolbox = base.Toolbox()
+        self.toolbox.register("select", tools.selTournament, tournsize=self.settings.tournament_size)
+        self.toolbox.register("mate", CROSSOVERS[self.settings.crossover])
+        self.toolbox.register("swap", self._swap)
+        self.toolbox.register("mutate", self._mutate)
+
+    @property
+    def expected_evaluations(self) -> int:
+        return self.settings.population * self.settings.generations
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._parents = []
+
+    def _learn(self, batch: Batch) -> None:
+        """Parents of the next generation: the elites of the run, then the best of this generation."""
+        newcomers = [Individual(genome, loss) for genome, loss in batch]
+        elites = tools.selBest(self._parents + newcomers, self.settings.elites)
+        others = [individual for individual in tools.selBest(newcomers, len(newcomers)) if individual not in elites]
+        self._parents = (elites + others)[: self.settings.population]
+
+    def _propose(self) -> list[Genome]:
+        if len(self.told) == self.settings.generations:
+            return []
+        batch = self._generation() if self.told else self._founders()
+        return batch + self._new_ones(self._random, self.settings.population - len(batch))
+
+    def _founders(self) -> list[Genome]:
+        """Seeds, then their swap neighbours in half of the places left; the rest is left to random genomes."""
+        size = self.settings.population
+        founders = list(dict.fromkeys(self.repair(seed, self.rng) for seed in self._seeds))[:size]
+        self._seen.update(founders)
+        neighbours = (size - len(founders) + 1) // 2 if founders else 0
+        for i in range(neighbours):
+            seed = founders[i % len(founders)]
+            child = self._new(partial(self._finish, seed, self.toolbox.swap))
+            founders += [] if child is None else [child]
+        return founders
+
+    def _generation(self) -> list[Genome]:
+        """Offspring for all places but the immigrants', the most promising of each brood."""
+        places = self.settings.population - self.settings.immigrants
+        brood = self._new_ones(self._breed, places * self.settings.brood)
+        chosen = brood if len(brood) <= places else self._promising(brood, places)
+        self._seen -= set(brood) - set(chosen)
+        return chosen
+
+    def _promising(self, brood: list[Genome], places: int) -> list[Genome]:
+        """The best of ``brood`` in each of ``places`` strata, so that not all places go to one surrogate's whim."""
+        told = [(genome, loss) for batch in self.told for genome, loss in batch if math.isfinite(loss)]
+        if not told:
+            return brood[:places]
+        losses = Surrogate(told, self._table)(brood)
+        strata = np.array_split(np.arange(len(brood)), places)
+        return [brood[int(stratum[np.argmin(losses[stratum])])] for stratum in strata]
+
+    def _breed(self) -> Genome:
+        """One offspring: parents by tournament, perhaps mated, then changed by at least one operator."""
+        with global_random(self.rng):
+            child, mate = (Individual(parent) for parent in self.toolbox.select(self._parents, 2))
+            if mated := random.random() < self.settings.crossover_rate and child != mate:
+                self.toolbox.mate(child, mate)
+        change = self.rng.random()
+        if change < self.settings.mutation_rate:
+            return self._finish(child, self.toolbox.mutate)
+        if change < self.settings.mutation_rate + self.settings.swap_rate or not mated:
+            return self._finish(child, self.toolbox.swap)
+        return self._finish(child)
+
+    def _finish(self, child: Sequence[int], change: Callable[[Genome], Genome] | None = None) -> Genome:
+        """``child``, changed, repaired to the budget and filled to the brim."""
+        genome = tuple(child) if change is None else change(tuple(child))
+        return self._feasible(genome)
+
+    def _swap(self, genome: Genome) -> Genome:
+        """One to three times: a random gene a step up, and another a step down that pays for it."""
+        for _ in range(self.rng.randint(1, MOST_SWAPS)):
+            genome = self._swap_once(genome)
+        return genome
+
+    def _swap_once(self, genome: Genome) -> Genome:
+        moves = self.repair.moves
+        steps = moves.choice - np.asarray(genome)[moves.gene]
+        ups = np.flatnonzero(steps == 1)
+        if not len(ups):
+            return genome
+        up = int(self.rng.choice(ups.tolist()))
+        larger = moves.apply(genome, up)
+        excess = -self.repair.slack(larger)
+        saved = -moves.deltas(genome)[0]
+        enough = np.flatnonzero((steps == -1) & (saved >= excess) & (moves.gene != moves.gene[up]))
+        if excess <= 0 or not len(enough):
+            return larger  # it fits, or takes more than one gene to pay for: repair's work
+        partners = self.rng.sample(enough.tolist(), min(PARTNERS, len(enough)))
+        return moves.apply(larger, min(partners, key=lambda pair: int(saved[pair])))
+
+    def _mutate(self, genome: Genome) -> Genome:
+        """One to four random genes to random choices."""
+        changed = list(genome)
+        for gene in self.rng.sample(range(len(genome)), min(self.rng.randint(1, MOST_MUTATED), len(genome))):
+            changed[gene] = self.rng.randrange(len(self.space.genes[gene].formats))
+        return tuple(changed)

@@ -1,0 +1,81 @@
+"""Whole runs of the command line on the embedded model, in little text; runs of a session share one bank."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import EMBEDDED, REPOSITORY
+
+SMALL = {
+    "model": str(EMBEDDED),
+    "budget": {"bits_per_weight": 3.5},
+    "levels": ["W2", "W3", "W4", "W6"],
+    "text": {
+        "splits": str(EMBEDDED / "splits.json"),
+        "window": 256,
+        "tokens": {"calibration": 8192, "sensitivity": 512, "search": 512, "validation": 1024, "test": 8192},
+    },
+    "search": {"population": 8, "generations": 3, "validation_candidates": 2},
+    "workers": {"ray": "local", "count": 2},
+}
+
+
+Finished = subprocess.CompletedProcess[str]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A storage path, and the command line on it."""
+
+    storage: Path
+
+    def write(self, name: str, **changes: Any) -> Path:
+        """A configuration file of the small run with top-level ``changes``; sections are merged."""
+        config: dict[str, Any] = {"name": name, "storage_path": str(self.storage), **SMALL}
+        for key, value in changes.items():
+            config[key] = {**config[key], **value} if isinstance(config.get(key), dict) and key != "budget" else value
+        path = self.storage / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, "-m", "bitgenome.cli", *map(str, arguments)]
+
+    def call(self, *arguments: str | Path) -> Finished:
+        environment = {**os.environ, "COLUMNS": "160"}
+        return subprocess.run(
+            self.command(*arguments), capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
+        )
+
+    def evaluations(self, name: str) -> list[dict[str, Any]]:
+        """evaluations.jsonl without the seconds."""
+        lines = (self.storage / name / "evaluations.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    def best(self, name: str) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.storage / name / "best.json").read_text())
+        return record
+
+    def bank(self, name: str) -> Path:
+        """The bank that the run took its weights from."""
+        return Path(json.loads((self.storage / name / "run.json").read_text())["bank"])
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def finished(runs: Runs) -> Finished:
+    """The undisturbed run ``base`` on two Ray workers."""
+    done = runs.call("run", runs.write("base"))
+    assert done.returncode == 0, done.stderr
+    return done

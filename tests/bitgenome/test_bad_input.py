@@ -1,0 +1,140 @@
+"""A user's mistake ends in one sentence and exit code 2, before minutes of work, and leaves what was there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bitgenome.cli import main
+from bitgenome.config import load_config
+from bitgenome.run_directory import RunDirectory
+from tests.bitgenome.conftest import SMALL
+from tests.conftest import EMBEDDED
+
+
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
+    """What the command line says; it must be one sentence with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["bitgenome", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Refusal of ``bitgenome COMMAND`` for the small configuration with ``changes``."""
+
+    def call(command: str = "run", sets: tuple[str, ...] = (), **changes: Any) -> str:
+        config = {"name": "bad", "storage_path": str(tmp_path / "runs"), **SMALL, "workers": {"ray": "off"}, **changes}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        overrides = [part for value in sets for part in ("--set", value)]
+        return refusal(capsys, monkeypatch, command, path, *overrides)
+
+    return call
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(refused: Any) -> None:
+    said = refused(sets=("search.generation=3",))
+    assert "unknown key 'search.generation'" in said and "did you mean search.generations?" in said
+    assert "did you mean budget?" in refused(budgets={"bits_per_weight": 3})
+
+
+def test_a_missing_model_folder(refused: Any) -> None:
+    assert "found no folder at ./nowhere" in refused(model="./nowhere")
+
+
+def test_an_architecture_that_gguf_lacks(refused: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "opt"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "opt", "architectures": ["OPTForCausalLM"]}))
+    (folder / "model.safetensors").write_bytes((EMBEDDED / "model.safetensors").read_bytes())
+    said = refused(model=str(folder))
+    assert "opt" in said and "llama" in said
+
+
+@pytest.mark.parametrize("bits", [1.0, 20.0])
+def test_a_budget_out_of_reach_is_answered_with_both_bounds(bits: float, refused: Any) -> None:
+    said = refused(budget={"bits_per_weight": bits})
+    assert "cannot be met" in said and said.count("bits per weight (") == 3
+
+
+def test_two_budgets_at_once(refused: Any) -> None:
+    assert "exactly one of" in refused(budget={"bits_per_weight": 3, "file_size": "2 MB"})
+
+
+def test_a_size_that_is_none(refused: Any) -> None:
+    assert "'3 elephants' is not a number of bytes" in refused(budget={"file_size": "3 elephants"})
+
+
+def test_too_little_text(refused: Any, tmp_path: Path) -> None:
+    text = {**SMALL["text"], "tokens": {"calibration": 10_000_000}}  # type: ignore[dict-item]
+    said = refused(text=text)
+    assert "tokens of calibration text" in said and "lower text.tokens.calibration" in said
+    assert not (tmp_path / "runs" / "bad").exists()
+
+
+def test_a_window_longer_than_the_context(refused: Any) -> None:
+    assert "at most the model's context (512" in refused(text={**SMALL["text"], "window": 1024})  # type: ignore[dict-item]
+
+
+def test_corrupt_weights(refused: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "corrupt"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((EMBEDDED / "config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes((EMBEDDED / "model.safetensors").read_bytes()[:100_000])
+    assert "expected a readable safetensors file" in refused(model=str(folder))
+
+
+def test_a_level_that_does_not_exist(refused: Any) -> None:
+    assert "found W7" in refused(levels=["W2", "W7"])
+
+
+def test_no_configuration_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "found nothing at nowhere.yaml" in refusal(capsys, monkeypatch, "run", "nowhere.yaml")
+
+
+def test_a_file_that_is_no_yaml(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: [unclosed\n")
+    assert "expected YAML" in refusal(capsys, monkeypatch, "run", path)
+
+
+def test_a_directory_of_another_configuration_is_refused_with_the_keys_that_differ(
+    refused: Any, tmp_path: Path
+) -> None:
+    directory = tmp_path / "runs" / "bad"
+    assert "found no folder" in refused(model="./nowhere")
+    directory.mkdir(parents=True)
+    RunDirectory.create(load_config(tmp_path / "config.yaml", [f"model={EMBEDDED}"]))
+    (directory / "evaluations.jsonl").touch()
+    before = (directory / "run.json").read_bytes()
+    said = refused(sets=("search.seed=7", "budget.bits_per_weight=3.4"))
+    assert "differs in budget.bits_per_weight, search.seed" in said
+    assert (directory / "run.json").read_bytes() == before
+
+
+def test_resume_of_what_is_no_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "expected a run directory with run.json" in refusal(capsys, monkeypatch, "resume", tmp_path)
+
+
+def test_export_of_a_run_that_is_not_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: Any
+) -> None:
+    refused(sets=("model=./nowhere",))
+    run = RunDirectory.create(load_config(tmp_path / "config.yaml"))
+    assert "expected a finished run" in refusal(capsys, monkeypatch, "export", run.path)
+
+
+def test_an_option_that_does_not_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "No such option" in refusal(capsys, monkeypatch, "run", "x.yaml", "--seed", "3")

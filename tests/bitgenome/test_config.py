@@ -1,0 +1,47 @@
+"""Configurations: what ships loads, overrides apply, the digest is that of the result."""
+
+from pathlib import Path
+
+import pytest
+
+from bitgenome.config import load_config
+from bitgenome.plan import make_plan
+from search.errors import UserError
+from search.strategies.genetic import GeneticSettings
+from tests.bitgenome.conftest import Runs
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_in_the_repository_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    plan = make_plan(load_config(path))
+    assert plan.space.file_bytes(plan.space.smallest()) <= plan.budget.file_bytes
+
+
+def test_overrides_are_yaml_and_replace_the_kind_of_budget(runs: Runs) -> None:
+    path = runs.write("overrides")
+    config = load_config(path, ["search.generations=20", "budget.file_size=3 MB", "levels=[W2, W8]"])
+    assert (config.search.generations, config.budget.file_size) == (20, "3 MB")
+    assert config.budget.bits_per_weight is None
+    assert config.levels == ("W2", "W8")
+
+
+def test_an_override_without_a_value_is_refused(runs: Runs) -> None:
+    with pytest.raises(UserError, match="expected --set KEY=VALUE, found 'search.seed'"):
+        load_config(runs.write("overrides"), ["search.seed"])
+
+
+def test_the_digest_ignores_where_a_run_is_computed(runs: Runs) -> None:
+    path = runs.write("digest")
+    digest = load_config(path).digest
+    assert load_config(path, ["workers.count=7", "storage_path=elsewhere", "name=other"]).digest == digest
+    assert load_config(path, ["search.seed=1"]).digest != digest
+
+
+def test_defaults_of_the_search_are_those_of_the_genetic_strategy(runs: Runs) -> None:
+    search = load_config(runs.write("defaults")).search
+    ours = {k: v for k, v in type(search)().model_dump().items() if k in GeneticSettings.__dataclass_fields__}
+    assert GeneticSettings(**ours) == GeneticSettings()

@@ -1,0 +1,79 @@
+"""kill -9 at a random moment, a lost worker, Ctrl-C: the same run in the end."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.bitgenome.conftest import Finished, Runs
+from tests.conftest import REPOSITORY
+
+
+def default_interrupts() -> None:
+    """A shell's job behind & ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(runs: Runs, *arguments: str | Path) -> subprocess.Popen[str]:
+    environment = dict(os.environ)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        runs.command(*arguments),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+        preexec_fn=default_interrupts,  # noqa: PLW1509 - the tests start no threads
+    )
+
+
+def wait_for_lines(path: Path, lines: int, driver: "subprocess.Popen[str]") -> None:
+    """Until the file has that many lines or the driver ends."""
+    while driver.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+        time.sleep(0.02)
+
+
+def test_a_run_killed_three_times_ends_as_if_undisturbed(runs: Runs, finished: Finished) -> None:
+    rng = random.Random(20261121)
+    config = runs.write("killed")
+    log = runs.storage / "killed" / "evaluations.jsonl"
+    for lines in sorted(rng.sample(range(1, 24), 3)):
+        driver = start(runs, "run", config)
+        wait_for_lines(log, lines, driver)
+        time.sleep(rng.random() / 4)
+        driver.kill()
+        assert driver.wait() == -signal.SIGKILL
+    resumed = runs.call("resume", runs.storage / "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert runs.evaluations("killed") == runs.evaluations("base")
+    assert runs.best("killed")["winner"]["genome"] == runs.best("base")["winner"]["genome"]
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(runs: Runs, finished: Finished) -> None:
+    driver = start(runs, "run", runs.write("bereaved"))
+    wait_for_lines(runs.storage / "bereaved" / "evaluations.jsonl", 3, driver)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    victim = next(p for p in processes if " ".join(p.cmdline()).startswith(("ray::eval", "ray::Worker")))
+    victim.kill()
+    _, log = driver.communicate()
+    assert driver.returncode == 0, log
+    assert "lost worker" in log
+    assert runs.evaluations("bereaved") == runs.evaluations("base")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_continue(stop: signal.Signals, runs: Runs, finished: Finished) -> None:
+    name = f"interrupted-{stop.name.lower()}"
+    driver = start(runs, "run", runs.write(name, workers={"ray": "off"}))
+    wait_for_lines(runs.storage / name / "evaluations.jsonl", 2, driver)
+    driver.send_signal(stop)
+    _, log = driver.communicate(timeout=60)
+    assert driver.returncode == 130, log
+    assert f"bitgenome resume {runs.storage / name}" in log
+    assert "Traceback" not in log

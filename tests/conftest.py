@@ -1,0 +1,70 @@
+"""Shared by all tests: the embedded model and one bank of it, built once a session."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluators.bank import BuildBankGroup
+from evaluators.calibration import Calibrate, group_file
+from evaluators.evaluator import EvaluatorSetup
+from evaluators.model_folder import ModelFolder
+from evaluators.stdlib_text import load_held_out
+from evaluators.text import TokenWindows, load_tokenizer, stdlib_documents, token_windows
+from exporters.gguf_file import fixed_bytes
+from exporters.tensor_names import quantizable_tensors
+from search.fitness import FitnessSettings
+from search.types import SearchSpace
+from workers.pool import SerialPool
+
+REPOSITORY = Path(__file__).parents[1]
+EMBEDDED = REPOSITORY / "models" / "stdlib-6m"
+LEVELS = ("W2", "W3", "W4", "W8")
+TOKENS = {"calibration": 8192, "search": 2048, "validation": 2048, "test": 4096}
+
+
+@dataclass(frozen=True)
+class SmallBank:
+    """The embedded model with a bank from little calibration text."""
+
+    folder: ModelFolder
+    directory: Path
+    windows_file: Path
+    windows: TokenWindows
+    groups: list[str]
+    space: SearchSpace
+
+    def setup(self, **fitness: Any) -> EvaluatorSetup:
+        settings = FitnessSettings(**fitness)
+        key = f"{self.directory}{settings}"
+        return EvaluatorSetup(self.folder.path, self.directory, self.windows_file, self.space, settings, key)
+
+    def bank_tasks(self, directory: Path) -> list[BuildBankGroup]:
+        formats = {gene.name: tuple(f.name for f in gene.formats) for gene in self.space.genes}
+        return [
+            BuildBankGroup(self.folder.path, group_file(self.directory, group), directory, formats, 0.01)
+            for group in self.groups
+        ]
+
+
+@pytest.fixture(scope="session")
+def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
+    directory = tmp_path_factory.mktemp("bank")
+    folder = ModelFolder(EMBEDDED)
+    documents = stdlib_documents(load_held_out(EMBEDDED / "splits.json"))
+    windows = token_windows(load_tokenizer(folder), documents, 256, TOKENS, seed=0)
+    windows_file = directory / "windows.safetensors"
+    windows_file.write_bytes(windows.to_bytes())
+    pool = SerialPool()
+    (groups,) = pool.map([Calibrate(EMBEDDED, windows_file, directory)])
+    space = SearchSpace.per_tensor(quantizable_tensors(folder), LEVELS, fixed_bytes(folder))
+    small = SmallBank(folder, directory, windows_file, windows, groups, space)
+    list(pool.map(small.bank_tasks(directory)))
+    return small
+
+
+def no_progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    """Stands where the command line shows a progress bar."""
+    return iter(items)

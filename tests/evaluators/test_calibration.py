@@ -1,0 +1,41 @@
+"""Hessians are those of the full-precision model's own inputs, one for each input."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from evaluators.calibration import InputGroup, calibrate, group_file
+from evaluators.model_folder import ModelFolder
+from tests.conftest import EMBEDDED, SmallBank
+
+
+def test_tensors_that_read_the_same_input_share_one_hessian(small_bank: SmallBank) -> None:
+    groups = [InputGroup.load(group_file(small_bank.directory, name)) for name in small_bank.groups]
+    first = [tuple(name.removeprefix("model.layers.0.") for name in group.tensors) for group in groups[:4]]
+    assert first == [
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ("self_attn.o_proj.weight",),
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("mlp.down_proj.weight",),
+    ]
+    assert sorted(name for group in groups for name in group.tensors) == sorted(g.name for g in small_bank.space.genes)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.4.self_attn.q_proj"])
+def test_hessians_equal_those_of_a_plain_forward_in_float64(name: str, small_bank: SmallBank) -> None:
+    ids = torch.from_numpy(small_bank.windows.windows["calibration"])
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        model(ids)
+    x = seen[0].flatten(0, 1).double()
+    expected = x.T @ x / len(x)
+    found = InputGroup.load(group_file(small_bank.directory, name)).hessian.double()
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_calibration_gives_the_same_hessians_twice() -> None:
+    windows = torch.arange(512).reshape(2, 256)
+    first, second = (list(calibrate(ModelFolder(EMBEDDED), windows, torch.device("cpu"))) for _ in range(2))
+    assert all(torch.equal(a.hessian, b.hessian) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,60 @@
+"""KL, logit error and perplexity are those of float64 log-softmax."""
+
+import math
+
+import pytest
+import torch
+
+from evaluators.divergence import Reference, kl_of_differences
+
+VOCABULARY, HIDDEN = 700, 48
+
+
+def case(noise: float, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 50, HIDDEN, generator=generator, dtype=torch.float64)
+    head = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64) / 4
+    other = hidden + noise * torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, VOCABULARY, (2, 50), generator=generator)
+    return hidden.to(dtype), head.to(dtype), other.to(dtype), ids
+
+
+@pytest.mark.parametrize(("noise", "tolerance"), [(1.0, 1e-5), (1e-2, 1e-4), (1e-4, 2e-2)])
+def test_divergence_equals_the_textbook_formulas_in_float64(noise: float, tolerance: float) -> None:
+    hidden, head, other, ids = case(noise, torch.float64)
+    p, q = ((h @ head.T).log_softmax(-1) for h in (hidden, other))
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    mse = float(((hidden - other) @ head.T).square().mean())
+    loss = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
+    hidden, head, other, ids = case(noise)
+    found = Reference(hidden, head, ids).compare(other, head)
+    assert found.kl == pytest.approx(kl, rel=tolerance)
+    assert found.logit_mse == pytest.approx(mse, rel=tolerance)
+    assert found.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-5)
+
+
+def test_a_model_does_not_diverge_from_itself() -> None:
+    hidden, head, _, ids = case(0.0)
+    found = Reference(hidden, head, ids).compare(hidden, head)
+    assert (found.kl, found.logit_mse) == (0.0, 0.0)
+
+
+def test_references_too_large_to_keep_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, other, ids = case(0.1)
+    kept = Reference(hidden, head, ids).compare(other, head)
+    monkeypatch.setattr("evaluators.divergence.CACHE_BYTES", 0)
+    assert Reference(hidden, head, ids).compare(other, head) == kept
+
+
+def test_logits_far_apart_neither_overflow_nor_lose_the_divergence() -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0]])
+    difference = torch.tensor([[0.0, 200.0, 0.0]])
+    kl, _ = kl_of_differences(p, difference)
+    assert float(kl) == pytest.approx(200 + math.log(0.5) - 100, rel=1e-6)
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    hidden, head, other, ids = case(0.1)
+    other[0, 3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Reference(hidden, head, ids).compare(other, head)

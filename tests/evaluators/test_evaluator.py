@@ -1,0 +1,91 @@
+"""An evaluation is a plain load-and-forward of the decoded bytes, whatever ran on the worker before."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from evaluators.bank import Bank
+from evaluators.evaluator import EvaluateGenome, GenomeEvaluator
+from evaluators.simulated import genome_formats
+from search.types import Evaluation, Fidelity, Genome
+from tests.conftest import EMBEDDED, SmallBank
+from workers.pool import SerialPool
+
+FIDELITY = Fidelity("search", 1024)
+
+
+def random_genomes(small_bank: SmallBank, count: int) -> list[Genome]:
+    rng = random.Random(3)
+    return [tuple(rng.randrange(len(g.formats)) for g in small_bank.space.genes) for _ in range(count)]
+
+
+def figures(evaluation: Evaluation) -> tuple[float, ...]:
+    return (evaluation.loss, evaluation.kl, evaluation.logit_mse, evaluation.perplexity, evaluation.reconstruction)
+
+
+@pytest.fixture(scope="module")
+def evaluator(small_bank: SmallBank) -> GenomeEvaluator:
+    return GenomeEvaluator(small_bank.setup())
+
+
+def test_an_evaluation_equals_a_plain_forward_of_the_decoded_weights(
+    small_bank: SmallBank, evaluator: GenomeEvaluator
+) -> None:
+    (genome,) = random_genomes(small_bank, 1)
+    full = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    bank = Bank(small_bank.directory)
+    for name, fmt in genome_formats(small_bank.space, genome).items():
+        parameter = quantized.get_parameter(name)
+        parameter.data = bank.weights(name, fmt, parameter.shape[1], torch.device("cpu"))
+    ids = evaluator.ids(FIDELITY)
+    with torch.inference_mode():
+        p, q = (model(ids).logits.double().log_softmax(-1) for model in (full, quantized))
+    found = evaluator.evaluate(genome, FIDELITY)
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    loss = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
+    assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert found.file_bytes == small_bank.space.file_bytes(genome)
+
+
+def test_results_do_not_depend_on_what_was_evaluated_before(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:
+    genomes = random_genomes(small_bank, 4)
+    forward = [figures(evaluator.evaluate(g, FIDELITY)) for g in genomes]
+    evaluator.sensitivity(5, FIDELITY)
+    backward = [figures(evaluator.evaluate(g, FIDELITY)) for g in reversed(genomes)][::-1]
+    fresh = [figures(GenomeEvaluator(small_bank.setup()).evaluate(g, FIDELITY)) for g in genomes[:2]]
+    assert forward == backward
+    assert forward[:2] == fresh
+
+
+def test_sensitivity_of_a_gene_is_the_divergence_with_that_gene_alone(
+    small_bank: SmallBank, evaluator: GenomeEvaluator
+) -> None:
+    for gene in (0, 4, 20):  # embedding, then tensors of the first and of a later block
+        target = small_bank.space.genes[gene]
+        for record, fmt in zip(evaluator.sensitivity(gene, FIDELITY), target.formats, strict=True):
+            alone = evaluator.divergence({target.name: fmt}, FIDELITY)
+            assert record["kl"] == pytest.approx(alone.kl, rel=1e-6)
+            assert (record["gene"], record["format"]) == (target.name, fmt.name)
+
+
+def test_more_bits_everywhere_diverge_less(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:
+    genes = len(small_bank.space.genes)
+    divergences = [evaluator.evaluate((choice,) * genes, FIDELITY).kl for choice in range(4)]
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[-1] < 1e-3
+
+
+def test_the_loss_weighs_divergence_and_reconstruction(small_bank: SmallBank) -> None:
+    setup = small_bank.setup(kl_weight=2.0, reconstruction_weight=3.0)
+    (result,) = SerialPool().map([EvaluateGenome(setup, small_bank.space.smallest(), FIDELITY, "eval")])
+    assert result.loss == pytest.approx(2 * result.kl + 3 * result.reconstruction)
+
+
+def test_the_weighted_fitness_of_the_original_is_a_choice(small_bank: SmallBank) -> None:
+    setup = small_bank.setup(kind="weighted", alpha=0.5, beta=2.0)
+    (result,) = SerialPool().map([EvaluateGenome(setup, small_bank.space.smallest(), FIDELITY, "eval")])
+    compression = 2 * small_bank.space.weights / result.file_bytes
+    assert result.loss == pytest.approx(-(0.5 / result.logit_mse + 2 * compression))

@@ -1,0 +1,111 @@
+"""Small random models in Hugging Face folders, with tokenizers, for tests that need every tensor but no knowledge."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 512
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+TEXT = [
+    "def read(path):\n    return open(path).read()\n",
+    "The quick brown fox jumps over the lazy dog; 12345 times, it's said.\n\n",
+    "for index, name in enumerate(names):\n\tif name is None:\n\t\tcontinue\n",
+    "Größe, naïve, 数学, привет",
+]
+CONFIGS: dict[str, type] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
+    """Write a random ``model_type`` model, float32, under ``path`` and return it.
+
+    Defaults: 2 layers, hidden 64, 4 heads (2 of keys), head size 16, ``VOCABULARY`` tokens, tied embedding. Norms and
+    biases are random too, so that a tensor in the wrong place shows.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = CONFIGS[model_type](**(settings | overrides))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    model.save_pretrained(path)
+    if tokenizer:
+        if model_type == "mistral":
+            sentencepiece_tokenizer().save_pretrained(path)
+        elif model_type == "llama":
+            byte_level_tokenizer(split_by(LLAMA3_SPLIT), ignore_merges=True).save_pretrained(path)
+        else:
+            byte_level_tokenizer(split_by(QWEN2_SPLIT)).save_pretrained(path)
+    return path
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Split into the matches of ``pattern`` and map their bytes to characters."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level])
+
+
+def byte_level_tokenizer(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, ignore_merges: bool = False
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most ``VOCABULARY`` tokens."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokens = ["<|unused|>", "<|begin|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 8,
+        special_tokens=[AddedToken(token, special=True) for token in tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+
+
+def sentencepiece_tokenizer(metaspace: bool = False) -> PreTrainedTokenizerFast:
+    """BPE with byte fallback over text whose spaces are made visible, as Llama 2's and Mistral's.
+
+    By a normalizer (their first tokenizer.json) or by a ``metaspace`` pre-tokenizer (the later one).
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 8, special_tokens=tokens, show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tokens[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

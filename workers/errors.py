@@ -1,0 +1,23 @@
+"""What can go wrong where tasks run."""
+
+from search.errors import UserError
+
+
+class ClusterError(UserError):
+    """The Ray cluster cannot serve."""
+
+
+class TaskError(RuntimeError):
+    """A task failed by itself: running it again would fail again."""
+
+    def __init__(self, label: str, reason: str):
+        super().__init__(f"{label} failed: {reason}")
+        self.label = label
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["TaskError"], tuple[str, str]]:
+        return TaskError, (self.label, self.reason)
+
+
+class WorkersLostError(RuntimeError):
+    """A task's worker was lost more often than the pool retries."""
