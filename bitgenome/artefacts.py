@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
 WINDOWS_FILE = "windows.safetensors"
 GROUPS_FILE = "groups.json"
+CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def calibrate(plan: Plan, windows: TokenWindows, pool: Pool, track: Track) -> tu
     """Directory of the input groups' Hessians, and the groups' names in order."""
     calibration = windows.windows["calibration"]
     text = hashlib.sha256(calibration.tobytes()).hexdigest()
-    digest = digest_of(plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT)
+    digest = digest_of(CALIBRATION_SCHEMA, plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT)
     directory = shared_directory(plan.config, "calibration", digest)
     done = directory / GROUPS_FILE
     if not done.is_file() or not all(

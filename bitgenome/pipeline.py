@@ -68,6 +68,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
     """Do all of ``config`` that is not done yet in its run directory."""
     plan = make_plan(config)
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    plan.folder.check_finite()
     directory = RunDirectory.create(config)
     with log_file(directory.path / "events.log"):
         settings = WorkerSettings(**config.workers.model_dump())

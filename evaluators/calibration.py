@@ -1,4 +1,4 @@
-"""Hessians of every linear input, block by block: memory of one block, whatever the depth.
+"""Hessians and moments of every linear input, block by block: memory of one block, whatever the depth.
 
 Linear layers that read the same tensor (q/k/v, gate/up) form one input group and share one Hessian.
 """
@@ -6,7 +6,7 @@ Linear layers that read the same tensor (q/k/v, gate/up) form one input group an
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
-from evaluators.model_folder import ModelFolder
+from evaluators.model_folder import ModelFolder, ModelFolderError
 from evaluators.text import TokenWindows
 from quantizers.hessian import HessianAccumulator
+from quantizers.statistics import InputStatistics, StatisticsAccumulator
 from search.files import atomic_write_bytes
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,25 @@ LOOKUP_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Tensors (rows, columns) that multiply the same input, and the Hessian (columns, columns) of that input."""
+    """Tensors (rows, columns) that multiply the same input, that input's Hessian (columns, columns) and moments."""
 
     name: str
     tensors: tuple[str, ...]
     hessian: Tensor
+    statistics: InputStatistics
 
     def save(self, path: Path) -> None:
         metadata = {"name": self.name, "tensors": "\n".join(self.tensors)}
-        atomic_write_bytes(path, save({"hessian": self.hessian.float().cpu().contiguous()}, metadata))
+        members = {"hessian": self.hessian, **self.statistics.tensors()}
+        atomic_write_bytes(path, save({key: t.float().cpu().contiguous() for key, t in members.items()}, metadata))
 
     @classmethod
     def load(cls, path: Path) -> "InputGroup":
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            return cls(metadata["name"], tuple(metadata["tensors"].split("\n")), file.get_tensor("hessian"))
+            statistics = InputStatistics(**{f.name: file.get_tensor(f.name) for f in fields(InputStatistics)})
+            tensors = tuple(metadata["tensors"].split("\n"))
+            return cls(metadata["name"], tensors, file.get_tensor("hessian"), statistics)
 
 
 def group_file(directory: Path, name: str) -> Path:
@@ -59,16 +64,37 @@ def group_readable(path: Path) -> bool:
     """Whether the file of an input group is there and whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "hessian" in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
+            return {"hessian", "abs_max"} <= set(file.keys())
     except (OSError, SafetensorError):
         return False
+
+
+class _InputAccumulator:
+    """Hessian and moments of one input."""
+
+    def __init__(self, columns: int, device: torch.device):
+        self._hessian = HessianAccumulator(columns, device)
+        self._moments = StatisticsAccumulator(columns, device)
+
+    def add(self, x: Tensor, reader: str) -> None:
+        """Raises ModelFolderError for a value that is not finite, naming ``reader``, the tensor that multiplies x."""
+        if not x.isfinite().all():
+            raise ModelFolderError(
+                f"expected finite activations, found {int((~x.isfinite()).sum())} of {x.numel()} not finite in the "
+                f"input of {reader}"
+            )
+        self._hessian.add(x)
+        self._moments.add(x)
+
+    def result(self) -> tuple[Tensor, InputStatistics]:
+        return self._hessian.matrix(), self._moments.statistics()
 
 
 class _InputRecorder:
     """Collects the Hessians of one block's linear inputs while the block runs."""
 
     def __init__(self, linears: Mapping[str, nn.Linear]):
-        self.accumulators: dict[int, HessianAccumulator] = {}
+        self.accumulators: dict[int, _InputAccumulator] = {}
         self.members: dict[int, list[str]] = {}
         self._alive: list[Tensor] = []  # inputs of this pass, kept so that no address is used twice
         self._addresses: dict[int, int] = {}
@@ -81,8 +107,8 @@ class _InputRecorder:
             if group is None:  # the group's number is its order within the pass, the same in every pass
                 group = self._addresses[x.data_ptr()] = len(self._addresses)
                 self._alive.append(x)
-                accumulator = self.accumulators.setdefault(group, HessianAccumulator(x.shape[-1], x.device))
-                accumulator.add(x)
+                accumulator = self.accumulators.setdefault(group, _InputAccumulator(x.shape[-1], x.device))
+                accumulator.add(x, name)
             members = self.members.setdefault(group, [])
             if name not in members:
                 members.append(name)
@@ -97,22 +123,22 @@ class _InputRecorder:
         for handle in self._handles:
             handle.remove()
         for group, members in self.members.items():
-            yield InputGroup(members[0].removesuffix(".weight"), tuple(members), self.accumulators[group].matrix())
+            yield InputGroup(members[0].removesuffix(".weight"), tuple(members), *self.accumulators[group].result())
 
 
-def embedding_groups(model: BlockModel, head_hessian: Tensor) -> Iterator[InputGroup]:
-    """Groups of embedding and head; see ``LOOKUP_WEIGHT`` for the tied one.
+def embedding_groups(model: BlockModel, H: Tensor, statistics: InputStatistics) -> Iterator[InputGroup]:
+    """Groups of embedding and head from the head's own input; see ``LOOKUP_WEIGHT`` for the tied one.
 
     An untied embedding is only a lookup table: its Hessian is the identity.
     """
     name = model.head_name.removesuffix(".weight")
-    identity = torch.eye(head_hessian.shape[0], dtype=head_hessian.dtype, device=head_hessian.device)
+    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
     if model.folder.tied:
-        mixed = head_hessian / head_hessian.diagonal().mean() + LOOKUP_WEIGHT * identity
-        yield InputGroup(name, (model.head_name,), mixed)
+        yield InputGroup(name, (model.head_name,), H / H.diagonal().mean() + LOOKUP_WEIGHT * identity, statistics)
     else:
-        yield InputGroup(name, (model.head_name,), head_hessian)
-        yield InputGroup(model.embedding_name.removesuffix(".weight"), (model.embedding_name,), identity)
+        yield InputGroup(name, (model.head_name,), H, statistics)
+        lookup = InputStatistics.of_lookup(len(H), H.device)
+        yield InputGroup(model.embedding_name.removesuffix(".weight"), (model.embedding_name,), identity, lookup)
 
 
 @torch.inference_mode()
@@ -134,10 +160,10 @@ def calibrate(folder: ModelFolder, windows: Tensor, device: torch.device) -> Ite
         yield from recorder.groups()
         model.unload_block(block)
         log.info("calibrated block %d of %d", block + 1, len(model.blocks))
-    head = HessianAccumulator(hidden[0].shape[-1], device)
+    head = _InputAccumulator(hidden[0].shape[-1], device)
     for chunk in hidden:
-        head.add(model.decoder.norm(chunk.to(device)))
-    yield from embedding_groups(model, head.matrix())
+        head.add(model.decoder.norm(chunk.to(device)), model.head_name)
+    yield from embedding_groups(model, *head.result())
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,15 @@ class ModelFolder:
         with safe_open(self._files[name], framework="pt") as tensors:
             return tensors.get_tensor(name)
 
+    def check_finite(self) -> None:
+        """Read every tensor once. Raises ModelFolderError that names the first with an infinite or NaN value."""
+        for name, file in self._files.items():
+            if not (tensor := self.read(name)).isfinite().all():
+                raise ModelFolderError(
+                    f"expected finite weights, found {int((~tensor.isfinite()).sum())} of {tensor.numel()} not finite "
+                    f"in {name} of {file}"
+                )
+
     @property
     def name(self) -> str:
         """Name of the folder, or of the model where the folder is a snapshot in the hub's cache."""

@@ -1,12 +1,15 @@
 """A user's mistake ends in one sentence and exit code 2, before minutes of work, and leaves what was there."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from bitgenome.cli import main
 from bitgenome.config import load_config
@@ -138,3 +141,13 @@ def test_export_of_a_run_that_is_not_finished(
 
 def test_an_option_that_does_not_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No such option" in refusal(capsys, monkeypatch, "run", "x.yaml", "--seed", "3")
+
+
+def test_a_weight_that_is_not_finite_is_named_before_anything_is_written(refused: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 3] = torch.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "found 1 of 196608 not finite in model.layers.2.mlp.up_proj.weight" in refused(model=str(folder))
+    assert not (tmp_path / "runs").exists()

@@ -1,12 +1,16 @@
 """Hessians are those of the full-precision model's own inputs, one for each input."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluators.calibration import InputGroup, calibrate, group_file
-from evaluators.model_folder import ModelFolder
+from evaluators.model_folder import ModelFolder, ModelFolderError
 from tests.conftest import EMBEDDED, SmallBank
+from tests.small_models import save_small_model
 
 
 def test_tensors_that_read_the_same_input_share_one_hessian(small_bank: SmallBank) -> None:
@@ -39,3 +43,31 @@ def test_calibration_gives_the_same_hessians_twice() -> None:
     windows = torch.arange(512).reshape(2, 256)
     first, second = (list(calibrate(ModelFolder(EMBEDDED), windows, torch.device("cpu"))) for _ in range(2))
     assert all(torch.equal(a.hessian, b.hessian) for a, b in zip(first, second, strict=True))
+
+
+def test_moments_equal_those_of_a_plain_forward_in_float64(small_bank: SmallBank) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    ids = torch.from_numpy(small_bank.windows.windows["calibration"])
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        model(ids)
+    x = seen[0].flatten(0, 1).double()
+    found = InputGroup.load(group_file(small_bank.directory, name)).statistics
+    for measured, expected in (
+        (found.mean, x.mean(0)),
+        (found.mean_abs, x.abs().mean(0)),
+        (found.abs_max, x.abs().amax(0)),
+    ):
+        torch.testing.assert_close(measured.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_activations_that_are_not_finite_name_the_tensor(tmp_path: Path) -> None:
+    folder = save_small_model(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"not finite in the input of model\.layers\.1\.mlp\.down_proj\.weight"):
+        list(calibrate(ModelFolder(folder), torch.arange(64).reshape(2, 32), torch.device("cpu")))
