@@ -64,7 +64,7 @@ def group_readable(path: Path) -> bool:
     """Whether the file of an input group is there and whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {"hessian", "abs_max"} <= set(file.keys())
+            return {"hessian", "mean_square"} <= set(file.keys())
     except (OSError, SafetensorError):
         return False
 

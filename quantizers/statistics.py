@@ -1,6 +1,6 @@
 """Moments of a linear layer's input beside its Hessian, feature by feature."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -8,21 +8,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of each input feature, float32 (columns,); the mean square is the Hessian's diagonal."""
+    """Of each input feature, float32 (columns,). A tied embedding's are the head's own, its Hessian is not."""
 
     mean: Tensor
     mean_abs: Tensor
     abs_max: Tensor
+    mean_square: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        return (self.mean_square - self.mean.square()).clamp(min=0)
 
     @classmethod
     def of_lookup(cls, columns: int, device: torch.device) -> "InputStatistics":
         """Those of an embedding, whose columns are read all alike: as if every feature were 1 or -1 at random."""
         ones = torch.ones(columns, device=device)
-        return cls(torch.zeros_like(ones), ones, ones.clone())
+        return cls(torch.zeros_like(ones), ones, ones.clone(), ones.clone())
 
     def tensors(self) -> dict[str, Tensor]:
         """By field name."""
-        return {"mean": self.mean, "mean_abs": self.mean_abs, "abs_max": self.abs_max}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class StatisticsAccumulator:
@@ -30,7 +35,7 @@ class StatisticsAccumulator:
 
     def __init__(self, columns: int, device: torch.device | None = None):
         self.count = 0
-        self._sum, self._sum_abs = torch.zeros(2, columns, dtype=torch.float64, device=device)
+        self._sum, self._sum_abs, self._sum_square = torch.zeros(3, columns, dtype=torch.float64, device=device)
         self._abs_max = torch.zeros(columns, device=device)
 
     def add(self, x: Tensor) -> None:
@@ -38,6 +43,7 @@ class StatisticsAccumulator:
         magnitudes = vectors.abs()
         self._sum += vectors.sum(0, dtype=torch.float64)
         self._sum_abs += magnitudes.sum(0, dtype=torch.float64)
+        self._sum_square += vectors.square().sum(0, dtype=torch.float64)
         self._abs_max = torch.maximum(self._abs_max, magnitudes.amax(0))
         self.count += len(vectors)
 
@@ -45,6 +51,7 @@ class StatisticsAccumulator:
         """Raises ValueError before the first input."""
         if self.count == 0:
             raise ValueError("the statistics have seen no input")
-        return InputStatistics(
-            (self._sum / self.count).float(), (self._sum_abs / self.count).float(), self._abs_max.clone()
+        mean, mean_abs, mean_square = (
+            (total / self.count).float() for total in (self._sum, self._sum_abs, self._sum_square)
         )
+        return InputStatistics(mean, mean_abs, self._abs_max.clone(), mean_square)

@@ -59,6 +59,8 @@ def test_moments_equal_those_of_a_plain_forward_in_float64(small_bank: SmallBank
         (found.mean, x.mean(0)),
         (found.mean_abs, x.abs().mean(0)),
         (found.abs_max, x.abs().amax(0)),
+        (found.mean_square, x.square().mean(0)),
+        (found.variance, x.var(0, correction=0)),
     ):
         torch.testing.assert_close(measured.double(), expected, rtol=1e-4, atol=1e-6)
 
