@@ -10,16 +10,17 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
-from bitgenome.config import RunConfig
+from bitgenome.config import TextConfig
 from bitgenome.plan import Plan
 from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
 from evaluators import bank as banks
 from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
+from evaluators.model_folder import ModelFolder
 from evaluators.stdlib_text import SPLITS, load_held_out
 from evaluators.text import TokenWindows, divide_file, file_documents, load_tokenizer, stdlib_documents, token_windows
 from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail
@@ -34,6 +35,26 @@ Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress ove
 WINDOWS_FILE = "windows.safetensors"
 GROUPS_FILE = "groups.json"
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
+
+
+class StorageAndText(Protocol):
+    """The settings that text and calibration depend on."""
+
+    @property
+    def text(self) -> TextConfig: ...
+
+    @property
+    def storage_path(self) -> Path: ...
+
+
+class ModelAndText(Protocol):
+    """A plan of a run or of a study, as far as text and calibration go."""
+
+    @property
+    def config(self) -> StorageAndText: ...
+
+    @property
+    def folder(self) -> ModelFolder: ...
 
 
 @dataclass(frozen=True)
@@ -53,13 +74,13 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def shared_directory(config: RunConfig, kind: str, digest: str) -> Path:
+def shared_directory(config: StorageAndText, kind: str, digest: str) -> Path:
     directory = config.storage_path / "shared" / kind / digest[:16]
     directory.mkdir(parents=True, exist_ok=True)
     return directory.resolve()  # workers have a working directory of their own
 
 
-def read_windows(plan: Plan) -> TokenWindows:
+def read_windows(plan: ModelAndText) -> TokenWindows:
     """Token windows of all splits. Raises TextError if a split is too short."""
     text = plan.config.text
     if text.source == "stdlib":
@@ -79,7 +100,7 @@ def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     atomic_write_bytes(run.path / WINDOWS_FILE, windows.to_bytes())
 
 
-def calibrate(plan: Plan, windows: TokenWindows, pool: Pool, track: Track) -> tuple[Path, list[str]]:
+def calibrate(plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track) -> tuple[Path, list[str]]:
     """Directory of the input groups' Hessians, and the groups' names in order."""
     calibration = windows.windows["calibration"]
     text = hashlib.sha256(calibration.tobytes()).hexdigest()

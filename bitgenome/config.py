@@ -1,27 +1,19 @@
 """The configuration of a run: what a YAML file may say, checked before any work."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from bitgenome.config_file import Section, parse_section, read_settings
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS
-from search.errors import UserError
 from search.fitness import FitnessSettings
 
 Share = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, and a loaded configuration does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class BudgetConfig(Section):
@@ -66,12 +58,9 @@ class TextConfig(Section):
     source: Literal["stdlib", "file", "files"] = "stdlib"
     splits: Path = Path("models/stdlib-6m/splits.json")
     path: Path | None = None
-    shares: dict[str, Annotated[float, Field(gt=0)]] = {
-        "calibration": 0.4,
-        "search": 0.2,
-        "validation": 0.2,
-        "test": 0.2,
-    }
+    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2}
+    )
     files: dict[str, Path] | None = None
     window: int = Field(512, ge=8, description="tokens that are read together")
     tokens: TokensConfig = TokensConfig()
@@ -191,75 +180,25 @@ class RunConfig(Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply overrides such as ``search.generations=20``. Raises UserError with one sentence."""
-    if not path.is_file():
-        raise UserError(f"expected a configuration file, found nothing at {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"expected a mapping of settings in {path}, found {type(data).__name__}")
-    for override in overrides:
-        apply_override(data, override)
-    return absolute_paths(parse_config(data, str(path)))
+    return absolute_paths(parse_config(read_settings(path, overrides), str(path)))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
     """``config`` with model folder and text files as absolute paths, so that a run can be resumed from anywhere."""
-    text = config.text
+    return config.model_copy(update={"model": absolute_model(config.model), "text": absolute_text(config.text)})
+
+
+def absolute_model(model: str) -> str:
+    """A folder as an absolute path, a Hugging Face id as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def absolute_text(text: TextConfig) -> TextConfig:
     files = None if text.files is None else {split: path.absolute() for split, path in text.files.items()}
     found = {"splits": text.splits.absolute(), "path": text.path and text.path.absolute(), "files": files}
-    model = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
-    return config.model_copy(update={"model": model, "text": text.model_copy(update=found)})
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place, its value read as YAML; setting one kind of budget replaces another."""
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"expected --set KEY=VALUE, found {override!r}")
-    *parents, last = key.split(".")
-    section = data
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise UserError(f"expected a section {parent!r} for --set {key}, found a value")
-    if parents == ["budget"]:
-        section.clear()
-    try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
+    return text.model_copy(update=found)
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:
     """Validate ``data``; ``source`` names it in errors. Raises UserError for the first problem."""
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise UserError(_sentence(error, source)) from None
-
-
-def _sentence(error: ValidationError, source: str) -> str:
-    problem = error.errors()[0]
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        *parents, key = (str(part) for part in problem["loc"])
-        names = _section_at(parents).model_fields
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"known keys: {', '.join(names)}"
-        return f"unknown key {location!r} in {source}: {hint}"
-    if problem["type"] == "missing":
-        return f"expected key {location!r} in {source}, found none"
-    message = problem["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
-    return f"{location or 'configuration'} in {source}: {message}" + ("" if "found" in message else found)
-
-
-def _section_at(path: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = RunConfig
-    for part in path:
-        inner = section.model_fields[part].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            section = inner
-    return section
+    return parse_section(RunConfig, data, source)

@@ -1,0 +1,86 @@
+"""Reading a YAML file into checked settings; what does not fit is answered with one sentence."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from search.errors import UserError
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and a loaded configuration does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, with overrides such as ``search.generations=20``. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"expected a configuration file, found nothing at {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"expected a mapping of settings in {path}, found {type(data).__name__}")
+    for override in overrides:
+        apply_override(data, override)
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place, its value read as YAML; setting one kind of budget replaces another."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"expected --set KEY=VALUE, found {override!r}")
+    *parents, last = key.split(".")
+    section = data
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"expected a section {parent!r} for --set {key}, found a value")
+    if parents == ["budget"]:
+        section.clear()
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
+
+
+def parse_section(kind: type[S], data: Any, source: str) -> S:
+    """``data`` as settings of ``kind``; ``source`` names it in errors. Raises UserError for the first problem."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source, kind)) from None
+
+
+def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in problem["loc"])
+        names = _section_at(kind, parents).model_fields
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"known keys: {', '.join(names)}"
+        return f"unknown key {location!r} in {source}: {hint}"
+    if problem["type"] == "missing":
+        return f"expected key {location!r} in {source}, found none"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{location or 'configuration'} in {source}: {message}" + ("" if "found" in message else found)
+
+
+def _section_at(kind: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    section = kind
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return section
