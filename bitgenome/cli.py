@@ -88,6 +88,28 @@ def verify(
     show_proof(verify_file(file, run or file.parent), console)
 
 
+@app.command()
+def study(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    allocations: Annotated[bool, typer.Option(help="Show how each method spread its bits, layer by layer")] = False,
+) -> None:
+    """Compare quantization methods by simulation: a table and a picture; methods already measured are kept."""
+    from bitgenome.study import run_study  # noqa: PLC0415
+    from bitgenome.study_config import load_study  # noqa: PLC0415
+    from bitgenome.study_report import show_allocation, show_results, statistics_of  # noqa: PLC0415
+
+    try:
+        path, results = run_study(load_study(config, overrides or ()), console)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; what is measured is kept. Continue with: bitgenome study {config}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if allocations:
+        for result in results:
+            show_allocation(statistics_of(result), console)
+    show_results(results, path, console)
+
+
 def execute(config: RunConfig) -> None:
     from bitgenome.pipeline import run as run_pipeline  # noqa: PLC0415
     from bitgenome.report import show_outcome  # noqa: PLC0415

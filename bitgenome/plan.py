@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bitgenome.config import BudgetConfig, RunConfig
+from bitgenome.config import BudgetConfig, RunConfig, TextConfig
 from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder, resolve_model
 from exporters.gguf_file import fixed_bytes
@@ -47,7 +47,7 @@ def make_plan(config: RunConfig) -> Plan:
         budget = budget_of(config.budget, space)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_text(config, folder)
+    check_text(config.text, folder)
     return Plan(config, folder, space, budget)
 
 
@@ -61,18 +61,18 @@ def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
     return Budget.from_size(space, config.file_size)
 
 
-def check_text(config: RunConfig, folder: ModelFolder) -> None:
+def check_text(text: TextConfig, folder: ModelFolder) -> None:
     """Refuse a missing text file or a window that the model cannot read, before minutes of work."""
     longest = folder.config.get("max_position_embeddings")
-    if longest and config.text.window > longest:
+    if longest and text.window > longest:
         raise UserError(
             f"expected text.window at most the model's context ({longest}, max_position_embeddings), "
-            f"found {config.text.window}"
+            f"found {text.window}"
         )
-    needed: dict[str, Path | None] = {"text.splits": config.text.splits if config.text.source == "stdlib" else None}
-    if config.text.source == "file":
-        needed["text.path"] = config.text.path
-    for name, path in {**needed, **(config.text.files or {})}.items():
+    needed: dict[str, Path | None] = {"text.splits": text.splits if text.source == "stdlib" else None}
+    if text.source == "file":
+        needed["text.path"] = text.path
+    for name, path in {**needed, **(text.files or {})}.items():
         if path is not None and not path.is_file():
             raise UserError(f"expected a file for {name}, found nothing at {path}")
 

@@ -11,7 +11,7 @@ from search.strategies.genetic import GeneticSettings
 from tests.bitgenome.conftest import Runs
 from tests.conftest import REPOSITORY
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if not p.name.startswith("study-"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

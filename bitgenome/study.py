@@ -1,0 +1,151 @@
+"""A study from configuration to report: calibration as every run's, then each method measured once and kept."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bitgenome.artefacts import WINDOWS_FILE, calibrate, digest_of, read_windows
+from bitgenome.pipeline import log_file
+from bitgenome.plan import check_text
+from bitgenome.progress import track
+from bitgenome.study_config import Study, StudyConfig
+from bitgenome.study_report import write_report
+from evaluators.model_folder import ModelFolder, resolve_model
+from evaluators.study import MeasureMethod, MethodResult, StudySetup
+from evaluators.study_layer import LayerRecord
+from evaluators.study_methods import Method
+from evaluators.text import TokenWindows
+from exporters.tensor_names import quantizable_tensors
+from search.errors import UserError
+from search.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
+from search.types import Fidelity
+from workers.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.pool import Pool
+
+log = logging.getLogger(__name__)
+
+RESULTS_LOG = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A study that can be done: its model is there and its text fits."""
+
+    study: Study
+    folder: ModelFolder
+
+    @property
+    def config(self) -> StudyConfig:
+        return self.study.config
+
+    @property
+    def path(self) -> Path:
+        return self.config.storage_path / self.config.name
+
+
+def plan_study(study: Study) -> StudyPlan:
+    """Check model, architecture and text; raises UserError for the first that does not fit."""
+    folder = ModelFolder(resolve_model(study.config.model).resolve())
+    quantizable_tensors(folder)
+    check_text(study.config.text, folder)
+    plan = StudyPlan(study, folder)
+    if (plan.path / "run.json").is_file():
+        raise UserError(f"expected a directory for a study, found a run at {plan.path}: choose another name")
+    return plan
+
+
+class ResultsLog:
+    """Results by digest of method, model, text and damping, one JSON line each, appended as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        cut_torn_tail(path)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.found = {record["digest"]: result_of(record["result"]) for record in map(json.loads, lines)}
+
+    def append(self, digest: str, result: MethodResult) -> None:
+        self.found[digest] = result
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"digest": digest, "result": result.to_json()}) + "\n")
+
+
+def result_of(record: dict[str, Any]) -> MethodResult:
+    layers = [{**r, "channels": {int(b): n for b, n in r["channels"].items()}} for r in record["layers"]]
+    return MethodResult(**record | {"layers": tuple(LayerRecord(**r) for r in layers)})
+
+
+def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]:
+    """Measure every method that has no result yet, then write tables and picture; the directory and all results."""
+    plan = plan_study(study)
+    windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    try:
+        plan.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected to create the study's directory {plan.path}, found {error.strerror}") from None
+    with log_file(plan.path / "events.log"):
+        try:
+            with open_pool(WorkerSettings(**study.config.workers.model_dump())) as pool:
+                return plan.path, StudyRun(plan, windows, pool, console).results()
+        finally:
+            close_cluster()
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of the command over a pool."""
+
+    plan: StudyPlan
+    windows: TokenWindows
+    pool: Pool
+    console: Console
+
+    def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        return track(items, total, what, self.console)
+
+    @cached_property
+    def setup(self) -> StudySetup:
+        """Calibrates where no earlier run or study did."""
+        plan, config = self.plan, self.plan.config
+        plan.folder.check_finite()
+        windows_file = (plan.path / WINDOWS_FILE).resolve()
+        atomic_write_bytes(windows_file, self.windows.to_bytes())
+        calibration, groups = calibrate(plan, self.windows, self.pool, self.track)
+        fidelity = Fidelity("test", config.text.tokens.test)
+        damping, whole = config.quantization.damping, config.tensors == "all"
+        key = digest_of(plan.folder.digest, calibration.name, self.windows.digest, asdict(fidelity), damping, whole)
+        return StudySetup(plan.folder.path, calibration, tuple(groups), windows_file, fidelity, damping, whole, key)
+
+    def results(self) -> list[MethodResult]:
+        """In the order of the methods."""
+        archive = ResultsLog(self.plan.path / RESULTS_LOG)
+        wanted = {self.digest(method): method for method in self.plan.study.methods}
+        missing = {digest: method for digest, method in wanted.items() if digest not in archive.found}
+        if done := len(wanted) - len(missing):
+            log.info("%d of %d methods are measured already", done, len(wanted))
+        tasks = [MeasureMethod(self.setup, method) for method in missing.values()]
+        answers = self.track(self.pool.map(tasks), len(tasks), "measuring methods")
+        for digest, result in zip(missing, answers, strict=True):
+            archive.append(digest, result)
+            log.info("%s: %.3f bits, KL %.5f", result.label, result.average_bits, result.kl)
+        results = [archive.found[digest] for digest in wanted]
+        atomic_write_json(self.plan.path / "study.json", self.record())
+        write_report(self.plan.path, self.plan.config, results)
+        return results
+
+    def digest(self, method: Method) -> str:
+        return digest_of(self.setup.key, method.model_dump(mode="json"))
+
+    def record(self) -> dict[str, Any]:
+        """Configuration and digests, for study.json."""
+        return {
+            "config": self.plan.config.model_dump(mode="json"),
+            "methods": [method.model_dump(mode="json") for method in self.plan.study.methods],
+            "model": self.plan.folder.digest,
+            "text": self.windows.digest,
+        }
