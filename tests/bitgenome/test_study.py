@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.small_models import save_small_model
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("study-*.yaml"))
-TOKENS = {"calibration": 512, "sensitivity": 64, "search": 64, "validation": 64, "test": 256}
+TOKENS = {"calibration": 256, "sensitivity": 64, "search": 64, "validation": 64, "test": 96}
 TEXT = {"source": "file", "path": str(REPOSITORY / "LICENSE"), "window": 32, "tokens": TOKENS}
 METHODS = [{"kind": "rtn", "sweep": {"bits": [2, 4]}}, {"kind": "quantile", "name": "five levels"}]
 
