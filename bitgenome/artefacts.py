@@ -124,14 +124,14 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
     formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
     names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
     damping = plan.config.quantization.damping
-    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, damping)
+    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, damping, plan.sparsity)
     directory = shared_directory(plan.config, "bank", digest)
     for tensor in banks.damaged_tensors(directory):
         log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
         banks.tensor_file(directory, tensor).unlink(missing_ok=True)
     missing = {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
     tasks = [
-        banks.BuildBankGroup(plan.folder.path, group_file(calibration, group), directory, names, damping)
+        banks.BuildBankGroup(plan.folder.path, group_file(calibration, group), directory, names, damping, plan.sparsity)
         for group in groups
         if missing & set(banks.group_tensors(group_file(calibration, group)))
     ]

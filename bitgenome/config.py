@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from bitgenome.config_file import Section, parse_section, read_settings
+from bitgenome.pruning_config import PruningConfig
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS
 from search.fitness import FitnessSettings
@@ -83,6 +84,7 @@ class QuantizationConfig(Section):
     """How the bank is built."""
 
     damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal")
+    pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
 
 
 class FitnessConfig(Section):

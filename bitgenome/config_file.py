@@ -1,9 +1,9 @@
 """Reading a YAML file into checked settings; what does not fit is answered with one sentence."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -80,7 +80,14 @@ def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str
 def _section_at(kind: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     section = kind
     for part in path:
-        field = section.model_fields.get(part)
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            section = field.annotation
+        if part in section.model_fields:  # not a place in a list
+            section = next(_sections_in(section.model_fields[part].annotation), section)
     return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Sections that an annotation names, also inside optional values and lists."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

@@ -1,6 +1,7 @@
 """What a configuration amounts to before any weight is read: genes, sizes, budget, evaluations, time."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import torch
 
 from bitgenome.config import BudgetConfig, RunConfig, TextConfig
+from bitgenome.pruning_config import sparsity_by_tensor
 from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder, resolve_model
 from exporters.gguf_file import fixed_bytes
 from exporters.tensor_names import quantizable_tensors
+from quantizers.pruning import Sparsity
 from search.budget import Budget
 from search.errors import UserError
 from search.types import SearchSpace
@@ -25,6 +28,7 @@ class Plan:
     folder: ModelFolder
     space: SearchSpace
     budget: Budget
+    sparsity: Mapping[str, Sparsity]  # of the tensors that are pruned
 
     @property
     def search_evaluations(self) -> int:
@@ -48,7 +52,7 @@ def make_plan(config: RunConfig) -> Plan:
     except ValueError as error:
         raise UserError(str(error)) from None
     check_text(config.text, folder)
-    return Plan(config, folder, space, budget)
+    return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
 
 
 def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:

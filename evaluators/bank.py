@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder
 from quantizers.codec import dequantize
 from quantizers.formats import FORMATS, QuantFormat
+from quantizers.pruned import prune_and_compensate
+from quantizers.pruning import Sparsity
 from quantizers.sparsegpt import Compensated, compensate
 from search.errors import UserError
 from search.files import atomic_write_bytes, atomic_write_text
@@ -52,10 +54,17 @@ def tensor_file(directory: Path, tensor: str) -> Path:
     return directory / f"{tensor}.safetensors"
 
 
-def bank_digest(model: str, calibration: str, formats: Mapping[str, Sequence[QuantFormat]], damping: float) -> str:
+def bank_digest(
+    model: str,
+    calibration: str,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    damping: float,
+    sparsity: Mapping[str, Sparsity],
+) -> str:
     """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
+    pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
-    key = json.dumps([SCHEMA, model, calibration, legal, damping], sort_keys=True)
+    key = json.dumps([SCHEMA, model, calibration, legal, damping, pruned], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -75,6 +84,7 @@ class BuildBankGroup:
     directory: Path
     formats: Mapping[str, tuple[str, ...]]  # tensor -> format names
     damping: float
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
 
     @property
     def label(self) -> str:
@@ -88,7 +98,11 @@ class BuildBankGroup:
         names = [name for name in group.tensors if name in self.formats]
         weights = {name: folder.read(name).to(device, torch.float32) for name in names}
         formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
-        results = compensate(weights, formats, group.hessian.to(device), damping=self.damping)
+        H = group.hessian.to(device)
+        whole = {name: W for name, W in weights.items() if name not in self.sparsity}
+        pruned = {name: W for name, W in weights.items() if name in self.sparsity}
+        results = compensate(whole, formats, H, damping=self.damping)
+        results |= prune_and_compensate(pruned, formats, self.sparsity, H, damping=self.damping)
         for name in names:
             save_tensor(self.directory, name, results[name])
         return tuple(names)

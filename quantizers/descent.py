@@ -22,10 +22,13 @@ TINY = 1e-30
 DEGENERATE = 1e-5  # relative determinant below which d and dmin are not told apart in float32
 
 
-def descend(grid: Grid, W: Tensor, H: Tensor, start: tuple[Scales, Tensor], rounds: int) -> tuple[Scales, Tensor]:
+def descend(
+    grid: Grid, W: Tensor, H: Tensor, start: tuple[Scales, Tensor], rounds: int, kept: Tensor | None = None
+) -> tuple[Scales, Tensor]:
     """Better scales and integers int8 (columns, N) than those of ``start``, after ``rounds`` sweeps.
 
-    W (columns, N) and H (columns, columns), positive definite, of one floating type.
+    W (columns, N) and H (columns, columns), positive definite, of one floating type. Integers that ``kept``, bool
+    (columns, N), leaves out are 0 and stay 0.
     """
     scales, integers = start
     parts = []
@@ -33,13 +36,28 @@ def descend(grid: Grid, W: Tensor, H: Tensor, start: tuple[Scales, Tensor], roun
         rows = slice(first, first + CHUNK_ROWS)
         q = grid.blocks(integers[:, rows].to(W.dtype).contiguous())
         chunk = scales.map(lambda member, rows=rows: member[..., rows].clone())
+        chunk_kept = None if kept is None else kept[:, rows]
         for _ in range(rounds):
-            _sweep(grid, W[:, rows], H, chunk, q)
+            _sweep(grid, W[:, rows], H, chunk, q, chunk_kept)
         parts.append((chunk, q.view(len(W), -1).to(torch.int8)))
     return Scales.concatenate([s for s, _ in parts], 3), torch.cat([q for _, q in parts], 1)
 
 
-def _sweep(grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor) -> None:
+def descend_kept(W: Tensor, H: Tensor, Q: Tensor, kept: Tensor, rounds: int) -> None:
+    """The same for weights without a grid: ``rounds`` sweeps over Q (columns, N), in place, where ``kept`` is true."""
+    G = H @ (W - Q)
+    for _ in range(rounds):
+        for start in range(0, len(W), PANEL):
+            panel = slice(start, start + PANEL)
+            H_panel, G_panel, change = H[panel, panel], G[panel].clone(), torch.empty_like(G[panel])
+            for j, keep in enumerate(kept[panel]):
+                torch.mul(G_panel[j] / H_panel[j, j], keep, out=change[j])
+                G_panel[j + 1 :].addcmul_(H_panel[j, j + 1 :, None], change[j], value=-1)
+            Q[panel] += change
+            G -= H[:, panel] @ change
+
+
+def _sweep(grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor, kept: Tensor | None) -> None:
     """Update ``scales`` and ``q`` (B, S, T, N) in place, block by block."""
     D = W - (q * scales.step - scales.offset).view_as(W)
     size = grid.format.block_size
@@ -50,7 +68,7 @@ def _sweep(grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor) -> None:
         if grid.is_nested:
             block.adjust_codes()
         block.adjust_units()
-        block.adjust_integers()
+        block.adjust_integers(None if kept is None else kept[columns])
 
 
 @dataclass
@@ -111,8 +129,8 @@ class _Block:
         self.d.copy_(d)
         self.dmin.copy_(dmin)
 
-    def adjust_integers(self) -> None:
-        """Integers column by column."""
+    def adjust_integers(self, kept: Tensor | None) -> None:
+        """Integers column by column, those ``kept`` (K, N)."""
         step = self.d * self.scale
         inverse = safe_inverse(step)
         for start in range(0, len(self.q), PANEL):
@@ -121,6 +139,8 @@ class _Block:
             for j, q in enumerate(self.q[panel]):
                 s = (start + j) // self.grid.width
                 new = (G[j] * inverse[s]).div_(H[j, j]).add_(q).round_().clamp_(self.grid.low, self.grid.high)
+                if kept is not None:
+                    new.mul_(kept[start + j])
                 torch.mul(new - q, step[s], out=change[j])
                 q.copy_(new)
                 G[j + 1 :].addcmul_(H[j, j + 1 :, None], change[j], value=-1)

@@ -30,7 +30,7 @@ def fit(grid: Grid, x: Tensor, w: Tensor) -> Scales:
     if grid.has_offset:
         step, offset = search_affine(x, w, grid.high, nonnegative_offset=grid.is_nested)
     else:
-        step = search_symmetric(x, w, grid.low, grid.high, T_DIM)
+        step = search_symmetric(x, w, grid.low, grid.high, T_DIM, positive=grid.scale_codes[0] == 0)
         offset = torch.zeros_like(step)
     scales = _snap(grid, x, w, step, offset)
     error = _error(grid, x, w, scales)
@@ -53,10 +53,11 @@ def targets(end: int) -> list[float]:
     return [target if end > 0 else -target for target in below + above]
 
 
-def search_symmetric(x: Tensor, w: Tensor, low: int, high: int, dim: int) -> Tensor:
+def search_symmetric(x: Tensor, w: Tensor, low: int, high: int, dim: int, positive: bool = False) -> Tensor:
     """Step s along ``dim`` for x ~ s * q, q in low..high: the inverse step whose integers explain most.
 
-    For given q the best s is sum(w x q) / sum(w q^2), and lowers the error by sum(w x q)^2 / sum(w q^2).
+    For given q the best s is sum(w x q) / sum(w q^2), and lowers the error by sum(w x q)^2 / sum(w q^2). With
+    ``positive`` only steps above 0 are tried.
     """
     largest, smallest = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
     inverse_peak = safe_inverse(torch.where(largest >= -smallest, largest, smallest))
@@ -64,6 +65,8 @@ def search_symmetric(x: Tensor, w: Tensor, low: int, high: int, dim: int) -> Ten
     best_gain = torch.zeros_like(inverse_peak)
     best_step = torch.zeros_like(inverse_peak)
     ends = (high,) if low in (0, -high) else (low, high)
+    if positive:
+        inverse_peak, ends = inverse_peak.abs(), tuple(abs(end) for end in ends)
     for target in chain.from_iterable(map(targets, ends)):
         q = (x * (inverse_peak * target)).round_().clamp_(low, high)
         projection = (wx * q).sum(dim, keepdim=True)

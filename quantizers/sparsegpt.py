@@ -28,6 +28,7 @@ from quantizers.formats import SUPER_BLOCK, QuantFormat
 from quantizers.grid import GRIDS, Grid, Scales, safe_inverse
 from quantizers.hessian import check_hessian, damped, inverse_factor
 from quantizers.packing import pack
+from quantizers.pruning import ColumnMasks
 
 PANEL = 32  # columns between small updates; every scale block is a multiple of it
 DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
@@ -82,7 +83,12 @@ def compensate(
             check_weights(fmt, W, columns)
     compensated = compensate_stack(weights, formats, H, damping, rounds)
     return {
-        name: {fmt.name: _best_rows(fmt, W.float(), compensated.get((name, fmt.name)), H) for fmt in formats[name]}
+        name: {
+            fmt.name: better_rows(
+                fmt, W.float(), quantize(fmt, W.float(), H.diagonal()), compensated.get((name, fmt.name)), H
+            )
+            for fmt in formats[name]
+        }
         for name, W in weights.items()
     }
 
@@ -130,8 +136,14 @@ def _segments(weights: Mapping[str, Tensor], members: Mapping[str, Sequence[str]
         start = stop
 
 
-def column_loop(W: Tensor, U: Tensor, importance: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Integers int8 (columns, R) of W (columns, R), which is overwritten; the segments receive their scales."""
+def column_loop(
+    W: Tensor, U: Tensor, importance: Tensor, segments: Sequence[Segment], masks: ColumnMasks | None = None
+) -> Tensor:
+    """Integers int8 (columns, R) of W (columns, R), which is overwritten; the segments receive their scales.
+
+    With ``masks`` of the same W, weights are pruned in the same pass: the others are rounded, the error of both is
+    spread.
+    """
     columns, R = W.shape
     integers = torch.empty(columns, R, dtype=torch.int8, device=W.device)
     errors = torch.empty_like(W[:SUPER_BLOCK])
@@ -140,8 +152,10 @@ def column_loop(W: Tensor, U: Tensor, importance: Tensor, segments: Sequence[Seg
         stop = min(block + SUPER_BLOCK, columns)
         for start in range(block, stop, PANEL):
             end = start + PANEL
-            steps.refresh(W, importance, start)
-            integers[start:end], panel_errors = _round_panel(W[start:end], U[start:end, start:end], steps, start)
+            if masks is not None:
+                masks.begin_panel(start, stop)
+            steps.refresh(W, importance, start, masks)
+            integers[start:end], panel_errors = _round_panel(W[start:end], U[start:end, start:end], steps, start, masks)
             W[end:stop] -= U[start:end, end:stop].T @ panel_errors
             errors[start - block : end - block] = panel_errors
         W[stop:] -= U[block:stop, stop:].T @ errors[: stop - block]
@@ -159,13 +173,17 @@ class _Steps:
             self.low[segment.rows] = segment.grid.low
             self.high[segment.rows] = segment.grid.high
 
-    def refresh(self, W: Tensor, importance: Tensor, start: int) -> None:
-        """Fit the scales of the blocks that begin at column ``start`` and freeze them."""
+    def refresh(self, W: Tensor, importance: Tensor, start: int, masks: ColumnMasks | None) -> None:
+        """Fit the scales of the blocks that begin at column ``start`` to the weights kept, and freeze them."""
         for segment in self.segments:
             size = segment.grid.format.block_size
             if start % size:
                 continue
-            scales = fit_rows(segment.grid, W[start : start + size, segment.rows], importance[start : start + size])
+            columns = slice(start, start + size)
+            part = W[columns, segment.rows]
+            if masks is not None:
+                part = part * masks.kept[columns, segment.rows]
+            scales = fit_rows(segment.grid, part, importance[columns])
             segment.scales.append(scales)
             repeat = segment.grid.width // GRAIN
             grains = slice(start % SUPER_BLOCK // GRAIN, (start % SUPER_BLOCK + size) // GRAIN)
@@ -174,21 +192,25 @@ class _Steps:
             self.inverse[grains, segment.rows] = safe_inverse(self.step[grains, segment.rows])
 
 
-def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int) -> tuple[Tensor, Tensor]:
+def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int, masks: ColumnMasks | None) -> tuple[Tensor, Tensor]:
     """Integers and errors / U_jj, (PANEL, R) each; the error of every column is spread over the rest of the panel."""
     integers, errors = torch.empty_like(W), torch.empty_like(W)
     for j, w in enumerate(W):
         grain = (start + j) % SUPER_BLOCK // GRAIN
         step, offset = steps.step[grain], steps.offset[grain]
-        q = torch.add(w, offset, out=integers[j]).mul_(steps.inverse[grain]).round_().clamp_(steps.low, steps.high)
+        target = w
+        if masks is not None:
+            masks.begin_column(start + j)
+            target = w * masks.kept[start + j]
+        q = torch.add(target, offset, out=integers[j]).mul_(steps.inverse[grain]).round_().clamp_(steps.low, steps.high)
         error = torch.mul(q, step, out=errors[j]).sub_(offset).sub_(w).div_(-U[j, j])
         W[j + 1 :].addcmul_(U[j, j + 1 :, None], error, value=-1)
     return integers, errors
 
 
-def _best_rows(fmt: QuantFormat, W: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:
-    """Row by row the better of plain and compensated bytes."""
-    data = quantize(fmt, W, H.diagonal())
+def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:
+    """Row by row the better of plain and compensated bytes (rows, row_bytes) of W (rows, columns)."""
+    data = plain
     errors = row_errors(W - dequantize(fmt, data), H)
     if compensated is not None:
         compensated_errors = row_errors(W - dequantize(fmt, compensated), H)
