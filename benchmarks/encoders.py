@@ -68,7 +68,7 @@ def measure(fmt: QuantFormat, W: Tensor, importance: Tensor, seconds: float) -> 
 
 def measure_compensation(W: Tensor, seconds: float) -> float:
     """Million weights per second, all six levels at once; a weight at six levels counts as six."""
-    formats = [FORMATS[name] for name in LEVEL_FORMATS.values()]
+    formats = [FORMATS[name] for level, name in LEVEL_FORMATS.items() if level != "W16"]
     H = correlated_hessian(W.shape[1])
     return rate(W.numel() * len(formats), seconds, lambda: compensate({"w": W}, {"w": formats}, H))
 

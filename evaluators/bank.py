@@ -97,14 +97,16 @@ class BuildBankGroup:
         device = best_device()
         names = [name for name in group.tensors if name in self.formats]
         weights = {name: folder.read(name).to(device, torch.float32) for name in names}
-        formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
         H = group.hessian.to(device)
-        whole = {name: W for name, W in weights.items() if name not in self.sparsity}
-        pruned = {name: W for name, W in weights.items() if name in self.sparsity}
-        results = compensate(whole, formats, H, damping=self.damping)
-        results |= prune_and_compensate(pruned, formats, self.sparsity, H, damping=self.damping)
-        for name in names:
-            save_tensor(self.directory, name, results[name])
+        for pruned in (False, True):
+            part = {name: W for name, W in weights.items() if (name in self.sparsity) == pruned}
+            formats = {name: [FORMATS[f] for f in self.formats[name]] for name in part}
+            if part and pruned:
+                results = prune_and_compensate(part, formats, self.sparsity, H, self.damping)
+            elif part:
+                results = compensate(part, formats, H, self.damping)
+            for name in part:
+                save_tensor(self.directory, name, results[name])
         return tuple(names)
 
 

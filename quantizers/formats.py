@@ -70,9 +70,17 @@ FORMATS: dict[str, QuantFormat] = {
         _format("F32", "W32"),
     )
 }
-LEVEL_FORMATS = {"W2": "Q2_K", "W3": "Q3_K", "W4": "Q4_K", "W5": "Q5_K", "W6": "Q6_K", "W8": "Q8_0"}
+LEVEL_FORMATS = {"W2": "Q2_K", "W3": "Q3_K", "W4": "Q4_K", "W5": "Q5_K", "W6": "Q6_K", "W8": "Q8_0", "W16": "F16"}
 # What llama.cpp itself falls back to where a row does not divide into 256 (llama-quant.cpp, tensor type fallback).
-ROW_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}
+ROW_FALLBACK = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "Q8_0": "Q8_0",
+    "F16": "F16",
+}
 
 
 def format_for(level: str, columns: int) -> QuantFormat:

@@ -64,9 +64,9 @@ def search_symmetric(x: Tensor, w: Tensor, low: int, high: int, dim: int, positi
     wx = w * x
     best_gain = torch.zeros_like(inverse_peak)
     best_step = torch.zeros_like(inverse_peak)
-    ends = (high,) if low in (0, -high) else (low, high)
+    ends = [high] if low in (0, -high) else [low, high]
     if positive:
-        inverse_peak, ends = inverse_peak.abs(), tuple(abs(end) for end in ends)
+        inverse_peak, ends = inverse_peak.abs(), [abs(end) for end in ends]
     for target in chain.from_iterable(map(targets, ends)):
         q = (x * (inverse_peak * target)).round_().clamp_(low, high)
         projection = (wx * q).sum(dim, keepdim=True)

@@ -31,7 +31,9 @@ _SHIFTED = (
     Grid(FORMATS["Q4_1"], 32, -8, 7),
     Grid(FORMATS["Q5_1"], 32, -16, 15),
 )
-ZERO_GRIDS: dict[str, Grid] = GRIDS | {grid.format.name: grid for grid in _SHIFTED}
+ZERO_GRIDS: dict[str, Grid] = {
+    grid.format.name: grid for grid in (*_SHIFTED, *(GRIDS[name] for name in ("Q3_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")))
+}
 # dmin over d; min = |scale| * zero integer / factor. A negative factor goes with min = -1, which the file adds.
 _DMIN_FACTORS = {"Q2_K": 1, "Q4_K": 8, "Q5_K": 16, "Q4_1": -8, "Q5_1": -16}
 

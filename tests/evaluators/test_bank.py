@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from evaluators.bank import (
     BankError,
     bank_digest,
     damaged_tensors,
+    group_tensors,
     readable,
     tensor_file,
     write_manifest,
@@ -20,6 +22,7 @@ from evaluators.bank import (
 from evaluators.calibration import InputGroup, group_file
 from quantizers.codec import dequantize
 from quantizers.formats import FORMATS
+from quantizers.pruning import Sparsity
 from tests.conftest import SmallBank
 from workers.pool import SerialPool
 
@@ -77,13 +80,25 @@ def test_a_format_that_is_not_there_is_named(small_bank: SmallBank) -> None:
 def test_the_digest_depends_on_everything_that_decides_the_bytes() -> None:
     formats = {NAME: [FORMATS["Q2_K"]]}
     digests = {
-        bank_digest("m", "c", formats, 0.01),
-        bank_digest("n", "c", formats, 0.01),
-        bank_digest("m", "d", formats, 0.01),
-        bank_digest("m", "c", {NAME: [FORMATS["Q3_K"]]}, 0.01),
-        bank_digest("m", "c", formats, 0.02),
+        bank_digest("m", "c", formats, 0.01, {}),
+        bank_digest("n", "c", formats, 0.01, {}),
+        bank_digest("m", "d", formats, 0.01, {}),
+        bank_digest("m", "c", {NAME: [FORMATS["Q3_K"]]}, 0.01, {}),
+        bank_digest("m", "c", formats, 0.02, {}),
+        bank_digest("m", "c", formats, 0.01, {NAME: Sparsity.of_fraction(0.5)}),
+        bank_digest("m", "c", formats, 0.01, {NAME: Sparsity.of_pattern("2:4")}),
     }
-    assert len(digests) == 5
+    assert len(digests) == 7
+
+
+def test_a_pruned_tensor_leaves_the_others_of_its_group_as_they_are(small_bank: SmallBank, tmp_path: Path) -> None:
+    task = next(t for t in small_bank.bank_tasks(tmp_path) if NAME in group_tensors(t.group))
+    list(SerialPool().map([replace(task, sparsity={NAME: Sparsity.of_pattern("2:4")})]))
+    for name in group_tensors(task.group):
+        same = tensor_file(tmp_path, name).read_bytes() == tensor_file(small_bank.directory, name).read_bytes()
+        assert same is (name != NAME)
+    zeros = Bank(tmp_path).weights(NAME, FORMATS["Q2_K"], 256, torch.device("cpu")) == 0
+    assert (zeros.unflatten(1, (-1, 4)).sum(2) >= 2).all()
 
 
 def test_files_hold_nothing_but_packed_bytes_and_json(small_bank: SmallBank) -> None:
