@@ -7,7 +7,7 @@ stage whose artefact is there and whole is skipped.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from bitgenome.config import TextConfig
 from bitgenome.plan import Plan
 from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
 from evaluators import bank as banks
+from evaluators.activation_samples import SampleActivations, samples_readable
 from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.model_folder import ModelFolder
@@ -117,6 +118,24 @@ def calibrate(plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Trac
         atomic_write_text(done, json.dumps(groups))
     names: list[str] = json.loads(done.read_text(encoding="utf-8"))
     return directory, names
+
+
+def sample_activations(
+    plan: ModelAndText, calibration: Path, groups: Sequence[str], windows: Path, samples: int, pool: Pool, track: Track
+) -> Path:
+    """Directory of activation samples of the input groups, taken where they are not there yet."""
+    directory = shared_directory(plan.config, "samples", digest_of(calibration.name, samples))
+    files = tuple(group_file(calibration, name) for name in groups)
+    done = directory / GROUPS_FILE
+    if not done.is_file() or not all(
+        samples_readable(group_file(directory, name)) for name in json.loads(done.read_text(encoding="utf-8"))
+    ):
+        task = SampleActivations(plan.folder.path, windows.resolve(), files, directory, samples)
+        for _ in track(pool.map([task]), 1, "sampling activations"):
+            pass
+        taken = [name for name in groups if group_file(directory, name).is_file()]
+        atomic_write_text(done, json.dumps(taken))
+    return directory
 
 
 def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:

@@ -10,12 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from bitgenome.artefacts import WINDOWS_FILE, calibrate, digest_of, read_windows
+from bitgenome.artefacts import WINDOWS_FILE, calibrate, digest_of, read_windows, sample_activations
+from bitgenome.grouping_report import costs, write_grouping_report
 from bitgenome.pipeline import log_file
 from bitgenome.plan import check_text
 from bitgenome.progress import track
 from bitgenome.study_config import Study, StudyConfig
 from bitgenome.study_report import write_report
+from evaluators.activation_samples import sample_positions
+from evaluators.grouped_method import MutualInformation
 from evaluators.model_folder import ModelFolder, resolve_model
 from evaluators.study import MeasureMethod, MethodResult, StudySetup
 from evaluators.study_layer import LayerRecord
@@ -52,7 +55,12 @@ class StudyPlan:
 def plan_study(study: Study) -> StudyPlan:
     """Check model, architecture and text; raises UserError for the first that does not fit."""
     folder = ModelFolder(resolve_model(study.config.model).resolve())
-    quantizable_tensors(folder)
+    columns = min(shape[-1] for shape in quantizable_tensors(folder).values())
+    for method in study.methods:
+        try:
+            method.check(columns)
+        except ValueError as error:
+            raise UserError(f"{method.label}: {error}") from None
     check_text(study.config.text, folder)
     plan = StudyPlan(study, folder)
     if (plan.path / "run.json").is_file():
@@ -84,6 +92,9 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
     """Measure every method that has no result yet, then write tables and picture; the directory and all results."""
     plan = plan_study(study)
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    if any(method.needs_samples for method in study.methods):
+        count, length = windows.windows["calibration"].shape
+        sample_positions(count, length, study.config.activation_samples)
     try:
         plan.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,8 +129,14 @@ class StudyRun:
         calibration, groups = calibrate(plan, self.windows, self.pool, self.track)
         fidelity = Fidelity("test", config.text.tokens.test)
         damping, whole = config.quantization.damping, config.tensors == "all"
+        samples = None
+        if any(method.needs_samples for method in plan.study.methods):
+            count = config.activation_samples
+            samples = sample_activations(plan, calibration, groups, windows_file, count, self.pool, self.track)
         key = digest_of(plan.folder.digest, calibration.name, self.windows.digest, asdict(fidelity), damping, whole)
-        return StudySetup(plan.folder.path, calibration, tuple(groups), windows_file, fidelity, damping, whole, key)
+        return StudySetup(
+            plan.folder.path, calibration, tuple(groups), windows_file, fidelity, damping, whole, samples, key
+        )
 
     def results(self) -> list[MethodResult]:
         """In the order of the methods."""
@@ -135,11 +152,19 @@ class StudyRun:
             log.info("%s: %.3f bits, KL %.5f", result.label, result.average_bits, result.kl)
         results = [archive.found[digest] for digest in wanted]
         atomic_write_json(self.plan.path / "study.json", self.record())
-        write_report(self.plan.path, self.plan.config, results)
+        write_report(self.plan.path, self.plan.config, results, self.grouping_section(results))
         return results
 
+    def grouping_section(self, results: list[MethodResult]) -> str:
+        """Markdown, with pictures, of the first method of mutual information; "" where there is none."""
+        grouped = [method for method in self.plan.study.methods if isinstance(method, MutualInformation)]
+        if not grouped:
+            return ""
+        return "\n".join(["", write_grouping_report(self.plan.path, self.setup, grouped[0]), *costs(results)])
+
     def digest(self, method: Method) -> str:
-        return digest_of(self.setup.key, method.model_dump(mode="json"))
+        samples = [self.plan.config.activation_samples] if method.needs_samples else []
+        return digest_of(self.setup.key, method.model_dump(mode="json"), *samples)
 
     def record(self) -> dict[str, Any]:
         """Configuration and digests, for study.json."""

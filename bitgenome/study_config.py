@@ -10,7 +10,8 @@ from pydantic import Field
 
 from bitgenome.config import QuantizationConfig, TextConfig, WorkersConfig, absolute_model, absolute_text
 from bitgenome.config_file import Section, parse_section, read_settings
-from evaluators.study_methods import METHODS, Method
+from evaluators.methods import METHODS
+from evaluators.study_methods import Method
 from search.errors import UserError
 
 SWEEP = "sweep"  # of a method: settings with the list of values that each takes, in every combination
@@ -22,6 +23,7 @@ class StudyConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field(description="Hugging Face folder or id")
     tensors: Literal["blocks", "all"] = Field("blocks", description="all: embedding and head too")
+    activation_samples: int = Field(2048, ge=2, description="positions of calibration text, for mutual information")
     text: TextConfig = TextConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     workers: WorkersConfig = WorkersConfig()

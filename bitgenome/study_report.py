@@ -17,7 +17,16 @@ from search.files import atomic_write_bytes, atomic_write_text
 mpl.use("Agg")  # pictures are files; no display is needed
 from matplotlib import pyplot
 
-FIGURES = ("average_bits", "stored_bits", "kl", "perplexity", "reconstruction", "sparsity", "seconds")
+FIGURES = (
+    "average_bits",
+    "stored_bits",
+    "kl",
+    "perplexity",
+    "reconstruction",
+    "sparsity",
+    "seconds",
+    "grouping_seconds",
+)
 MARKERS = "osD^vP*X<>"
 
 
@@ -31,15 +40,15 @@ def results_frame(results: Sequence[MethodResult]) -> pd.DataFrame:
     return pd.DataFrame([{name: getattr(result, name) for name in names} for result in results])
 
 
-def write_report(path: Path, config: StudyConfig, results: Sequence[MethodResult]) -> None:
-    """results.parquet, results.csv, allocations.parquet, report.md and kl-over-bits.svg in the study's directory."""
+def write_report(path: Path, config: StudyConfig, results: Sequence[MethodResult], more: str = "") -> None:
+    """results.parquet, results.csv, allocations.parquet, kl-over-bits.svg and report.md, which ends in ``more``."""
     frame = results_frame(results)
     atomic_write_bytes(path / "results.parquet", frame.to_parquet(index=False))
     atomic_write_text(path / "results.csv", frame.to_csv(index=False))
     allocations = all_frames(map(statistics_of, results))
     atomic_write_bytes(path / "allocations.parquet", allocations.to_parquet(index=False))
     draw(path / "kl-over-bits.svg", results)
-    atomic_write_text(path / "report.md", markdown(config, results))
+    atomic_write_text(path / "report.md", markdown(config, results) + more)
 
 
 def markdown(config: StudyConfig, results: Sequence[MethodResult]) -> str:

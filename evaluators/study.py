@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluators.activation_samples import load_samples
 from evaluators.bank import group_tensors
 from evaluators.block_model import BlockModel
 from evaluators.calibration import InputGroup, group_file
@@ -34,6 +35,7 @@ class StudySetup:
     fidelity: Fidelity
     damping: float
     whole_model: bool  # embedding and head are treated too
+    samples: Path | None  # directory of activation samples, if a method needs them
     key: str  # digest of the above
 
 
@@ -52,6 +54,7 @@ class MethodResult:
     reconstruction: float  # sum of tr(dW H dW^T) over sum of tr(W H W^T)
     sparsity: float  # share of weights that are exactly 0
     seconds: float
+    grouping_seconds: float  # of them, on mutual information and clusters
     layers: tuple[LayerRecord, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +109,7 @@ class MethodBench:
             reconstruction=sum(r.error for r in records) / sum(r.power for r in records),
             sparsity=sum(r.zeros for r in records) / weights,
             seconds=time.perf_counter() - started,
+            grouping_seconds=sum(r.grouping_seconds for r in records),
             layers=tuple(records),
         )
 
@@ -116,7 +120,9 @@ class MethodBench:
             return
         for file in self.groups.get(block, ()):
             group = InputGroup.load(file)
-            shared = LayerInput(group, self.setup.damping, self.model.device)
+            wanted = self.setup.samples if method.needs_samples else None
+            samples = None if wanted is None else load_samples(wanted, group.name)
+            shared = LayerInput(group, self.setup.damping, self.model.device, samples)
             for name in group.tensors:
                 parameter = self.model.weight(name)
                 layer = StudyLayer(name, block, blocks, parameter.data, shared)

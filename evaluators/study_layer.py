@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,18 @@ from quantizers.statistics import InputStatistics
 
 
 class LayerInput:
-    """The input of one or several layers: Hessian H (columns, columns), moments, and the factor of its inverse."""
+    """The input of one or several layers: Hessian H (columns, columns), moments, and the factor of its inverse.
 
-    def __init__(self, group: InputGroup, damping: float, device: torch.device):
+    ``samples`` (n, columns) of its activations are there if the method asked for them and the input has any; in
+    ``memo`` a method keeps what it need not compute again for the next layer with this input.
+    """
+
+    def __init__(self, group: InputGroup, damping: float, device: torch.device, samples: Tensor | None = None):
         self.H = group.hessian.to(device)
         self.statistics = InputStatistics(**{name: t.to(device) for name, t in group.statistics.tensors().items()})
         self.damping = damping
+        self.samples = None if samples is None else samples.to(device)
+        self.memo: dict[str, Any] = {}
 
     @cached_property
     def factor(self) -> Tensor:
@@ -45,6 +52,7 @@ class TreatedLayer:
     bits: Tensor
     stored_bits: float  # bits a weight, with scales and whatever else a file would hold
     score: Tensor | None = None
+    grouping_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class LayerRecord:
     power: float  # tr(W H W^T)
     importance_min: float | None
     importance_max: float | None
+    grouping_seconds: float = 0.0  # spent on mutual information and clusters
 
 
 def record_of(layer: StudyLayer, treated: TreatedLayer) -> LayerRecord:
@@ -80,4 +89,5 @@ def record_of(layer: StudyLayer, treated: TreatedLayer) -> LayerRecord:
         power=float(row_errors(layer.W, layer.input.H).sum()),
         importance_min=None if score is None else float(score.min()),
         importance_max=None if score is None else float(score.max()),
+        grouping_seconds=treated.grouping_seconds,
     )

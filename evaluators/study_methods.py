@@ -1,6 +1,6 @@
 """Quantization methods that a study compares: small settings that turn a layer into simulated weights.
 
-Another method is another subclass of ``Method`` with a ``kind`` and ``treat``; ``METHODS`` lists them all.
+Another method is another subclass of ``Method`` with a ``kind`` and ``treat``, listed in evaluators/methods.py.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -37,6 +37,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     axis: ClassVar[str] = ""
+    needs_samples: ClassVar[bool] = False  # of activations
 
     kind: str
     name: str | None = Field(None, description="of its line in table and picture")
@@ -44,6 +45,9 @@ class Method(BaseModel):
     def treat(self, layer: StudyLayer) -> TreatedLayer:
         """Simulated weights of a layer."""
         raise NotImplementedError
+
+    def check(self, columns: int) -> None:
+        """Raises ValueError if the method cannot serve a layer of as few columns, saying what would."""
 
     @property
     def line(self) -> str:
@@ -174,12 +178,3 @@ class BudgetMethod(FiveDimensional):
         score = self.score(layer)
         target = target_bits(self.targets, layer.name, layer.block, layer.blocks, self.target_avg_bits)
         return budget_bits(score.cpu().numpy(), target, self.levels), score
-
-
-METHODS: dict[str, type[Method]] = {
-    "rtn": Rounding,
-    "gptq": Gptq,
-    "threshold": Threshold,
-    "quantile": Quantile,
-    "budget": BudgetMethod,
-}

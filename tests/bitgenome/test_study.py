@@ -60,6 +60,25 @@ def test_a_study_ends_in_tables_and_a_picture_and_measures_nothing_twice(tmp_pat
     assert second[3].label == "gptq @ 3"
 
 
+def test_a_study_of_mutual_information_ends_in_pictures_and_costs(tmp_path: Path) -> None:
+    methods = [{"kind": "mutual_information", "sweep": {"strategy": ["A", "B"], "groups": [1, 8]}}]
+    file = write(tmp_path, methods=methods, activation_samples=64)
+    path, results = run_study(load_study(file), Console(quiet=True))
+    for picture in ("mutual-information-channels.png", "mutual-information-layers.png"):
+        assert (path / picture).read_bytes().startswith(b"\x89PNG")
+    assert (path / "report.md").read_text().count("| mutual_information, ") == 8
+    a1, b1, a8, b8 = results  # the file was written with its keys sorted
+    assert a1.stored_bits < a8.stored_bits < b1.stored_bits, "a scale for all channels, for a group's, for each"
+    assert b8.reconstruction < a1.reconstruction, "a grid of its own for each channel is finer"
+    assert all(r.average_bits <= 4 and r.grouping_seconds > 0 for r in results)
+    too_many = load_study(write(tmp_path, methods=[{"kind": "mutual_information", "groups": 65}]))
+    with pytest.raises(UserError, match="expected groups from 1 to 64, the smallest input's channels, found 65"):
+        plan_study(too_many)
+    too_few = load_study(write(tmp_path, methods=methods, activation_samples=2048))
+    with pytest.raises(UserError, match="expected at least 2048 tokens of calibration text for as many samples"):
+        run_study(too_few, Console(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("methods", "sentence"),
     [

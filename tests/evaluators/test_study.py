@@ -22,7 +22,15 @@ def measured(small_bank: SmallBank, method: Method, whole_model: bool = False) -
     fidelity = Fidelity("test", 1024)
     groups = tuple(small_bank.groups)
     setup = StudySetup(
-        EMBEDDED, small_bank.directory, groups, small_bank.windows_file, fidelity, 0.01, whole_model, f"{whole_model}"
+        EMBEDDED,
+        small_bank.directory,
+        groups,
+        small_bank.windows_file,
+        fidelity,
+        0.01,
+        whole_model,
+        None,
+        f"{whole_model}",
     )
     return MeasureMethod(setup, method).run(STATE)
 

@@ -1,0 +1,120 @@
+"""A bounded number of positions of calibration text with the activations that every linear layer reads there.
+
+One safetensors file an input group, ``inputs`` (n, columns) float32, written only when something asks for samples.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save
+from torch import Tensor, nn
+
+from evaluators.bank import group_tensors
+from evaluators.block_model import BlockModel
+from evaluators.calibration import group_file
+from evaluators.devices import best_device
+from evaluators.model_folder import ModelFolder
+from evaluators.simulated import chunked
+from evaluators.text import TextError, TokenWindows
+from search.files import atomic_write_bytes
+
+STRIDE = 8  # positions from one sample to the next in a window, where there is text enough: neighbours are alike
+
+
+@dataclass(frozen=True)
+class SampleActivations:
+    """Pool task: write the samples of every input group but that of an untied embedding, which reads no activations."""
+
+    model: Path
+    windows: Path  # file of TokenWindows
+    groups: tuple[Path, ...]  # files of the input groups
+    directory: Path
+    samples: int
+
+    @property
+    def label(self) -> str:
+        return "sample activations"
+
+    def run(self, state: dict[Any, Any]) -> None:
+        """Raises TextError if there is less calibration text than samples."""
+        windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])
+        model = BlockModel(ModelFolder(self.model), best_device())
+        firsts = {group_tensors(file)[0]: file.stem for file in self.groups}
+        for name, inputs in sampled_inputs(model, windows, self.samples, list(firsts)):
+            content = save({"inputs": inputs.float().cpu().contiguous()})
+            atomic_write_bytes(group_file(self.directory, firsts[name]), content)
+
+
+def sample_positions(windows: int, window: int, samples: int) -> tuple[int, list[int]]:
+    """How many windows to read, and the positions in each, for at least ``samples``."""
+    if samples > windows * window:
+        raise TextError(
+            f"expected at least {samples} tokens of calibration text for as many samples, found {windows * window}"
+        )
+    each = max(math.ceil(window / STRIDE), math.ceil(samples / windows))
+    return math.ceil(samples / each), [window * (2 * i + 1) // (2 * each) for i in range(each)]
+
+
+@torch.inference_mode()
+def sampled_inputs(
+    model: BlockModel, windows: Tensor, samples: int, tensors: Sequence[str]
+) -> "list[tuple[str, Tensor]]":
+    """(name, float32 (samples, columns)) of the inputs of the named linear tensors, from token windows (N, T)."""
+    rows, positions = sample_positions(len(windows), windows.shape[1], samples)
+    model.load_ends()
+    hidden = chunked(model.embed, windows[:rows])
+    found: dict[str, list[Tensor]] = {}
+    for block in range(len(model.blocks)):
+        model.load_block(block)
+        linears = {name: module for name, module in model.linears(block) if name in tensors}
+        handles = [m.register_forward_pre_hook(_recorder(found, name, positions)) for name, m in linears.items()]
+        hidden = chunked(partial(model.run_block, block), hidden)
+        for handle in handles:
+            handle.remove()
+        model.unload_block(block)
+    if model.head_name in tensors:
+        found[model.head_name] = [model.decoder.norm(hidden)[:, positions].flatten(0, 1)]
+    return [(name, torch.cat(parts)[:samples]) for name, parts in found.items()]
+
+
+def _recorder(found: dict[str, list[Tensor]], name: str, positions: list[int]) -> Any:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.setdefault(name, []).append(inputs[0][:, positions].flatten(0, 1).clone())
+
+    return record
+
+
+def samples_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "inputs" in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_samples(directory: Path, group: str) -> Tensor | None:
+    """float32 (n, columns); None for a group without activations."""
+    path = group_file(directory, group)
+    return load_file(path)["inputs"] if path.is_file() else None
+
+
+def layer_series(folder: ModelFolder, directory: Path, groups: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
+    """Tensors in order and, for each, the logarithm of its output's norm at every sample: float32 (n, tensors).
+
+    ``groups`` maps input groups to the tensors that read them; those without activations are left out.
+    """
+    names, series = [], []
+    for group, tensors in groups.items():
+        inputs = load_samples(directory, group)
+        for name in tensors if inputs is not None else ():
+            W = folder.read(name).float()
+            names.append(name)
+            series.append(torch.cat([(part @ W.T).norm(dim=1) for part in inputs.split(256)]))  # type: ignore[union-attr]
+    tiny = torch.finfo(torch.float32).tiny
+    return names, torch.stack(series, 1).clamp(min=tiny).log()
