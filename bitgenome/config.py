@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from bitgenome.config_file import Section, parse_section, read_settings
 from bitgenome.pruning_config import PruningConfig
 from evaluators.stdlib_text import SPLITS
-from quantizers.formats import LEVEL_FORMATS
+from quantizers.formats import LEVEL_FORMATS, LEVEL_PRESETS
 from search.fitness import FitnessSettings
 
 Share = Annotated[float, Field(gt=0)]
@@ -150,13 +150,22 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field(description="Hugging Face folder or id")
     budget: BudgetConfig
-    levels: tuple[str, ...] = ("W2", "W3", "W4", "W5", "W6", "W8")
+    levels: tuple[str, ...] = LEVEL_PRESETS["fine"]
     text: TextConfig = TextConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     fitness: FitnessConfig = FitnessConfig()
     search: SearchConfig = SearchConfig()
     workers: WorkersConfig = WorkersConfig()
     storage_path: Path = Path("runs")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in LEVEL_PRESETS:
+                raise ValueError(f"expected a list of levels or one of {', '.join(LEVEL_PRESETS)}, found {value}")
+            return LEVEL_PRESETS[value]
+        return value
 
     @field_validator("levels")
     @classmethod

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quantizers.codebook_packing import pack_codebook, unpack_codebook
+from quantizers.codebooks import CODEBOOK_GRIDS
 from quantizers.formats import QuantFormat
 from quantizers.grid import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
 from quantizers.packing import pack, unpack
 from quantizers.scale_search import fit
+from quantizers.vector_loop import vector_loop
 
 CHUNK_WEIGHTS = 1 << 16  # weights searched at once: the search's temporaries (256 KiB each) stay in cache
 CHUNK_COLUMNS = 256  # a multiple of every block size
@@ -41,9 +44,13 @@ def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> T
     check_weights(fmt, W)
     if fmt.is_float:
         return W.to(_FLOATS[fmt.name]).contiguous().view(torch.uint8)
-    grid = GRIDS[fmt.name]
     columns_first = W.T.float()
     importance = normalized_importance(importance, W.shape[1], W.device)
+    if fmt.name in CODEBOOK_GRIDS:
+        codebook = CODEBOOK_GRIDS[fmt.name]
+        fitted, codewords = vector_loop(codebook, pad_rows(columns_first), importance)
+        return pack_codebook(codebook, fitted, codewords)[: len(W)]
+    grid = GRIDS[fmt.name]
     scales, integers = [], []
     for part, weight in zip(columns_first.split(CHUNK_COLUMNS), importance.split(CHUNK_COLUMNS), strict=True):
         fitted = fit_rows(grid, part, weight)
@@ -62,6 +69,8 @@ def dequantize(fmt: QuantFormat, data: Tensor) -> Tensor:
         raise ValueError(f"row of {row} bytes is not a multiple of {fmt.name} block bytes ({fmt.block_bytes})")
     if fmt.is_float:
         return data.contiguous().view(_FLOATS[fmt.name]).float()
+    if fmt.name in CODEBOOK_GRIDS:
+        return unpack_codebook(CODEBOOK_GRIDS[fmt.name], data).view(len(data), -1)
     integers, step, offset = unpack(GRIDS[fmt.name], data)
     values = integers.mul_(step)
     return (values if offset is None else values.sub_(offset)).view(len(data), -1)

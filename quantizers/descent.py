@@ -23,7 +23,14 @@ DEGENERATE = 1e-5  # relative determinant below which d and dmin are not told ap
 
 
 def descend(
-    grid: Grid, W: Tensor, H: Tensor, start: tuple[Scales, Tensor], rounds: int, kept: Tensor | None = None
+    grid: Grid,
+    W: Tensor,
+    H: Tensor,
+    start: tuple[Scales, Tensor],
+    rounds: int,
+    kept: Tensor | None = None,
+    *,
+    block_type: "type[Block] | None" = None,
 ) -> tuple[Scales, Tensor]:
     """Better scales and integers int8 (columns, N) than those of ``start``, after ``rounds`` sweeps.
 
@@ -38,7 +45,7 @@ def descend(
         chunk = scales.map(lambda member, rows=rows: member[..., rows].clone())
         chunk_kept = None if kept is None else kept[:, rows]
         for _ in range(rounds):
-            _sweep(grid, W[:, rows], H, chunk, q, chunk_kept)
+            _sweep(block_type or Block, grid, W[:, rows], H, chunk, q, chunk_kept)
         parts.append((chunk, q.view(len(W), -1).to(torch.int8)))
     return Scales.concatenate([s for s, _ in parts], 3), torch.cat([q for _, q in parts], 1)
 
@@ -57,14 +64,16 @@ def descend_kept(W: Tensor, H: Tensor, Q: Tensor, kept: Tensor, rounds: int) -> 
             G -= H[:, panel] @ change
 
 
-def _sweep(grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor, kept: Tensor | None) -> None:
+def _sweep(
+    block_type: "type[Block]", grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor, kept: Tensor | None
+) -> None:
     """Update ``scales`` and ``q`` (B, S, T, N) in place, block by block."""
     D = W - (q * scales.step - scales.offset).view_as(W)
     size = grid.format.block_size
     for b in range(len(q)):
         columns = slice(b * size, (b + 1) * size)
         members = (scales.d[b, 0, 0], scales.dmin[b, 0, 0], scales.scale[b, :, 0], scales.min[b, :, 0])
-        block = _Block(grid, H[columns, columns], H[columns] @ D, D[columns], q[b].view(size, -1), *members)
+        block = block_type(grid, H[columns, columns], H[columns] @ D, D[columns], q[b].view(size, -1), *members)
         if grid.is_nested:
             block.adjust_codes()
         block.adjust_units()
@@ -72,7 +81,7 @@ def _sweep(grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor, kept: Te
 
 
 @dataclass
-class _Block:
+class Block:
     """Views of one block of N rows; every method changes them in place and keeps G = (H D)[block]."""
 
     grid: Grid
@@ -97,7 +106,7 @@ class _Block:
             columns = slice(s * self.grid.width, (s + 1) * self.grid.width)
             H, q = self.H[columns, columns], self.q[columns]
             wanted = (q * self.G[columns]).sum(0) / (q * (H @ q)).sum(0).clamp_(min=TINY) * inverse_d
-            code = (self.scale[s] + wanted).round_().clamp_(*self.grid.scale_codes)
+            code = self.grid.nearest_code(self.scale[s] + wanted)
             self.move(columns, q * ((code - self.scale[s]) * self.d))
             self.scale[s] = code
             if self.grid.has_offset:
@@ -138,7 +147,7 @@ class _Block:
             H, G, change = self.H[panel, panel], self.G[panel].clone(), torch.empty_like(self.G[panel])
             for j, q in enumerate(self.q[panel]):
                 s = (start + j) // self.grid.width
-                new = (G[j] * inverse[s]).div_(H[j, j]).add_(q).round_().clamp_(self.grid.low, self.grid.high)
+                new = self.grid.nearest((G[j] * inverse[s]).div_(H[j, j]).add_(q))
                 if kept is not None:
                     new.mul_(kept[start + j])
                 torch.mul(new - q, step[s], out=change[j])

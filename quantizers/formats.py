@@ -53,6 +53,8 @@ def _format(name: str, level: str) -> QuantFormat:
     return QuantFormat(name, level, *GGML_QUANT_SIZES[GGMLQuantizationType[name]])
 
 
+# Types whose weights come from tables; the levels of the search bear the types' own names.
+CODEBOOK_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "IQ4_NL")
 FORMATS: dict[str, QuantFormat] = {
     f.name: f
     for f in (
@@ -66,11 +68,15 @@ FORMATS: dict[str, QuantFormat] = {
         _format("Q4_1", "W4"),
         _format("Q5_0", "W5"),
         _format("Q5_1", "W5"),
+        *(_format(name, name) for name in CODEBOOK_TYPES),
         _format("F16", "W16"),
         _format("F32", "W32"),
     )
 }
-LEVEL_FORMATS = {"W2": "Q2_K", "W3": "Q3_K", "W4": "Q4_K", "W5": "Q5_K", "W6": "Q6_K", "W8": "Q8_0", "W16": "F16"}
+K_LEVELS = {"W2": "Q2_K", "W3": "Q3_K", "W4": "Q4_K", "W5": "Q5_K", "W6": "Q6_K", "W8": "Q8_0"}
+LEVEL_FORMATS = K_LEVELS | {"W16": "F16"} | {name: name for name in CODEBOOK_TYPES}
+# A word for several levels.
+LEVEL_PRESETS = {"classic": ("W2", "W4", "W8"), "fine": tuple(K_LEVELS), "all": (*K_LEVELS, *CODEBOOK_TYPES)}
 # What llama.cpp itself falls back to where a row does not divide into 256 (llama-quant.cpp, tensor type fallback).
 ROW_FALLBACK = {
     "Q2_K": "Q4_0",
@@ -80,7 +86,7 @@ ROW_FALLBACK = {
     "Q6_K": "Q8_0",
     "Q8_0": "Q8_0",
     "F16": "F16",
-}
+} | dict.fromkeys(CODEBOOK_TYPES, "IQ4_NL")
 
 
 def format_for(level: str, columns: int) -> QuantFormat:

@@ -11,6 +11,7 @@ Shape legend, the transposed layout in which rows are the contiguous last dimens
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Grid:
     high: int
     scale_codes: tuple[int, int] = (1, 1)  # integer scale of a sub-block: step = d * code
     min_codes: tuple[int, int] = (0, 0)  # integer offset of a sub-block: offset = dmin * code
+    levels: tuple[int, ...] | None = None  # the only integers of a table type, ascending; None for all low..high
 
     @property
     def sub_blocks(self) -> int:
@@ -45,15 +47,28 @@ class Grid:
         return self.scale_codes != (1, 1)
 
     @property
-    def is_signed(self) -> bool:
-        """Whether a step may be negative: an uneven range of integers is then used from the side that fits."""
-        return not self.has_offset and self.low != -self.high
+    def spacing(self) -> float:
+        """Typical distance between neighbouring integers."""
+        return 1.0 if self.levels is None else (self.high - self.low) / (len(self.levels) - 1)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The storable integers nearest to ``x``, which is overwritten."""
+        if self.levels is None:
+            return x.round_().clamp_(self.low, self.high)
+        halves = (x.clamp_(self.low, self.high) * 2).floor_().sub_(2 * self.low).int()
+        return x.copy_(_nearest_level(self.levels, x.device)[halves])
+
+    def nearest_code(self, code: Tensor) -> Tensor:
+        """The storable integer scale nearest to ``code``, which is overwritten."""
+        return code.round_().clamp_(*self.scale_codes)
 
     def blocks(self, columns_first: Tensor) -> Tensor:
         """(columns, N) viewed as (B, S, T, N)."""
         return columns_first.view(-1, self.sub_blocks, self.width, columns_first.shape[-1])
 
 
+# kvalues_iq4nl in ggml-common.h
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GRIDS: dict[str, Grid] = {
     grid.format.name: grid
     for grid in (
@@ -67,6 +82,8 @@ GRIDS: dict[str, Grid] = {
         Grid(FORMATS["Q4_1"], 32, 0, 15, min_codes=(-1, -1)),  # the file adds m, so offset = -m
         Grid(FORMATS["Q5_0"], 32, -16, 15),
         Grid(FORMATS["Q5_1"], 32, 0, 31, min_codes=(-1, -1)),
+        Grid(FORMATS["IQ4_XS"], 32, -127, 113, (-32, 31), levels=IQ4_LEVELS),
+        Grid(FORMATS["IQ4_NL"], 32, -127, 113, levels=IQ4_LEVELS),
     )
 }
 
@@ -99,6 +116,17 @@ class Scales:
         return parts[0].map(lambda *tensors: torch.cat(tensors, dim), *parts[1:])
 
 
+@cache
+def _nearest_level(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """The level nearest to each half-open interval [i / 2, (i + 1) / 2) from the lowest level to the highest.
+
+    Midpoints of levels are multiples of a half, so the table is exact.
+    """
+    table = torch.tensor(levels, dtype=torch.float32, device=device)
+    halves = torch.arange(2 * levels[0], 2 * levels[-1] + 1, device=device) / 2
+    return table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2, right=True)]
+
+
 def nearest_fp16(x: Tensor) -> Tensor:
     """``x`` rounded to the nearest finite fp16 value, in its own type."""
     return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
@@ -111,6 +139,6 @@ def safe_inverse(x: Tensor) -> Tensor:
 
 
 def round_to_grid(grid: Grid, x: Tensor, offset: Tensor, inverse_step: Tensor) -> Tensor:
-    """Nearest integers of ``x`` (B, S, T, N) on the grid, in the type of ``x``; 0 where ``inverse_step`` is 0."""
+    """Nearest integers of ``x`` (B, S, T, N) on the grid, in the type of ``x``; those nearest 0 for an inverse of 0."""
     q = (x + offset).mul_(inverse_step) if grid.has_offset else x * inverse_step
-    return q.round_().clamp_(grid.low, grid.high)
+    return grid.nearest(q)

@@ -88,6 +88,15 @@ def _read_bytes(data: Tensor) -> tuple[Tensor, None]:
     return data.view(torch.int8), None
 
 
+def _write_six_bit_halves(scale: Tensor, _: Tensor) -> Tensor:
+    """IQ4_XS: 8 scales of 6 bits, the high bits in 2 bytes before the low nibbles in 4."""
+    return torch.cat([Plane(4, 2, 1).write(scale), Plane(0, 4, 1).write(scale)], 1)
+
+
+def _read_six_bit_halves(data: Tensor) -> tuple[Tensor, None]:
+    return Plane(4, 2, 1).read(data[:, :2]) | Plane(0, 4, 1).read(data[:, 2:]), None
+
+
 class Codes(NamedTuple):
     """Integer scales and mins of the sub-blocks, in ``size`` bytes; stored scale = scale + ``bias`` (modulo 256)."""
 
@@ -110,6 +119,8 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
     "Q4_1": ("d", "dmin", Plane(0, 4, 16)),
     "Q5_0": ("d", Plane(4, 1, 1), Plane(0, 4, 16)),
     "Q5_1": ("d", "dmin", Plane(4, 1, 1), Plane(0, 4, 16)),
+    "IQ4_XS": ("d", Codes(6, _write_six_bit_halves, _read_six_bit_halves, 32), Plane(0, 4, 16)),
+    "IQ4_NL": ("d", Plane(0, 4, 16)),
 }
 
 
@@ -123,14 +134,34 @@ def _field_bytes(field: Field, block_size: int) -> int:
             return 2
 
 
-def _by_block(member: Tensor) -> Tensor:
+def by_block(member: Tensor) -> Tensor:
     """(B, S, 1, N) -> (n, S) in file order."""
     return member[:, :, 0].permute(2, 0, 1).flatten(0, 1)
+
+
+def half_bytes(member: Tensor) -> Tensor:
+    """fp16 values of blocks (B, 1, 1, N) -> uint8 (n, 2) in file order."""
+    return by_block(member).half().flatten().view(torch.uint8).view(-1, 2)
 
 
 def _stored(grid: Grid) -> int:
     """What is added to an integer before it is stored: bytes are two's complement, the rest counts from ``low``."""
     return 0 if grid.high == 127 else -grid.low
+
+
+def _store(grid: Grid, integers: Tensor) -> Tensor:
+    """int8 integers -> uint8 codes of one shape."""
+    if grid.levels is None:
+        return (integers + _stored(grid)).view(torch.uint8)
+    levels = torch.tensor(grid.levels, dtype=torch.int8, device=integers.device)
+    return torch.searchsorted(levels, integers).to(torch.uint8)
+
+
+def _restore(grid: Grid, codes: Tensor) -> Tensor:
+    """uint8 codes -> float32 integers of one shape."""
+    if grid.levels is not None:
+        return torch.tensor(grid.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+    return codes.view(torch.int8).float() if grid.high == 127 else codes.float().sub_(_stored(grid))
 
 
 def pack(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
@@ -139,17 +170,17 @@ def pack(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
     ``scales`` of B x N blocks and ``integers`` int8 (columns, N) within the grid -> uint8 (N, row_bytes).
     """
     rows = integers.shape[1]
-    codes = (integers.T.contiguous() + _stored(grid)).view(torch.uint8).view(-1, grid.format.block_size)
+    codes = _store(grid, integers.T.contiguous()).view(-1, grid.format.block_size)
     parts = []
     for field in LAYOUTS[grid.format.name]:
         match field:
             case Plane():
                 parts.append(field.write(codes))
             case Codes():
-                stored = _by_block(scales.scale + field.bias), _by_block(scales.min)
+                stored = by_block(scales.scale + field.bias), by_block(scales.min)
                 parts.append(field.write(*(s.to(torch.int16).to(torch.uint8) for s in stored)))
             case _:
-                parts.append(_by_block(getattr(scales, field)).half().flatten().view(torch.uint8).view(-1, 2))
+                parts.append(half_bytes(getattr(scales, field)))
     return torch.cat(parts, 1).view(rows, -1)
 
 
@@ -181,7 +212,7 @@ def unpack(grid: Grid, data: Tensor) -> Unpacked:
             case _:
                 halves[field] = part.contiguous().view(torch.float16).float()
     assert codes is not None
-    integers = codes.view(torch.int8).float() if grid.high == 127 else codes.float().sub_(_stored(grid))
+    integers = _restore(grid, codes)
     step = halves["d"] if step is None else step.mul_(halves["d"])
     if "dmin" in halves:
         offset = -halves["dmin"] if offset is None else offset.mul_(halves["dmin"])

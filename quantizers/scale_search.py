@@ -9,7 +9,7 @@ has no stage 3.
 Shapes as in quantizers.grid: x (B, S, T, N), w (B, S, T, 1); per sub-block (B, S, 1, N); per block (B, 1, 1, N).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -30,7 +30,8 @@ def fit(grid: Grid, x: Tensor, w: Tensor) -> Scales:
     if grid.has_offset:
         step, offset = search_affine(x, w, grid.high, nonnegative_offset=grid.is_nested)
     else:
-        step = search_symmetric(x, w, grid.low, grid.high, T_DIM, positive=grid.scale_codes[0] == 0)
+        positive = grid.scale_codes[0] == 0
+        step = search_symmetric(x, w, (grid.low, grid.high), T_DIM, grid.nearest, grid.spacing, positive=positive)
         offset = torch.zeros_like(step)
     scales = _snap(grid, x, w, step, offset)
     error = _error(grid, x, w, scales)
@@ -41,24 +42,38 @@ def fit(grid: Grid, x: Tensor, w: Tensor) -> Scales:
     return scales
 
 
-def targets(end: int) -> list[float]:
+def targets(end: int, spacing: float = 1.0) -> list[float]:
     """What the largest magnitude is mapped to: ``end`` of the integer range itself and values about it.
+
+    ``spacing`` is the distance of neighbouring integers.
 
     The finer the grid, the wider the range: neighbouring steps then differ enough to round many weights differently.
     Found by trying ranges on the embedded model for every format.
     """
-    reach = abs(end) ** 0.5 - 0.9
-    below = [abs(end) - reach * i / TARGETS_BELOW for i in range(TARGETS_BELOW, 0, -1)]
-    above = [abs(end) + min(reach, 2.0) * i / TARGETS_ABOVE for i in range(TARGETS_ABOVE + 1)]
-    return [target if end > 0 else -target for target in below + above]
+    steps = abs(end) / spacing
+    reach = steps**0.5 - 0.9
+    below = [steps - reach * i / TARGETS_BELOW for i in range(TARGETS_BELOW, 0, -1)]
+    above = [steps + min(reach, 2.0) * i / TARGETS_ABOVE for i in range(TARGETS_ABOVE + 1)]
+    return [spacing * (target if end > 0 else -target) for target in below + above]
 
 
-def search_symmetric(x: Tensor, w: Tensor, low: int, high: int, dim: int, positive: bool = False) -> Tensor:
-    """Step s along ``dim`` for x ~ s * q, q in low..high: the inverse step whose integers explain most.
+def search_symmetric(
+    x: Tensor,
+    w: Tensor,
+    span: tuple[int, int],
+    dim: int,
+    nearest: Callable[[Tensor], Tensor] | None = None,
+    spacing: float = 1.0,
+    *,
+    positive: bool = False,
+) -> Tensor:
+    """Step s along ``dim`` for x ~ s * q, q among the integers of ``span``: the inverse step whose q explain most.
 
-    For given q the best s is sum(w x q) / sum(w q^2), and lowers the error by sum(w x q)^2 / sum(w q^2). With
-    ``positive`` only steps above 0 are tried.
+    ``nearest`` rounds in place, by default to all integers of ``span``, which lie ``spacing`` apart. With ``positive``
+    only steps above 0 are tried.
+    For given q the best s is sum(w x q) / sum(w q^2), and lowers the error by sum(w x q)^2 / sum(w q^2).
     """
+    low, high = span
     largest, smallest = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
     inverse_peak = safe_inverse(torch.where(largest >= -smallest, largest, smallest))
     wx = w * x
@@ -67,8 +82,9 @@ def search_symmetric(x: Tensor, w: Tensor, low: int, high: int, dim: int, positi
     ends = [high] if low in (0, -high) else [low, high]
     if positive:
         inverse_peak, ends = inverse_peak.abs(), [abs(end) for end in ends]
-    for target in chain.from_iterable(map(targets, ends)):
-        q = (x * (inverse_peak * target)).round_().clamp_(low, high)
+    for target in chain.from_iterable(targets(end, spacing) for end in ends):
+        scaled = x * (inverse_peak * target)
+        q = nearest(scaled) if nearest else scaled.round_().clamp_(low, high)
         projection = (wx * q).sum(dim, keepdim=True)
         step = projection / q.square_().mul_(w).sum(dim, keepdim=True).clamp_(min=TINY)
         gain = projection * step
@@ -136,7 +152,7 @@ def _snap(grid: Grid, x: Tensor, w: Tensor, step: Tensor, offset: Tensor) -> Sca
 
 
 def _snap_codes(values: Tensor, weight: Tensor, codes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    unit = nearest_fp16(search_symmetric(values, weight, *codes, S_DIM))
+    unit = nearest_fp16(search_symmetric(values, weight, codes, S_DIM))
     return unit, (values * safe_inverse(unit)).round_().clamp_(*codes)
 
 

@@ -8,12 +8,15 @@ Legend: H (columns, columns), U upper with U^T U = H_damped^-1, W transposed (co
 and formats.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from quantizers.codebook_packing import pack_codebook
+from quantizers.codebooks import CODEBOOK_GRIDS
 from quantizers.codec import (
     PackedTensor,
     check_weights,
@@ -29,6 +32,7 @@ from quantizers.grid import GRIDS, Grid, Scales, safe_inverse
 from quantizers.hessian import check_hessian, damped, inverse_factor
 from quantizers.packing import pack
 from quantizers.pruning import ColumnMasks
+from quantizers.vector_loop import VectorBlock, vector_loop
 
 PANEL = 32  # columns between small updates; every scale block is a multiple of it
 DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
@@ -115,20 +119,56 @@ def compensate_stack(
     if not wanted:
         return {}
     members = {fmt: [name for name in weights if fmt in {f.name for f in formats[name]}] for fmt in wanted}
-    stack = torch.cat([weights[name].float() for fmt in wanted for name in members[fmt]]).T
-    segments = list(_segments(weights, members))
     U, taken = inverse_factor(H, damping)
-    integers = column_loop(pad_rows(stack), U.float(), conditional_importance(U, H), segments)
+    importance = conditional_importance(U, H)
     regular = damped(H, taken).float()
     packed = {}
-    for segment, (fmt, names) in zip(segments, members.items(), strict=True):
-        data = segment.finish(stack[:, segment.rows], integers[:, segment.rows], regular, rounds)
-        rows = [len(weights[name]) for name in names]
-        packed.update({(name, fmt): part for name, part in zip(names, data.split(rows), strict=True)})
+    for fmt, data in chain(
+        _scalar_formats(weights, members, U, importance, regular, rounds),
+        _codebook_formats(weights, members, U, importance, regular, rounds),
+    ):
+        rows = [len(weights[name]) for name in members[fmt]]
+        packed.update({(name, fmt): part for name, part in zip(members[fmt], data.split(rows), strict=True)})
     return packed
 
 
-def _segments(weights: Mapping[str, Tensor], members: Mapping[str, Sequence[str]]) -> Iterator[Segment]:
+Members = Mapping[str, Sequence[str]]  # format name -> names of the tensors that want it
+
+
+def _stack(weights: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """(columns, N) of the tensors' rows one below the other."""
+    return torch.cat([weights[name].float() for name in names]).T
+
+
+def _scalar_formats(
+    weights: Mapping[str, Tensor], members: Members, U: Tensor, importance: Tensor, H: Tensor, rounds: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Format name and bytes of its members' rows, all formats with integers in one column loop."""
+    members = {fmt: names for fmt, names in members.items() if fmt in GRIDS}
+    if not members:
+        return
+    stack = _stack(weights, chain.from_iterable(members.values()))
+    segments = list(_segments(weights, members))
+    integers = column_loop(pad_rows(stack), U.float(), importance, segments)
+    for segment, fmt in zip(segments, members, strict=True):
+        yield fmt, segment.finish(stack[:, segment.rows], integers[:, segment.rows], H, rounds)
+
+
+def _codebook_formats(
+    weights: Mapping[str, Tensor], members: Members, U: Tensor, importance: Tensor, H: Tensor, rounds: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Format name and bytes of its members' rows, each codebook in a loop of its own."""
+    for fmt, names in members.items():
+        if fmt not in CODEBOOK_GRIDS:
+            continue
+        grid = CODEBOOK_GRIDS[fmt]
+        W = pad_rows(_stack(weights, names))
+        start = vector_loop(grid, W.clone(), importance, U)
+        rows = sum(len(weights[name]) for name in names)
+        yield fmt, pack_codebook(grid, *descend(grid, W, H, start, rounds, block_type=VectorBlock))[:rows]
+
+
+def _segments(weights: Mapping[str, Tensor], members: Members) -> Iterator[Segment]:
     start = 0
     for fmt, names in members.items():
         stop = start + sum(len(weights[name]) for name in names)
@@ -169,6 +209,7 @@ class _Steps:
         self.segments = segments
         self.step, self.inverse, self.offset = like.new_zeros(3, SUPER_BLOCK // GRAIN, R)
         self.low, self.high = like.new_zeros(2, R)
+        self.tables = [(segment.rows, segment.grid) for segment in segments if segment.grid.levels]
         for segment in segments:
             self.low[segment.rows] = segment.grid.low
             self.high[segment.rows] = segment.grid.high
@@ -202,7 +243,10 @@ def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int, masks: ColumnM
         if masks is not None:
             masks.begin_column(start + j)
             target = w * masks.kept[start + j]
-        q = torch.add(target, offset, out=integers[j]).mul_(steps.inverse[grain]).round_().clamp_(steps.low, steps.high)
+        q = torch.add(target, offset, out=integers[j]).mul_(steps.inverse[grain])
+        for rows, grid in steps.tables:
+            grid.nearest(q[rows])
+        q.round_().clamp_(steps.low, steps.high)
         error = torch.mul(q, step, out=errors[j]).sub_(offset).sub_(w).div_(-U[j, j])
         W[j + 1 :].addcmul_(U[j, j + 1 :, None], error, value=-1)
     return integers, errors

@@ -62,7 +62,7 @@ def dequantize(fmt: QuantFormat, data: Tensor) -> Tensor:
     source = np.ascontiguousarray(data.numpy())
     weights = source.size // fmt.block_bytes * fmt.block_size
     values = np.empty(weights, dtype=np.float32)
-    decode = getattr(_library(), "dequantize_row_" + fmt.name[:-1].lower() + fmt.name[-1])
+    decode = getattr(_library(), "dequantize_row_" + fmt.name.lower().replace("_k", "_K"))
     decode.argtypes, decode.restype = [ctypes.c_void_p, _FLOATS, ctypes.c_int64], None
     decode(source.ctypes.data, _floats(values), weights)
     return torch.from_numpy(values).view(len(source), -1)

@@ -23,7 +23,7 @@ ONLY_IN = {  # third-party package -> where it may be imported, by path prefix; 
     "ray": ("workers/",),
     "deap": ("search/strategies/genetic.py",),
     "optuna": ("search/strategies/optuna_tpe.py",),
-    "gguf": ("exporters/", "quantizers/formats.py"),
+    "gguf": ("exporters/", "quantizers/formats.py", "quantizers/codebooks.py"),
     "transformers": ("evaluators/", "exporters/tokenizer.py"),
     "torch": ("quantizers/", "evaluators/", "exporters/", "workers/"),
 }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bitgenome.config import load_config
+from bitgenome.config import load_config, parse_config
 from bitgenome.plan import make_plan
 from search.errors import UserError
 from search.strategies.genetic import GeneticSettings
@@ -45,3 +45,14 @@ def test_defaults_of_the_search_are_those_of_the_genetic_strategy(runs: Runs) ->
     search = load_config(runs.write("defaults")).search
     ours = {k: v for k, v in type(search)().model_dump().items() if k in GeneticSettings.__dataclass_fields__}
     assert GeneticSettings(**ours) == GeneticSettings()
+
+
+@pytest.mark.parametrize(("word", "count"), [("classic", 3), ("fine", 6), ("all", 13)])
+def test_a_word_stands_for_several_levels(word: str, count: int) -> None:
+    config = parse_config({"name": "x", "model": "m", "budget": {"bits_per_weight": 3}, "levels": word}, "here")
+    assert len(config.levels) == count
+
+
+def test_an_unknown_word_for_levels_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="expected a list of levels or one of classic, fine, all, found finest"):
+        parse_config({"name": "x", "model": "m", "budget": {"bits_per_weight": 3}, "levels": "finest"}, "here")

@@ -22,8 +22,9 @@ def random_blocks(grid: Grid, blocks: int, rows: int, seed: int) -> tuple[Scales
     halves = torch.randn(2, blocks, 1, 1, rows, generator=generator).half().float()
     codes = (blocks, grid.sub_blocks, 1, rows)
     scale, minimum = integers(*grid.scale_codes, *codes).float(), integers(*grid.min_codes, *codes).float()
-    q = integers(grid.low, grid.high, blocks * grid.format.block_size, rows).to(torch.int8)
+    q = integers(grid.low, grid.high, blocks * grid.format.block_size, rows)
     q[0], q[-1] = grid.low, grid.high
+    q = grid.nearest(q.float()).to(torch.int8)
     return Scales(halves[0], halves[1] * grid.has_offset, scale, minimum), q
 
 

@@ -24,6 +24,7 @@ from tests.quantizers.weights import correlated_hessian, extreme_rows, heavy_tai
 
 BLOCK_FORMATS = [f for f in FORMATS.values() if not f.is_float]
 all_block_formats = pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=lambda f: f.name)
+all_formats_of_integers = pytest.mark.parametrize("fmt", [g.format for g in GRIDS.values()], ids=lambda f: f.name)
 
 
 def brute_force(grid: Grid, W: Tensor, H: Tensor, damping: float) -> Tensor:
@@ -41,7 +42,7 @@ def brute_force(grid: Grid, W: Tensor, H: Tensor, damping: float) -> Tensor:
             step = scales.step[0, :, 0].repeat_interleave(grid.width, 0)
             offset = scales.offset[0, :, 0].repeat_interleave(grid.width, 0)
         s, o = step[j % size], offset[j % size]
-        q = torch.where(s == 0, 0, (W[:, j] + o) / s).round().clamp(grid.low, grid.high)
+        q = grid.nearest(torch.where(s == 0, 0, (W[:, j] + o) / s))
         Q[:, j] = q * s - o
         rest = inverse[j, j + 1 :]
         W[:, j + 1 :] -= torch.outer((W[:, j] - Q[:, j]) / inverse[j, j], rest)
@@ -64,7 +65,7 @@ def test_exact_compensation_of_a_worked_example() -> None:
     assert float(error / U[0, 0] * U[0, 1]) == pytest.approx(-error, rel=2e-3)
 
 
-@all_block_formats
+@all_formats_of_integers
 def test_vectorized_loop_follows_brute_force_in_float64(fmt: QuantFormat) -> None:
     grid, (W, H, expected) = GRIDS[fmt.name], example(fmt.name)
     U, _ = inverse_factor(H, 0.01)
@@ -77,7 +78,7 @@ def test_vectorized_loop_follows_brute_force_in_float64(fmt: QuantFormat) -> Non
     assert differs.any(1).sum() <= 4, "scales that tie within float64 noise may change a row, not many"
 
 
-@all_block_formats
+@all_formats_of_integers
 def test_float32_is_enough(fmt: QuantFormat) -> None:
     """Float32 noise decides ties, and one tie changes the rest of its row, but not how good the row is."""
     W, H, expected = example(fmt.name)
