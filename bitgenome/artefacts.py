@@ -1,4 +1,4 @@
-"""Stages before the search: text, Hessians, bank, sensitivities. Each leaves an artefact that the next one reads.
+"""Stages before the search: text, Hessians, scaling, bank, sensitivities. Each leaves an artefact for the next one.
 
 What several runs can share (Hessians, bank, sensitivities) lies under ``<storage_path>/shared/<kind>/<digest>``; a
 stage whose artefact is there and whole is skipped.
@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from bitgenome.config import TextConfig
 from bitgenome.plan import Plan
 from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
 from evaluators import bank as banks
+from evaluators import scaling
 from evaluators.activation_samples import SampleActivations, samples_readable
 from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
 WINDOWS_FILE = "windows.safetensors"
 GROUPS_FILE = "groups.json"
+SCALING_FILE = "scaling.json"
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
@@ -62,6 +64,7 @@ class ModelAndText(Protocol):
 class Artefacts:
     """What the search reads."""
 
+    plan: Plan  # of the model that is quantized: the scaled one, where channels are scaled
     setup: EvaluatorSetup
     sensitivities: pd.DataFrame  # a record a gene and choice: kl, logit_mse, reconstruction, relative
 
@@ -138,6 +141,32 @@ def sample_activations(
     return directory
 
 
+def scale_channels(
+    plan: Plan, calibration: Path, groups: list[str], run: RunDirectory, pool: Pool, track: Track
+) -> tuple[Plan, Path]:
+    """Plan of the scaled model, and the directory of its input groups; the choices go into the run's SCALING_FILE."""
+    settings = plan.config.quantization.scaling.settings
+    digest = digest_of(scaling.SCHEMA, plan.folder.digest, calibration.name, asdict(settings))
+    directory = shared_directory(plan.config, "scaling", digest)
+    missing = [group for group in groups if not scaling.scaling_done(directory, group)]
+    tasks = [
+        scaling.ScaleGroup(plan.folder.path, group_file(calibration, group), directory, settings) for group in missing
+    ]
+    for _ in track(pool.map(tasks), len(tasks), "scaling channels"):
+        pass
+    folder = scaling.write_scaled_model(plan.folder, directory, groups)
+    records = [scaling.scaling_record(directory, group) for group in groups]
+    atomic_write_text(run.path / SCALING_FILE, json.dumps(records, indent=1))
+    run.record["scaled_model"] = str(folder.path)
+    return replace(plan, folder=folder), directory
+
+
+def quantized_plan(plan: Plan, run: RunDirectory) -> Plan:
+    """``plan`` of the model whose tensors the run's file holds: the scaled one, where channels were scaled."""
+    path = run.record.get("scaled_model")
+    return replace(plan, folder=ModelFolder(path)) if path else plan
+
+
 def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
     """Directory of the bank, built tensor by tensor where it is not there yet; damaged tensors are rebuilt."""
     formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
@@ -165,7 +194,8 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
     fitness = FitnessSettings(**plan.config.fitness.model_dump())
     windows = (run.path / WINDOWS_FILE).resolve()
     key = digest_of(str(bank), str(windows), plan.config.digest)
-    return EvaluatorSetup(plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key)
+    activations = plan.config.evaluation.activations
+    return EvaluatorSetup(plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key, activations)
 
 
 def measure_sensitivities(
@@ -175,7 +205,7 @@ def measure_sensitivities(
     fidelity = Fidelity("search", plan.config.text.tokens.sensitivity)
     own = run.path / SENSITIVITY_FILE
     rows = windows.take(fidelity.split, fidelity.tokens)
-    digest = digest_of(setup.bank.name, hashlib.sha256(rows.tobytes()).hexdigest(), rows.shape)
+    digest = digest_of(setup.bank.name, hashlib.sha256(rows.tobytes()).hexdigest(), rows.shape, setup.activations)
     run.pin("sensitivity", digest)
     if own.is_file():  # what this run was begun with counts, whatever became of the shared one
         return pd.read_parquet(own)
@@ -208,9 +238,12 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
     record_inputs(plan, windows, run)
     with run.stage("calibration"):
         calibration, groups = calibrate(plan, windows, pool, track)
+    if plan.config.quantization.scaling.settings.active:
+        with run.stage("scaling"):
+            plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
     with run.stage("bank"):
         bank = build_bank(plan, calibration, groups, pool, track)
     setup = evaluator_setup(plan, run, bank)
     with run.stage("sensitivity"):
         sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
-    return Artefacts(setup, sensitivities)
+    return Artefacts(plan, setup, sensitivities)

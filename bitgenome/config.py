@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bitgenome.config_file import Section, parse_section, read_settings
 from bitgenome.pruning_config import PruningConfig
+from bitgenome.scaling_config import ScalingConfig
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS, LEVEL_PRESETS
 from search.fitness import FitnessSettings
@@ -85,6 +86,13 @@ class QuantizationConfig(Section):
 
     damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal")
     pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
+    scaling: ScalingConfig = Field(ScalingConfig(), description="of channels, before rounding; none by default")
+
+
+class EvaluationConfig(Section):
+    """How a genome is run: ``activations`` in floats, or q8, the 8-bit blocks that llama.cpp multiplies."""
+
+    activations: Literal["float", "q8"] = "float"
 
 
 class FitnessConfig(Section):
@@ -153,6 +161,7 @@ class RunConfig(Section):
     levels: tuple[str, ...] = LEVEL_PRESETS["fine"]
     text: TextConfig = TextConfig()
     quantization: QuantizationConfig = QuantizationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     fitness: FitnessConfig = FitnessConfig()
     search: SearchConfig = SearchConfig()
     workers: WorkersConfig = WorkersConfig()

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
-from bitgenome.artefacts import WINDOWS_FILE, prepare, read_windows
+from bitgenome.artefacts import WINDOWS_FILE, prepare, quantized_plan, read_windows
 from bitgenome.config import RunConfig
 from bitgenome.plan import Plan, make_plan
 from bitgenome.progress import track
@@ -90,6 +90,7 @@ def export_again(path: Path) -> Path:
     winner = Evaluation.from_json(json.loads(best.read_text(encoding="utf-8"))["winner"])
     plan = make_plan(directory.config)
     directory.pin("model", plan.folder.digest)
+    plan = quantized_plan(plan, directory)
     bank = Path(directory.record["bank"])
     if damaged := damaged_tensors(bank):
         raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {path} rebuilds it")
@@ -102,10 +103,11 @@ def verify_file(file: Path, run_path: Path) -> Proof:
     windows = run_path / WINDOWS_FILE
     if not windows.is_file():
         raise UserError(f"expected {WINDOWS_FILE} with the test text in {run_path}, found none")
-    folder = make_plan(directory.config).folder
-    directory.pin("model", folder.digest)
+    plan = make_plan(directory.config)
+    directory.pin("model", plan.folder.digest)
+    folder = quantized_plan(plan, directory).folder
     try:
-        return prove(file, folder, TokenWindows.load(windows).windows["test"])
+        return prove(file, folder, TokenWindows.load(windows).windows["test"], plan.config.evaluation.activations)
     except (ValueError, LlamaCppError, SafetensorError) as error:
         raise UserError(str(error)) from None
 
@@ -115,6 +117,7 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
         return track(items, total, what, console)
 
     artefacts = prepare(plan, windows, directory, pool, tracked)
+    plan = artefacts.plan
     directory.record["bank"] = str(artefacts.setup.bank)
     result = search(plan, artefacts, directory, pool, tracked)
     winner = result.winner.evaluation
@@ -132,7 +135,7 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
             )
     with directory.stage("proof"):
         try:
-            proof = prove(gguf, plan.folder, windows.windows["test"])
+            proof = prove(gguf, plan.folder, windows.windows["test"], plan.config.evaluation.activations)
         except LlamaCppError as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = Outcome(

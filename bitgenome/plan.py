@@ -12,6 +12,7 @@ from bitgenome.config import BudgetConfig, RunConfig, TextConfig
 from bitgenome.pruning_config import sparsity_by_tensor
 from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder, resolve_model
+from evaluators.scaling import check_scalable
 from exporters.gguf_file import fixed_bytes
 from exporters.tensor_names import quantizable_tensors
 from quantizers.pruning import Sparsity
@@ -45,6 +46,8 @@ def make_plan(config: RunConfig) -> Plan:
     """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
     folder = ModelFolder(resolve_model(config.model).resolve())
     shapes = quantizable_tensors(folder)
+    if config.quantization.scaling.settings.active:
+        check_scalable(folder)
     fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
     space = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)
     try:

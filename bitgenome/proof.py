@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitgenome.plan import Plan
 from bitgenome.run_directory import RunDirectory
+from evaluators.activations import EightBitInputs
 from evaluators.bank import Bank
 from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
@@ -50,6 +51,8 @@ class Proof:
     top1_agreement: float  # of llama.cpp with the full-precision model
     prompt_tokens_per_second: float
     generated_tokens_per_second: float
+    eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, where the run was configured so
+    eight_bit_to_runtime_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +76,7 @@ def export_winner(plan: Plan, bank_directory: Path, run: RunDirectory, winner: E
         genome=winner.genome,
         budget_bytes=plan.budget.file_bytes,
         kl=winner.kl,
-        model_digest=plan.folder.digest,
+        model_digest=run.record["digests"]["model"],
         text_digest=run.record["digests"]["text"],
         run_digest=plan.config.digest,
         version=version("bitgenome"),
@@ -93,12 +96,18 @@ def export_winner(plan: Plan, bank_directory: Path, run: RunDirectory, winner: E
 
 def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
     """float32 (rows, columns) of the file's quantized tensors, by Hugging Face name, in transformers' row order."""
-    weights = {}
-    for name, (kind, rows) in read_packed(path, folder).items():
-        if kind in FORMATS and len(folder.shapes[name]) == 2:
+    formats, weights = shipped_formats(path, folder), {}
+    for name, (_, rows) in read_packed(path, folder).items():
+        if name in formats:
             data = torch.from_numpy(np.ascontiguousarray(rows)).view(torch.uint8).reshape(len(rows), -1)
-            weights[name] = dequantize(FORMATS[kind], data)
+            weights[name] = dequantize(formats[name], data)
     return weights
+
+
+def shipped_formats(path: Path, folder: ModelFolder) -> dict[str, QuantFormat]:
+    """Formats of the file's quantized tensors, by Hugging Face name."""
+    kinds = {name: kind for name, (kind, _) in read_packed(path, folder).items()}
+    return {n: FORMATS[kind] for n, kind in kinds.items() if kind in FORMATS and len(folder.shapes[n]) == 2}
 
 
 def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
@@ -113,10 +122,11 @@ def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict
 
 
 @torch.inference_mode()
-def prove(path: Path, folder: ModelFolder, windows: np.ndarray) -> Proof:
+def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str = "float") -> Proof:
     """Measure a GGUF file of ``folder``'s model on token windows (n, T), by simulation and by llama.cpp.
 
-    Raises ValueError for a damaged file, LlamaCppError if llama.cpp cannot run it.
+    With ``activations`` q8 the simulation is repeated with 8-bit inputs. Raises ValueError for a damaged file,
+    LlamaCppError if llama.cpp cannot run it.
     """
     weights = shipped_weights(path, folder)
     ids = torch.from_numpy(windows)
@@ -127,10 +137,17 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray) -> Proof:
     for name, weight in weights.items():
         model.weight(name).data = weight.to(model.device)
     simulated = final_hidden(model, ids)
-    measured = Reference(full, full_head, ids).compare(simulated, model.head_weight)
-    runtime = measure_file(path, windows, log_probs(full, full_head), log_probs(simulated, model.head_weight.data))
+    head = model.head_weight.data
+    reference = Reference(full, full_head, ids)
+    eight_bit_kl = eight_bit = None
+    if activations == "q8":
+        inputs = EightBitInputs(model, shipped_formats(path, folder))
+        hidden = final_hidden(model, ids)
+        eight_bit_kl = reference.compare(inputs.head_input(hidden), head).kl
+        eight_bit = log_probs(hidden, head)  # the runtime's head is in floats too, see measure_file
+    runtime = measure_file(path, windows, log_probs(full, full_head), log_probs(simulated, head), eight_bit)
+    measured, speed = reference.compare(simulated, head), generation_speed(path)
     assert runtime.reference is not None and runtime.simulated is not None
-    speed = generation_speed(path)
     return Proof(
         file=path.name,
         file_bytes=path.stat().st_size,
@@ -144,4 +161,6 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray) -> Proof:
         top1_agreement=runtime.reference.top1_agreement,
         prompt_tokens_per_second=speed.prompt,
         generated_tokens_per_second=speed.generation,
+        eight_bit_kl=eight_bit_kl,
+        eight_bit_to_runtime_kl=runtime.eight_bit.kl if runtime.eight_bit else None,
     )

@@ -43,8 +43,12 @@ def show_proof(proof: Proof, console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     table.add_row("full precision", "", f"{proof.full_perplexity:.3f}")
     table.add_row("simulated", f"{proof.simulated_kl:.5f}", f"{proof.simulated_perplexity:.3f}")
+    if proof.eight_bit_kl is not None:
+        table.add_row("simulated, 8-bit inputs", f"{proof.eight_bit_kl:.5f}", "")
     table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", f"{proof.runtime_perplexity:.3f}", style="bold")
     console.print(table)
+    if proof.eight_bit_to_runtime_kl is not None:
+        console.print(f"KL from simulation with 8-bit inputs to llama.cpp {proof.eight_bit_to_runtime_kl:.2e}")
     console.print(
         f"KL from simulation to llama.cpp {proof.simulated_to_runtime_kl:.2e}; same next token as full precision "
         f"{100 * proof.top1_agreement:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "

@@ -30,7 +30,8 @@ class EvaluatorSetup:
     windows: Path  # file of TokenWindows
     space: SearchSpace
     fitness: FitnessSettings
-    key: str  # digest of the above; a worker builds one evaluator for each
+    key: str  # digest of all else; a worker builds one evaluator for each
+    activations: str = "float"  # or q8; see SimulatedModel
 
 
 class GenomeEvaluator:
@@ -42,7 +43,7 @@ class GenomeEvaluator:
         self.windows = TokenWindows.load(setup.windows)
         self.bank = Bank(setup.bank)
         self.block_model = BlockModel(ModelFolder(setup.model), best_device())
-        self.simulated = SimulatedModel(self.block_model, self.bank)
+        self.simulated = SimulatedModel(self.block_model, self.bank, setup.activations)
         self._references: dict[Fidelity, Reference] = {}
         self._prefix: tuple[tuple[Fidelity, int], Tensor] | None = None
 
@@ -67,7 +68,7 @@ class GenomeEvaluator:
         """Divergence of the model with these tensors quantized so, all others full precision."""
         reference = self.reference(fidelity)
         self.simulated.set_formats(formats)
-        hidden = final_hidden(self.block_model, self.ids(fidelity))
+        hidden = self.simulated.head_input(final_hidden(self.block_model, self.ids(fidelity)))
         return reference.compare(hidden, self.block_model.head_weight)
 
     def reconstruction(self, formats: dict[str, QuantFormat]) -> float:
@@ -124,7 +125,7 @@ class GenomeEvaluator:
             if prefix is None:
                 prefix = chunked(self.block_model.embed, self.ids(fidelity))
             hidden = chunked(partial(self.block_model.run_from, block), prefix)
-            measured = reference.compare(hidden, self.block_model.head_weight)
+            measured = reference.compare(self.simulated.head_input(hidden), self.block_model.head_weight)
             entries = [self.bank.entry(name, fmt) for name in tensors]
             error, power = sum(e.error for e in entries), sum(e.power for e in entries)
             records.append(

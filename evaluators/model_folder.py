@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
+from evaluators.scaled_view import FACTORS_FILE, scaled, source_of
 from search.errors import UserError
 
 
@@ -22,7 +23,8 @@ class ModelFolderError(UserError):
 class ModelFolder:
     """``config.json`` and the safetensors files of a folder; loads no weights until asked for one.
 
-    Raises ModelFolderError if the folder, its configuration or its weights are missing or unreadable.
+    A scaled view (``evaluators.scaled_view``) is a folder like any other. Raises ModelFolderError if the folder, its
+    configuration or its weights are missing or unreadable.
     """
 
     def __init__(self, path: str | Path):
@@ -36,20 +38,22 @@ class ModelFolder:
             self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelFolderError(f"expected JSON in {config}, found {error}") from None
-        self._files = self._index()
+        self._source = source_of(self.path)
+        self._files = self._index(self._source or self.path)
 
-    def _index(self) -> dict[str, Path]:
-        index_file = self.path / "model.safetensors.index.json"
+    @staticmethod
+    def _index(path: Path) -> dict[str, Path]:
+        index_file = path / "model.safetensors.index.json"
         if index_file.is_file():
             listed = json.loads(index_file.read_text(encoding="utf-8")).get("weight_map", {}).values()
-            files = sorted({self.path / name for name in listed})
-        elif (self.path / "model.safetensors").is_file():
-            files = [self.path / "model.safetensors"]  # not a copy in another layout beside it
+            files = sorted({path / name for name in listed})
+        elif (path / "model.safetensors").is_file():
+            files = [path / "model.safetensors"]  # not a copy in another layout beside it
         else:
-            files = sorted(self.path.glob("*.safetensors"))
+            files = sorted(path.glob("*.safetensors"))
         if not files:
-            hint = "; convert it with save_pretrained(safe_serialization=True)" if list(self.path.glob("*.bin")) else ""
-            raise ModelFolderError(f"expected *.safetensors weights, found none in {self.path}{hint}")
+            hint = "; convert it with save_pretrained(safe_serialization=True)" if list(path.glob("*.bin")) else ""
+            raise ModelFolderError(f"expected *.safetensors weights, found none in {path}{hint}")
         index: dict[str, Path] = {}
         for file in files:
             try:
@@ -71,7 +75,8 @@ class ModelFolder:
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored type, on the CPU. Raises KeyError for a name that is not stored."""
         with safe_open(self._files[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return scaled(self.path, name, tensor) if self._source else tensor
 
     def check_finite(self) -> None:
         """Read every tensor once. Raises ModelFolderError that names the first with an infinite or NaN value."""
@@ -85,7 +90,7 @@ class ModelFolder:
     @property
     def name(self) -> str:
         """Name of the folder, or of the model where the folder is a snapshot in the hub's cache."""
-        path = self.path.resolve()
+        path = (self._source or self.path).resolve()
         return path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name
 
     @property
@@ -99,9 +104,10 @@ class ModelFolder:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over config.json, the tokenizer's files and every weights file."""
+        """sha256 over config.json, the tokenizer's files, the factors of a scaled view and every weights file."""
         digest = hashlib.sha256()
-        small = [self.path / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+        names = ("config.json", "tokenizer.json", "tokenizer_config.json", FACTORS_FILE)
+        small = [self.path / name for name in names]
         for file in [*filter(Path.is_file, small), *sorted(set(self._files.values()))]:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

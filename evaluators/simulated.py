@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from evaluators.activations import EightBitInputs
 from evaluators.bank import Bank
 from evaluators.block_model import BlockModel
 from quantizers.formats import QuantFormat
@@ -14,14 +15,18 @@ CHUNK_TOKENS = 2048  # positions that go through the model at once
 
 
 class SimulatedModel:
-    """A resident model whose tensors can be set to any format of the bank, or back to full precision (None)."""
+    """A resident model whose tensors can be set to any format of the bank, or back to full precision (None).
 
-    def __init__(self, model: BlockModel, bank: Bank):
+    ``activations``: float, or q8 for the 8-bit inputs that llama.cpp gives to quantized tensors.
+    """
+
+    def __init__(self, model: BlockModel, bank: Bank, activations: str = "float"):
         self.model = model
         self.bank = bank
         model.load_all()
         self._formats: dict[str, QuantFormat | None] = {}
         self._full: dict[str, Tensor] = {}
+        self._inputs = EightBitInputs(model, self._formats) if activations == "q8" else None
 
     def set_formats(self, formats: Mapping[str, QuantFormat | None]) -> None:
         """Make exactly the tensors of ``formats`` quantized so; all others full precision."""
@@ -40,6 +45,10 @@ class SimulatedModel:
     def full_weight(self, name: str) -> Tensor:
         """The full-precision weight, whatever format is set."""
         return self._full.get(name, self.model.weight(name).data)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., D) as the head reads them."""
+        return self._inputs.head_input(hidden) if self._inputs else hidden
 
 
 def chunked(run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class RuntimeFigures:
     positions: int
     reference: Comparison | None = None  # the full-precision model
     simulated: Comparison | None = None  # the dequantized weights in the search's own computation
+    eight_bit: Comparison | None = None  # the same, with llama.cpp's 8-bit inputs
 
 
 def log_probs(hidden: np.ndarray | torch.Tensor, head: np.ndarray | torch.Tensor) -> LogProbs:
@@ -56,26 +57,27 @@ def compare(
     vocabulary: int,
     reference: LogProbs | None = None,
     simulated: LogProbs | None = None,
+    eight_bit: LogProbs | None = None,
 ) -> RuntimeFigures:
     """Figures of ``runtime`` on token ids ``windows`` (n, T), and of the models it is held against.
 
     Raises FloatingPointError if log probabilities of the runtime are not finite.
     """
     targets = _targets(windows)
-    sums = {name: _Sums() for name in ("runtime", "reference", "simulated")}
+    models = {"reference": reference, "simulated": simulated, "eight_bit": eight_bit}
+    sums = {name: _Sums() for name in ("runtime", *models)}
     for start, stop in _chunks(len(targets), vocabulary):
         ours = runtime(start, stop)
         if not bool(torch.isfinite(ours).all()):
             raise FloatingPointError("llama.cpp's logits are not finite")
         sums["runtime"].add(ours, ours, targets[start:stop])
-        for name, model in (("reference", reference), ("simulated", simulated)):
+        for name, model in models.items():
             if model is not None:
                 sums[name].add(model(start, stop), ours, targets[start:stop])
     return RuntimeFigures(
         sums["runtime"].comparison().perplexity,
         len(targets),
-        sums["reference"].comparison() if reference else None,
-        sums["simulated"].comparison() if simulated else None,
+        **{name: sums[name].comparison() if model else None for name, model in models.items()},
     )
 
 
@@ -84,6 +86,7 @@ def measure_file(
     windows: np.ndarray,
     reference: LogProbs | None = None,
     simulated: LogProbs | None = None,
+    eight_bit: LogProbs | None = None,
     threads: int | None = None,
 ) -> RuntimeFigures:
     """Run the file in llama.cpp on ``windows`` (n, T) and compare.
@@ -94,7 +97,7 @@ def measure_file(
     head = read_gguf(path).head()
     with LlamaCppRuntime(path, windows.shape[1], threads) as runtime:
         hidden = runtime.hidden_states(windows)
-    return compare(log_probs(hidden, head), windows, head.shape[0], reference, simulated)
+    return compare(log_probs(hidden, head), windows, head.shape[0], reference, simulated, eight_bit)
 
 
 class _Sums:

@@ -19,6 +19,10 @@ class InputStatistics:
     def variance(self) -> Tensor:
         return (self.mean_square - self.mean.square()).clamp(min=0)
 
+    def divided(self, s: Tensor) -> "InputStatistics":
+        """Those of the inputs over positive ``s`` (columns,)."""
+        return InputStatistics(self.mean / s, self.mean_abs / s, self.abs_max / s, self.mean_square / s.square())
+
     @classmethod
     def of_lookup(cls, columns: int, device: torch.device) -> "InputStatistics":
         """Those of an embedding, whose columns are read all alike: as if every feature were 1 or -1 at random."""

@@ -72,3 +72,16 @@ def is_valid(fmt: QuantFormat, data: Tensor) -> bool:
     """``ggml_validate_row_data``: whether ggml accepts these bytes."""
     source = np.ascontiguousarray(data.numpy())
     return bool(_library().ggml_validate_row_data(int(fmt.ggml_type), source.ctypes.data, source.nbytes))
+
+
+def round_trip(name: str, block_bytes: int, x: Tensor) -> Tensor:
+    """``quantize_row_<name>_ref`` and ``dequantize_row_<name>`` of float32 x (rows, columns)."""
+    source = np.ascontiguousarray(x.numpy(), dtype=np.float32)
+    block = 256 if name.lower().endswith("_k") else 32
+    data, values = np.zeros(source.size // block * block_bytes, dtype=np.uint8), np.empty_like(source)
+    encode, decode = (getattr(_library(), f) for f in (f"quantize_row_{name}_ref", f"dequantize_row_{name}"))
+    encode.argtypes, encode.restype = [_FLOATS, ctypes.c_void_p, ctypes.c_int64], None
+    decode.argtypes, decode.restype = [ctypes.c_void_p, _FLOATS, ctypes.c_int64], None
+    encode(_floats(source), data.ctypes.data, source.size)
+    decode(data.ctypes.data, _floats(values), source.size)
+    return torch.from_numpy(values)

@@ -1,0 +1,148 @@
+"""What channel scaling changes, format by format, and how near 8-bit inputs bring the simulation to llama.cpp.
+
+    python -m benchmarks.scaling [--config configs/stdlib-6m.yaml] [--storage runs] [--part scaling|activations|all]
+
+scaling: every K type, uniform, on validation text: reconstruction error (over the outputs' own power) and KL without
+scaling, with smoothquant, awq (searched alpha) and protection of the top 1 %. activations: files of random neighbours
+of one genome, their KL by simulation in floats, with 8-bit inputs, and by llama.cpp itself.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from bitgenome.artefacts import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
+from bitgenome.config import load_config
+from bitgenome.plan import make_plan
+from bitgenome.proof import prove
+from bitgenome.run_directory import RunDirectory
+from evaluators.bank import Bank
+from evaluators.evaluator import EvaluatorSetup, GenomeEvaluator
+from evaluators.model_folder import ModelFolder
+from evaluators.simulated import genome_formats
+from exporters.gguf_file import export_gguf
+from search.types import Fidelity, Genome
+from workers.pool import SerialPool
+
+LEVELS = ("W2", "W3", "W4", "W5", "W6")
+VARIANTS = {
+    "none": (),
+    "smoothquant 0.5": ("quantization.scaling={kind: smoothquant, alpha: 0.5}",),
+    "awq, grid 20": ("quantization.scaling={kind: awq, grid: 20}",),
+    "protect 1 %": ("quantization.scaling={protect: 0.01}",),
+}
+FILES = 12  # neighbours whose files are run
+CHANGED = 4  # genes in which they differ from the genome between
+
+
+def prepared(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[EvaluatorSetup, list[dict[str, object]]]:
+    """Setup with the bank of one variant, and what was chosen for every input."""
+    common = [f"storage_path={arguments.storage}", f"levels=[{', '.join(LEVELS)}]", "name=scaling-benchmark"]
+    plan = make_plan(load_config(arguments.config, [*common, *overrides]))
+    run, pool = RunDirectory.create(plan.config), SerialPool()
+    windows = read_windows(plan)
+    record_inputs(plan, windows, run)
+    calibration, groups = calibrate(plan, windows, pool, lambda items, *_: iter(items))
+    chosen = []
+    if overrides:
+        plan, calibration = scale_channels(plan, calibration, groups, run, pool, lambda items, *_: iter(items))
+        chosen = json.loads((run.path / "scaling.json").read_text(encoding="utf-8"))
+    bank = build_bank(plan, calibration, groups, pool, lambda items, *_: iter(items))
+    return evaluator_setup(plan, run, bank), chosen
+
+
+def measure_scaling(arguments: argparse.Namespace, console: Console) -> None:
+    """One row a format, one pair of columns a variant."""
+    cells: dict[str, list[str]] = {level: [] for level in LEVELS}
+    fidelity = Fidelity("validation", arguments.tokens)
+    for overrides in VARIANTS.values():
+        started = time.perf_counter()
+        setup, chosen = prepared(arguments, overrides)
+        seconds = time.perf_counter() - started
+        evaluator = GenomeEvaluator(setup)
+        for choice, level in enumerate(LEVELS):
+            result = evaluator.evaluate((choice,) * len(setup.space.genes), fidelity)
+            cells[level].append(f"{result.reconstruction:.3e} / {result.kl:.5f}")
+        console.print(f"{overrides or 'none'}: {seconds:.0f} s; {alphas(chosen)}", soft_wrap=True)
+    table = Table(title=f"reconstruction / KL, {arguments.tokens:,} tokens of validation text", title_justify="left")
+    for column in ("", *VARIANTS):
+        table.add_column(column, justify="right" if column else "left")
+    for level, row in cells.items():
+        table.add_row(level, *row)
+    console.print(table)
+
+
+def alphas(chosen: list[dict[str, object]]) -> str:
+    """Input, alpha ("w": over the weights' magnitude) and error relative to no scaling."""
+    return ", ".join(
+        f"{str(r['group']).removeprefix('model.layers.')} {r['alpha']:.2f}{'w' * bool(r['weighted'])} {r['error']:.3f}"
+        for r in chosen
+    )
+
+
+def neighbours(genome: Genome, choices: int) -> list[Genome]:
+    rng = random.Random(0)
+    found = []
+    for _ in range(FILES):
+        child = list(genome)
+        for gene in rng.sample(range(len(child)), CHANGED):
+            child[gene] = rng.randrange(choices)
+        found.append(tuple(child))
+    return found
+
+
+def measure_activations(arguments: argparse.Namespace, console: Console) -> None:
+    """KL of files around uniform W4 by both simulations and by llama.cpp, with rank correlations and cost."""
+    setup, _ = prepared(arguments, ())
+    evaluators = [GenomeEvaluator(replace(setup, activations=kind)) for kind in ("float", "q8")]
+    folder, bank = ModelFolder(setup.model), Bank(setup.bank)
+    windows = evaluators[0].windows.take("test", arguments.tokens)
+    rows, seconds = [], ([], [])
+    for genome in neighbours((LEVELS.index("W4"),) * len(setup.space.genes), len(LEVELS)):
+        formats = genome_formats(setup.space, genome)
+        for evaluator, taken in zip(evaluators, seconds, strict=True):
+            taken.append(evaluator.evaluate(genome, Fidelity("test", arguments.tokens)).seconds)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "file.gguf"
+            export_gguf(folder, lambda name: (formats[name], bank.packed(name, formats[name]).numpy()), path)  # noqa: B023
+            rows.append(prove(path, folder, windows, "q8"))
+    table = Table(title=f"{arguments.tokens:,} tokens of test text", title_justify="left")
+    for column in ("KL float", "KL 8-bit", "KL llama.cpp", "float to llama.cpp", "8-bit to llama.cpp"):
+        table.add_column(column, justify="right")
+    for p in rows:
+        gaps = f"{p.simulated_to_runtime_kl:.2e}", f"{p.eight_bit_to_runtime_kl:.2e}"
+        table.add_row(f"{p.simulated_kl:.5f}", f"{p.eight_bit_kl:.5f}", f"{p.runtime_kl:.5f}", *gaps)
+    console.print(table)
+    runtime = [p.runtime_kl for p in rows]
+    for name, values in (("float", [p.simulated_kl for p in rows]), ("8-bit", [p.eight_bit_kl for p in rows])):
+        console.print(f"rank correlation of {name} with llama.cpp: {spearmanr(values, runtime).statistic:.4f}")
+    console.print(f"seconds an evaluation, 8-bit over float: {sum(seconds[1][1:]) / sum(seconds[0][1:]):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/stdlib-6m.yaml"))
+    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--part", choices=("scaling", "activations", "all"), default="all")
+    parser.add_argument("--tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=160, highlight=False)
+    if arguments.part != "scaling":
+        measure_activations(arguments, console)
+    if arguments.part != "activations":
+        measure_scaling(arguments, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Simulated 8-bit inputs reach exactly the quantized linears."""
+
+import torch
+
+from evaluators.activations import EightBitInputs
+from evaluators.block_model import BlockModel
+from evaluators.evaluator import GenomeEvaluator
+from evaluators.simulated import final_hidden
+from quantizers.activations import quantized_input
+from quantizers.formats import FORMATS, QuantFormat
+from search.types import Fidelity
+from tests.conftest import SmallBank
+
+CPU = torch.device("cpu")
+FIDELITY = Fidelity("search", 512)
+
+
+def test_a_pass_with_eight_bit_inputs_is_the_products_written_out(small_bank: SmallBank) -> None:
+    model = BlockModel(small_bank.folder, CPU)
+    model.load_all()
+    block, x = model.blocks[0], torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(0))
+    formats: dict[str, QuantFormat | None] = {
+        f"model.layers.0.mlp.{n}_proj.weight": FORMATS["Q4_K"] for n in ("gate", "up")
+    }
+    formats["model.layers.0.mlp.down_proj.weight"] = FORMATS["Q8_0"]
+    plain = block.mlp(x)
+    inputs = EightBitInputs(model, formats)
+    read = quantized_input("Q8_K", x)
+    inner = torch.nn.functional.silu(read @ block.mlp.gate_proj.weight.T) * (read @ block.mlp.up_proj.weight.T)
+    expected = quantized_input("Q8_0", inner) @ block.mlp.down_proj.weight.T
+    assert torch.equal(block.mlp(x), expected) and not torch.equal(expected, plain)
+    formats.clear()
+    assert torch.equal(block.mlp(x), plain)
+    assert torch.equal(inputs.head_input(x), x)
+
+
+def test_only_quantized_tensors_read_eight_bits(small_bank: SmallBank) -> None:
+    setup = small_bank.setup()
+    float_inputs = GenomeEvaluator(setup)
+    eight_bits = GenomeEvaluator(type(setup)(**{**vars(setup), "activations": "q8", "key": "q8"}))
+    hidden = [final_hidden(e.block_model, e.ids(FIDELITY)) for e in (float_inputs, eight_bits)]
+    assert torch.equal(*hidden)
+    largest = small_bank.space.largest()
+    losses = [e.evaluate(largest, FIDELITY).kl for e in (float_inputs, eight_bits)]
+    assert losses[0] < losses[1] < losses[0] + 1e-3
