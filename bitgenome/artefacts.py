@@ -19,7 +19,8 @@ from bitgenome.plan import Plan
 from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
 from evaluators import bank as banks
 from evaluators import scaling
-from evaluators.activation_samples import SampleActivations, samples_readable
+from evaluators.activation_samples import SampleActivations
+from evaluators.activation_samples import readable as samples_readable
 from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.model_folder import ModelFolder

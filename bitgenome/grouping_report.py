@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from evaluators.activation_samples import layer_series, load_samples
+from evaluators.activation_samples import layer_series, sampled_input
 from evaluators.bank import group_tensors
 from evaluators.calibration import group_file
 from evaluators.grouped_method import MutualInformation
@@ -27,9 +27,9 @@ def write_grouping_report(path: Path, setup: StudySetup, method: MutualInformati
     assert setup.samples is not None
     sampled = [name for name in setup.groups if group_file(setup.samples, name).is_file()]
     middle = sampled[len(sampled) // 2]
-    inputs = load_samples(setup.samples, middle)
-    assert inputs is not None
-    found = pairwise_information(inputs, method.estimate, method.bins)
+    sample = sampled_input(setup.samples, middle)
+    assert sample is not None
+    found, _ = sample.information(method.estimate, method.bins)
     affinity = (found.normalized() if method.normalized else found.information).numpy()
     draw(path / CHANNELS_PICTURE, affinity, group(affinity, method.groups, method.clustering), f"channels of {middle}")
     members = {name: group_tensors(group_file(setup.calibration, name)) for name in setup.groups}
@@ -40,7 +40,7 @@ def write_grouping_report(path: Path, setup: StudySetup, method: MutualInformati
     draw(path / LAYERS_PICTURE, affinity, labels, "layers, by the norm of their outputs", names)
     return "\n".join(
         [
-            f"## Mutual information ({method.label}, {len(inputs):,} samples)",
+            f"## Mutual information ({method.label}, {len(series):,} samples)",
             "",
             f"![channels]({CHANNELS_PICTURE})",
             f"![layers]({LAYERS_PICTURE})",

@@ -1,9 +1,11 @@
 """A bounded number of positions of calibration text with the activations that every linear layer reads there.
 
-One safetensors file an input group, ``inputs`` (n, columns) float32, written only when something asks for samples.
+One safetensors file an input group, ``inputs`` (n, columns) float32, written only when something asks for samples;
+beside it the mutual information of its channels, once something has asked for that.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,7 @@ from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder
 from evaluators.simulated import chunked
 from evaluators.text import TextError, TokenWindows
+from quantizers.mutual_information import Estimate, PairwiseInformation, pairwise_information
 from search.files import atomic_write_bytes
 
 STRIDE = 8  # positions from one sample to the next in a window, where there is text enough: neighbours are alike
@@ -90,18 +93,42 @@ def _recorder(found: dict[str, list[Tensor]], name: str, positions: list[int]) -
     return record
 
 
-def samples_readable(path: Path) -> bool:
+@dataclass(frozen=True)
+class SampledInput:
+    """The samples of one input group, and what is computed of them, kept in files beside them."""
+
+    path: Path
+
+    def inputs(self) -> Tensor:
+        """float32 (n, columns)."""
+        return load_file(self.path)["inputs"]
+
+    def information(self, estimate: Estimate, bins: int) -> tuple[PairwiseInformation, float]:
+        """Mutual information of the channels, and the seconds that it took to compute."""
+        path = self.path.with_suffix(f".{estimate}-{bins}.safetensors")
+        if not readable(path, "information"):
+            started = time.perf_counter()
+            found = pairwise_information(self.inputs().to(best_device()), estimate, bins)
+            tensors = {"information": found.information.cpu(), "entropy": found.entropy.cpu()}
+            atomic_write_bytes(path, save(tensors, {"seconds": f"{time.perf_counter() - started:.3f}"}))
+        with safe_open(path, framework="pt") as file:
+            seconds = float(file.metadata()["seconds"])
+            return PairwiseInformation(file.get_tensor("information"), file.get_tensor("entropy")), seconds
+
+
+def readable(path: Path, tensor: str = "inputs") -> bool:
+    """Whether the file is there, whole, and holds ``tensor``."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "inputs" in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
+            return tensor in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
     except (OSError, SafetensorError):
         return False
 
 
-def load_samples(directory: Path, group: str) -> Tensor | None:
-    """float32 (n, columns); None for a group without activations."""
+def sampled_input(directory: Path, group: str) -> SampledInput | None:
+    """None for a group without activations."""
     path = group_file(directory, group)
-    return load_file(path)["inputs"] if path.is_file() else None
+    return SampledInput(path) if path.is_file() else None
 
 
 def layer_series(folder: ModelFolder, directory: Path, groups: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
@@ -111,10 +138,13 @@ def layer_series(folder: ModelFolder, directory: Path, groups: Mapping[str, Sequ
     """
     names, series = [], []
     for group, tensors in groups.items():
-        inputs = load_samples(directory, group)
-        for name in tensors if inputs is not None else ():
+        sampled = sampled_input(directory, group)
+        if sampled is None:
+            continue
+        parts = sampled.inputs().split(256)
+        for name in tensors:
             W = folder.read(name).float()
             names.append(name)
-            series.append(torch.cat([(part @ W.T).norm(dim=1) for part in inputs.split(256)]))  # type: ignore[union-attr]
+            series.append(torch.cat([(part @ W.T).norm(dim=1) for part in parts]))
     tiny = torch.finfo(torch.float32).tiny
     return names, torch.stack(series, 1).clamp(min=tiny).log()

@@ -16,7 +16,7 @@ from quantizers.allocation import THREE_LEVELS, budget_bits, check_levels
 from quantizers.channel_mixed import GridSettings, simulate
 from quantizers.grouping import Clustering, group, group_bits, redundancy
 from quantizers.importance import channel_dimensions, combined_importance
-from quantizers.mutual_information import DEFAULT_BINS, Estimate, pairwise_information
+from quantizers.mutual_information import DEFAULT_BINS, Estimate
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,15 @@ class MutualInformation(Method):
     def channel_groups(self, source: LayerInput) -> ChannelGroups:
         """Of an input, computed once; without activations all channels are alike. Raises ValueError for too many."""
         if "groups" not in source.memo:
-            started = time.perf_counter()
-            if source.samples is None:
-                labels, affinity = np.zeros(len(source.H), dtype=np.int64), np.zeros(source.H.shape)
-            else:
-                found = pairwise_information(source.samples, self.estimate, self.bins)
-                affinity = (found.normalized() if self.normalized else found.information).cpu().numpy()
+            seconds, affinity = 0.0, np.zeros(source.H.shape)
+            labels = np.zeros(len(source.H), dtype=np.int64)
+            if source.samples is not None:
+                found, seconds = source.samples.information(self.estimate, self.bins)
+                affinity = (found.normalized() if self.normalized else found.information).numpy()
+                started = time.perf_counter()
                 labels = group(affinity, self.groups, self.clustering)
-            source.memo["groups"] = ChannelGroups(labels, affinity, time.perf_counter() - started)
+                seconds += time.perf_counter() - started
+            source.memo["groups"] = ChannelGroups(labels, affinity, seconds)
         groups: ChannelGroups = source.memo["groups"]
         return groups
 

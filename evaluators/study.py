@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluators.activation_samples import load_samples
+from evaluators.activation_samples import sampled_input
 from evaluators.bank import group_tensors
 from evaluators.block_model import BlockModel
 from evaluators.calibration import InputGroup, group_file
@@ -121,7 +121,7 @@ class MethodBench:
         for file in self.groups.get(block, ()):
             group = InputGroup.load(file)
             wanted = self.setup.samples if method.needs_samples else None
-            samples = None if wanted is None else load_samples(wanted, group.name)
+            samples = None if wanted is None else sampled_input(wanted, group.name)
             shared = LayerInput(group, self.setup.damping, self.model.device, samples)
             for name in group.tensors:
                 parameter = self.model.weight(name)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluators.activation_samples import SampledInput
 from evaluators.calibration import InputGroup
 from quantizers.hessian import inverse_factor
 from quantizers.sparsegpt import row_errors
@@ -16,15 +17,15 @@ from quantizers.statistics import InputStatistics
 class LayerInput:
     """The input of one or several layers: Hessian H (columns, columns), moments, and the factor of its inverse.
 
-    ``samples`` (n, columns) of its activations are there if the method asked for them and the input has any; in
+    ``samples`` of its activations are there if the method asked for them and the input has any; in
     ``memo`` a method keeps what it need not compute again for the next layer with this input.
     """
 
-    def __init__(self, group: InputGroup, damping: float, device: torch.device, samples: Tensor | None = None):
+    def __init__(self, group: InputGroup, damping: float, device: torch.device, samples: SampledInput | None = None):
         self.H = group.hessian.to(device)
         self.statistics = InputStatistics(**{name: t.to(device) for name, t in group.statistics.tensors().items()})
         self.damping = damping
-        self.samples = None if samples is None else samples.to(device)
+        self.samples = samples
         self.memo: dict[str, Any] = {}
 
     @cached_property

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluators.activation_samples import SampleActivations, layer_series, load_samples, sample_positions
+from evaluators.activation_samples import SampleActivations, layer_series, sample_positions, sampled_input
 from evaluators.bank import group_tensors
 from evaluators.calibration import group_file
 from evaluators.text import TextError
+from quantizers.mutual_information import pairwise_information
 from tests.conftest import EMBEDDED, SmallBank
 
 
@@ -31,8 +32,10 @@ def test_samples_are_inputs_of_a_plain_forward(samples: Path, small_bank: SmallB
     with torch.inference_mode():
         model(ids)
     expected = torch.cat(seen)[:, positions].flatten(0, 1)[:100]
-    found = load_samples(samples, name)
-    assert found is not None and found.shape == (100, 768)
+    sampled = sampled_input(samples, name)
+    assert sampled is not None
+    found = sampled.inputs()
+    assert found.shape == (100, 768)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -41,9 +44,9 @@ def test_a_series_is_the_logarithm_of_the_outputs_norm(samples: Path, small_bank
     names, series = layer_series(small_bank.folder, samples, groups)
     assert sorted(names) == sorted(gene.name for gene in small_bank.space.genes) and series.shape == (100, 43)
     name = "model.layers.2.self_attn.k_proj.weight"
-    inputs = load_samples(samples, "model.layers.2.self_attn.q_proj")
-    assert inputs is not None
-    outputs = inputs.double() @ small_bank.folder.read(name).double().T
+    sampled = sampled_input(samples, "model.layers.2.self_attn.q_proj")
+    assert sampled is not None
+    outputs = sampled.inputs().double() @ small_bank.folder.read(name).double().T
     torch.testing.assert_close(series[:, names.index(name)].double(), outputs.norm(dim=1).log(), rtol=0, atol=1e-4)
 
 
@@ -55,3 +58,14 @@ def test_samples_spread_over_the_windows_and_never_exceed_the_text() -> None:
     assert (rows, positions) == (4, list(range(16)))
     with pytest.raises(TextError, match="expected at least 65 tokens of calibration text"):
         sample_positions(4, 16, 65)
+
+
+def test_information_is_computed_once_and_kept_beside_the_samples(samples: Path) -> None:
+    sampled = sampled_input(samples, "model.layers.0.self_attn.o_proj")
+    assert sampled is not None
+    first, seconds = sampled.information("histogram", 4)
+    again, same_seconds = sampled.information("histogram", 4)
+    assert torch.equal(first.information, again.information) and seconds == same_seconds
+    direct = pairwise_information(sampled.inputs(), "histogram", 4)
+    assert torch.equal(first.information, direct.information) and torch.equal(first.entropy, direct.entropy)
+    assert sampled_input(samples, "nowhere") is None
