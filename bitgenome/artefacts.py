@@ -16,7 +16,7 @@ import pandas as pd
 
 from bitgenome.config import TextConfig
 from bitgenome.plan import Plan
-from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
+from bitgenome.run_directory import SENSITIVITY_FILE, WINDOWS_FILE, RunDirectory
 from evaluators import bank as banks
 from evaluators import scaling
 from evaluators.activation_samples import SampleActivations
@@ -35,7 +35,6 @@ from workers.pool import Pool
 log = logging.getLogger(__name__)
 
 Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
-WINDOWS_FILE = "windows.safetensors"
 GROUPS_FILE = "groups.json"
 SCALING_FILE = "scaling.json"
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
@@ -206,7 +205,9 @@ def measure_sensitivities(
     fidelity = Fidelity("search", plan.config.text.tokens.sensitivity)
     own = run.path / SENSITIVITY_FILE
     rows = windows.take(fidelity.split, fidelity.tokens)
-    digest = digest_of(setup.bank.name, hashlib.sha256(rows.tobytes()).hexdigest(), rows.shape, setup.activations)
+    genes = [gene.tensors for gene in setup.space.genes]
+    text = hashlib.sha256(rows.tobytes()).hexdigest()
+    digest = digest_of(setup.bank.name, text, rows.shape, setup.activations, genes)
     run.pin("sensitivity", digest)
     if own.is_file():  # what this run was begun with counts, whatever became of the shared one
         return pd.read_parquet(own)

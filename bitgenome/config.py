@@ -113,6 +113,25 @@ class FitnessConfig(Section):
         return self
 
 
+class GeneGroupsConfig(Section):
+    """Tensors that take the same format: ``kind`` across layers, ``layer`` across kinds, or ``count`` groups of tensors
+    whose outputs share information. A shorter genome is searched faster, and less finely.
+    """
+
+    by: Literal["none", "kind", "layer", "mutual_information"] = "none"
+    count: int | None = Field(None, ge=1, description="groups by mutual information")
+    samples: int = Field(2048, ge=2, description="positions of calibration text that mutual information is taken over")
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        if (self.by == "mutual_information") != (self.count is not None):
+            raise ValueError(
+                f"expected count with by: mutual_information and with nothing else, found by: {self.by} and "
+                f"count: {self.count}"
+            )
+        return self
+
+
 class SearchConfig(Section):
     """``population * generations`` is the number of evaluations of every strategy but ``exact``."""
 
@@ -128,6 +147,7 @@ class SearchConfig(Section):
     elites: int = Field(4, ge=1)
     immigrants: int = Field(1, ge=0)
     brood: int = Field(16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate")
+    gene_groups: GeneGroupsConfig = Field(GeneGroupsConfig(), description="tensors that move together")
     validation_candidates: int = Field(6, ge=1, description="best genomes compared on validation text")
 
     @model_validator(mode="after")

@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
-from bitgenome.artefacts import WINDOWS_FILE, prepare, quantized_plan, read_windows
+from bitgenome.artefacts import prepare, quantized_plan, read_windows
 from bitgenome.config import RunConfig
+from bitgenome.gene_groups import plan_of_run, with_gene_groups
 from bitgenome.plan import Plan, make_plan
 from bitgenome.progress import track
 from bitgenome.proof import RECIPE_FILE, Proof, differing_tensors, export_winner, prove
-from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
+from bitgenome.run_directory import EVALUATIONS_FILE, WINDOWS_FILE, RunDirectory
 from bitgenome.searching import SearchResult, pool_evaluate, search
 from evaluators.bank import Bank, damaged_tensors
 from evaluators.simulated import genome_formats
@@ -88,7 +89,7 @@ def export_again(path: Path) -> Path:
     if not best.is_file():
         raise UserError(f"expected a finished run with {BEST_FILE}, found none in {path}: bitgenome resume {path}")
     winner = Evaluation.from_json(json.loads(best.read_text(encoding="utf-8"))["winner"])
-    plan = make_plan(directory.config)
+    plan = plan_of_run(directory)
     directory.pin("model", plan.folder.digest)
     plan = quantized_plan(plan, directory)
     bank = Path(directory.record["bank"])
@@ -116,6 +117,7 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
     def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, console)
 
+    plan = with_gene_groups(plan, windows, directory, pool, tracked)
     artefacts = prepare(plan, windows, directory, pool, tracked)
     plan = artefacts.plan
     directory.record["bank"] = str(artefacts.setup.bank)

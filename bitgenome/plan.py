@@ -18,7 +18,10 @@ from exporters.tensor_names import quantizable_tensors
 from quantizers.pruning import Sparsity
 from search.budget import Budget
 from search.errors import UserError
+from search.gene_groups import kind_labels, layer_labels, tied_genes
 from search.types import SearchSpace
+
+LABELS = {"kind": kind_labels, "layer": layer_labels}  # groups known before there is a measurement
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,37 @@ def make_plan(config: RunConfig) -> Plan:
     if config.quantization.scaling.settings.active:
         check_scalable(folder)
     fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
-    space = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)
-    try:
-        budget = budget_of(config.budget, space)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    free = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)
+    groups = config.search.gene_groups
+    if groups.count is not None and groups.count > len(shapes):
+        raise UserError(
+            f"expected search.gene_groups.count from 1 to {len(shapes)}, the model's quantizable tensors, "
+            f"found {groups.count}"
+        )
+    if groups.by == "mutual_information" and groups.samples > config.text.tokens.calibration:
+        raise UserError(
+            f"expected search.gene_groups.samples up to text.tokens.calibration ({config.text.tokens.calibration}), "
+            f"found {groups.samples}"
+        )
+    labels = LABELS[groups.by](free) if groups.by in LABELS else {}
+    space, budget = tied_space(config, folder, free, labels)
     check_text(config.text, folder)
     return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
+
+
+def tied_space(
+    config: RunConfig, folder: ModelFolder, space: SearchSpace, labels: Mapping[str, str]
+) -> tuple[SearchSpace, Budget]:
+    """``space`` with the tensors of one label in one gene, and the budget in it.
+
+    The genome is in the file, so its length changes the size. Raises UserError if the budget cannot be met.
+    """
+    genes = tied_genes(space, labels)
+    tied = SearchSpace(genes, fixed_bytes(folder, len(genes)), space.fixed_weights)
+    try:
+        return tied, budget_of(config.budget, tied)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:

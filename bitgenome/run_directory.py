@@ -16,6 +16,8 @@ from search.files import atomic_write_text
 SCHEMA = 1
 EVALUATIONS_FILE = "evaluations.jsonl"
 SENSITIVITY_FILE = "sensitivity.parquet"
+GENE_GROUPS_FILE = "gene-groups.json"
+WINDOWS_FILE = "windows.safetensors"
 RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "deap", "gguf", "numpy", "xllamacpp")
 
 
@@ -58,7 +60,8 @@ class RunDirectory:
             return existing
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / SENSITIVITY_FILE).unlink(missing_ok=True)  # of an attempt that got no further
+            for stale in (SENSITIVITY_FILE, GENE_GROUPS_FILE):  # of an attempt that got no further
+                (path / stale).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"expected to create the run directory {path}, found {error.strerror}") from None
         packages = {name: version(name) for name in RECORDED_PACKAGES}
