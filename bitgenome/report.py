@@ -1,5 +1,7 @@
 """What a person reads: tables of plans, outcomes and proofs."""
 
+from collections import Counter
+
 from rich.console import Console
 from rich.table import Table
 
@@ -74,6 +76,9 @@ def show_plan(plan: Plan, workers: int, console: Console) -> None:
     )
     budget = plan.budget.file_bytes
     console.print(f"budget {budget:,} bytes = {8 * budget / space.weights:.4f} bits per weight")
+    if plan.sparsity:
+        counts = Counter(map(str, plan.sparsity.values()))
+        console.print("pruned: " + ", ".join(f"{sparsity} of {count} tensors" for sparsity, count in counts.items()))
     seconds = estimated_seconds(plan, workers, config.workers.cpus_per_worker)
     console.print(
         f"{plan.sensitivity_evaluations} sensitivities of {config.text.tokens.sensitivity:,} tokens, "

@@ -97,17 +97,23 @@ class BuildBankGroup:
         device = best_device()
         names = [name for name in group.tensors if name in self.formats]
         weights = {name: folder.read(name).to(device, torch.float32) for name in names}
-        H = group.hessian.to(device)
-        for pruned in (False, True):
-            part = {name: W for name, W in weights.items() if (name in self.sparsity) == pruned}
-            formats = {name: [FORMATS[f] for f in self.formats[name]] for name in part}
-            if part and pruned:
-                results = prune_and_compensate(part, formats, self.sparsity, H, self.damping)
-            elif part:
-                results = compensate(part, formats, H, self.damping)
-            for name in part:
-                save_tensor(self.directory, name, results[name])
+        formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
+        for name, levels in self._levels(weights, formats, group.hessian.to(device)).items():
+            save_tensor(self.directory, name, levels)
         return tuple(names)
+
+    def _levels(
+        self, weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], H: Tensor
+    ) -> dict[str, dict[str, Compensated]]:
+        """Tensor -> format -> bytes; tensors that are pruned go through a loop of their own."""
+        pruned = {name: W for name, W in weights.items() if name in self.sparsity}
+        dense = {name: W for name, W in weights.items() if name not in self.sparsity}
+        levels: dict[str, dict[str, Compensated]] = {}
+        if dense:
+            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.damping)
+        if pruned:
+            levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.damping)
+        return levels
 
 
 def group_tensors(group: Path) -> tuple[str, ...]:

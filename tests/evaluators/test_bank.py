@@ -101,6 +101,15 @@ def test_a_pruned_tensor_leaves_the_others_of_its_group_as_they_are(small_bank: 
     assert (zeros.unflatten(1, (-1, 4)).sum(2) >= 2).all()
 
 
+def test_a_group_that_is_pruned_whole_keeps_its_zeros(small_bank: SmallBank, tmp_path: Path) -> None:
+    task = next(t for t in small_bank.bank_tasks(tmp_path) if NAME in group_tensors(t.group))
+    names = group_tensors(task.group)
+    list(SerialPool().map([replace(task, sparsity=dict.fromkeys(names, Sparsity.of_fraction(0.5)))]))
+    for name in names:
+        W = Bank(tmp_path).weights(name, FORMATS["Q8_0"], 256, torch.device("cpu"))
+        assert 0.5 <= float((W == 0).float().mean()) < 0.51
+
+
 def test_files_hold_nothing_but_packed_bytes_and_json(small_bank: SmallBank) -> None:
     with safe_open(tensor_file(small_bank.directory, NAME), framework="pt") as file:
         assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"torch.uint8"}  # noqa: SIM118
