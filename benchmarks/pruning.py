@@ -133,7 +133,7 @@ def measure(plan: Plan, groups: list[InputGroup], ids: Tensor, console: Console)
         rows.append(
             Row(sparsity, fmt, method, found.kl, found.perplexity, zeros / sum(W.numel() for W in weights.values()))
         )
-        console.print(rows[-1])
+        console.print(f"{sparsity}, {fmt}, {method}: KL {found.kl:.4f}")
     return reference.compare(full, head), rows
 
 
