@@ -12,10 +12,12 @@ a fixed multiple of d and min follows from scale:
 
 Factors are powers of two or small integers, so every product is exact in fp16 and float32. Each is then a symmetric
 format with a zero, and is searched and refined as such (Q2_K's second form is a negative scale); the offset's freedom
-is what it costs, and the size stays. Measured on a block of the embedded model, half of the weights pruned: on an affine
-format's own grid 7 % (Q2_K 11 %) of the pruned weights decode to 0, here all of them, at 7 % more error for Q2_K, 1 % for
-Q4_K and Q4_1, none for Q5_K and Q5_1 (``benchmarks/pruning.py``). The codebook types have no exact zero (IQ4_NL and IQ4_XS come as near as 1 of
-127 steps, IQ2 and IQ3 less) and are not here.
+is what it costs, and the size stays. Measured with half of the weights of a trained block pruned
+(``benchmarks/pruning.py``): on an affine format's own grid 7 % of the pruned weights decode to 0 (Q2_K 11 %), here all
+of them, at 7 % more error for Q2_K, 1 % for Q4_K and Q4_1, none for Q5_K and Q5_1.
+
+The codebook types have no exact zero (IQ4_NL and IQ4_XS come as near as 1 of 127 steps, IQ2 and IQ3 less) and are not
+here.
 """
 
 import torch
