@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantizers.codec import check_weights, pad_rows, quantize
 from quantizers.descent import descend, descend_kept
-from quantizers.formats import QuantFormat
+from quantizers.formats import FORMATS, LEVEL_FORMATS, QuantFormat
 from quantizers.grid import Scales
 from quantizers.hessian import check_hessian, damped, inverse_factor
 from quantizers.pruning import ColumnMasks, Sparsity, prune_columns
@@ -69,8 +69,8 @@ def prune_and_compensate(
 def check_prunable(fmt: QuantFormat, sparsity: Sparsity, columns: int) -> None:
     """Raises ValueError unless rows of ``columns`` weights in ``fmt`` can have the zeros that ``sparsity`` asks for."""
     if not fmt.is_float and fmt.name not in ZERO_GRIDS:
-        valid = ", ".join(ZERO_GRIDS)
-        raise ValueError(f"expected a format with an exact zero for pruning ({valid}, F16, F32), found {fmt.name}")
+        valid = [level for level, name in LEVEL_FORMATS.items() if name in ZERO_GRIDS or FORMATS[name].is_float]
+        raise ValueError(f"expected levels with an exact zero for pruning ({', '.join(valid)}), found {fmt.name}")
     if sparsity.group and columns % sparsity.group:
         raise ValueError(f"expected a pattern n:m whose m divides rows of {columns} weights, found {sparsity}")
 

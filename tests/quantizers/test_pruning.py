@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantizers.codec import dequantize
 from quantizers.descent import descend_kept
-from quantizers.formats import FORMATS, QuantFormat
+from quantizers.formats import CODEBOOK_TYPES, FORMATS, QuantFormat
 from quantizers.grid import Scales
 from quantizers.hessian import damped, inverse_factor
 from quantizers.pruned import check_prunable, encode_pruned, prune_and_compensate
@@ -246,6 +246,6 @@ def test_an_impossible_fraction_is_refused(fraction: float) -> None:
 def test_formats_and_rows_that_cannot_hold_the_zeros_are_refused() -> None:
     with pytest.raises(ValueError, match="m divides rows of 90 weights, found 2:4"):
         check_prunable(FORMATS["F16"], TWO_OF_FOUR, 90)
-    table_format = QuantFormat("IQ2_XXS", "IQ2_XXS", 256, 66)
-    with pytest.raises(ValueError, match=r"expected a format with an exact zero for pruning \(Q2_K.*found IQ2_XXS"):
-        check_prunable(table_format, HALF, 256)
+    for name in CODEBOOK_TYPES:
+        with pytest.raises(ValueError, match=rf"with an exact zero for pruning \(W2, .*, W16\), found {name}"):
+            check_prunable(FORMATS[name], HALF, 256)
