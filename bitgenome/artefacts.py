@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.model_folder import ModelFolder
 from evaluators.stdlib_text import SPLITS, load_held_out
 from evaluators.text import TokenWindows, divide_file, file_documents, load_tokenizer, stdlib_documents, token_windows
+from quantizers.sparsegpt import CompensationSettings
 from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail
 from search.fitness import FitnessSettings
 from search.sensitivity import SensitivityTable
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
 GROUPS_FILE = "groups.json"
 SCALING_FILE = "scaling.json"
+COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
@@ -171,15 +173,17 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
     """Directory of the bank, built tensor by tensor where it is not there yet; damaged tensors are rebuilt."""
     formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
     names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
-    damping = plan.config.quantization.damping
-    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, damping, plan.sparsity)
+    settings = CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
+    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity)
     directory = shared_directory(plan.config, "bank", digest)
     for tensor in banks.damaged_tensors(directory):
         log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
         banks.tensor_file(directory, tensor).unlink(missing_ok=True)
     missing = {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
     tasks = [
-        banks.BuildBankGroup(plan.folder.path, group_file(calibration, group), directory, names, damping, plan.sparsity)
+        banks.BuildBankGroup(
+            plan.folder.path, group_file(calibration, group), directory, names, settings, plan.sparsity
+        )
         for group in groups
         if missing & set(banks.group_tensors(group_file(calibration, group)))
     ]

@@ -85,6 +85,8 @@ class QuantizationConfig(Section):
     """How the bank is built."""
 
     damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal")
+    compensation: bool = Field(True, description="spread each column's error over later ones (SparseGPT, GPTQ)")
+    refinement_rounds: int = Field(2, ge=0, le=20, description="of scales and integers together, after compensation")
     pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
     scaling: ScalingConfig = Field(ScalingConfig(), description="of channels, before rounding; none by default")
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from quantizers.codec import dequantize
 from quantizers.formats import FORMATS, QuantFormat
 from quantizers.pruned import prune_and_compensate
 from quantizers.pruning import Sparsity
-from quantizers.sparsegpt import Compensated, compensate
+from quantizers.sparsegpt import Compensated, CompensationSettings, compensate
 from search.errors import UserError
 from search.files import atomic_write_bytes, atomic_write_text
 
@@ -58,13 +58,13 @@ def bank_digest(
     model: str,
     calibration: str,
     formats: Mapping[str, Sequence[QuantFormat]],
-    damping: float,
+    settings: CompensationSettings,
     sparsity: Mapping[str, Sparsity],
 ) -> str:
     """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
-    key = json.dumps([SCHEMA, model, calibration, legal, damping, pruned], sort_keys=True)
+    key = json.dumps([SCHEMA, model, calibration, legal, asdict(settings), pruned], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -83,7 +83,7 @@ class BuildBankGroup:
     group: Path  # file of the InputGroup
     directory: Path
     formats: Mapping[str, tuple[str, ...]]  # tensor -> format names
-    damping: float
+    settings: CompensationSettings
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
 
     @property
@@ -110,9 +110,9 @@ class BuildBankGroup:
         dense = {name: W for name, W in weights.items() if name not in self.sparsity}
         levels: dict[str, dict[str, Compensated]] = {}
         if dense:
-            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.damping)
+            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings)
         if pruned:
-            levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.damping)
+            levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings.damping)
         return levels
 
 

@@ -40,6 +40,15 @@ GRAIN = 16  # columns that share a step in every format
 
 
 @dataclass(frozen=True)
+class CompensationSettings:
+    """How weights get onto their grids."""
+
+    damping: float = 0.01  # of the Hessian's mean diagonal (see ``inverse_factor``)
+    compensation: bool = True  # spread every column's error over later ones; else rounding by importance alone
+    refinement_rounds: int = DESCENT_ROUNDS  # of coordinate descent after compensation
+
+
+@dataclass(frozen=True)
 class Compensated:
     """A packed tensor with its error tr(dW H dW^T), and the same relative to tr(W H W^T)."""
 
@@ -68,14 +77,12 @@ def compensate(
     weights: Mapping[str, Tensor],
     formats: Mapping[str, Sequence[QuantFormat]],
     H: Tensor,
-    damping: float = 0.01,
-    rounds: int = DESCENT_ROUNDS,
+    settings: CompensationSettings = CompensationSettings(),
 ) -> dict[str, dict[str, Compensated]]:
     """Tensor name -> format name -> bytes and errors.
 
     ``weights`` float (rows, columns) that multiply the same input, ``formats`` wanted of each, H (columns, columns)
-    of that input. ``damping`` is a fraction of the mean diagonal (see ``inverse_factor``); ``rounds`` of coordinate
-    descent follow the column loop. Each row is the better, by its tr(dW H dW^T), of that and plain rounding with
+    of that input. Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding with
     importance diag(H), so none is worse than ``quantize``.
     Columns with H_jj = 0 are rounded plainly; float formats are copied.
     Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
@@ -85,7 +92,11 @@ def compensate(
     for name, W in weights.items():
         for fmt in formats[name]:
             check_weights(fmt, W, columns)
-    compensated = compensate_stack(weights, formats, H, damping, rounds)
+    compensated = (
+        compensate_stack(weights, formats, H, settings.damping, settings.refinement_rounds)
+        if settings.compensation
+        else {}
+    )
     return {
         name: {
             fmt.name: better_rows(

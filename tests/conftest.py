@@ -15,6 +15,7 @@ from evaluators.stdlib_text import load_held_out
 from evaluators.text import TokenWindows, load_tokenizer, stdlib_documents, token_windows
 from exporters.gguf_file import fixed_bytes
 from exporters.tensor_names import quantizable_tensors
+from quantizers.sparsegpt import CompensationSettings
 from search.fitness import FitnessSettings
 from search.types import SearchSpace
 from workers.pool import SerialPool
@@ -44,7 +45,9 @@ class SmallBank:
     def bank_tasks(self, directory: Path) -> list[BuildBankGroup]:
         formats = {gene.name: tuple(f.name for f in gene.formats) for gene in self.space.genes}
         return [
-            BuildBankGroup(self.folder.path, group_file(self.directory, group), directory, formats, 0.01)
+            BuildBankGroup(
+                self.folder.path, group_file(self.directory, group), directory, formats, CompensationSettings()
+            )
             for group in self.groups
         ]
 

@@ -23,6 +23,7 @@ from evaluators.calibration import InputGroup, group_file
 from quantizers.codec import dequantize
 from quantizers.formats import FORMATS
 from quantizers.pruning import Sparsity
+from quantizers.sparsegpt import CompensationSettings
 from tests.conftest import SmallBank
 from workers.pool import SerialPool
 
@@ -80,15 +81,16 @@ def test_a_format_that_is_not_there_is_named(small_bank: SmallBank) -> None:
 def test_the_digest_depends_on_everything_that_decides_the_bytes() -> None:
     formats = {NAME: [FORMATS["Q2_K"]]}
     digests = {
-        bank_digest("m", "c", formats, 0.01, {}),
-        bank_digest("n", "c", formats, 0.01, {}),
-        bank_digest("m", "d", formats, 0.01, {}),
-        bank_digest("m", "c", {NAME: [FORMATS["Q3_K"]]}, 0.01, {}),
-        bank_digest("m", "c", formats, 0.02, {}),
-        bank_digest("m", "c", formats, 0.01, {NAME: Sparsity.of_fraction(0.5)}),
-        bank_digest("m", "c", formats, 0.01, {NAME: Sparsity.of_pattern("2:4")}),
+        bank_digest("m", "c", formats, CompensationSettings(), {}),
+        bank_digest("n", "c", formats, CompensationSettings(), {}),
+        bank_digest("m", "d", formats, CompensationSettings(), {}),
+        bank_digest("m", "c", {NAME: [FORMATS["Q3_K"]]}, CompensationSettings(), {}),
+        bank_digest("m", "c", formats, CompensationSettings(damping=0.02), {}),
+        bank_digest("m", "c", formats, CompensationSettings(refinement_rounds=0), {}),
+        bank_digest("m", "c", formats, CompensationSettings(), {NAME: Sparsity.of_fraction(0.5)}),
+        bank_digest("m", "c", formats, CompensationSettings(), {NAME: Sparsity.of_pattern("2:4")}),
     }
-    assert len(digests) == 7
+    assert len(digests) == 8
 
 
 def test_a_pruned_tensor_leaves_the_others_of_its_group_as_they_are(small_bank: SmallBank, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from quantizers.formats import FORMATS, QuantFormat
 from quantizers.grid import GRIDS, Grid, Scales
 from quantizers.hessian import damped, inverse_factor
 from quantizers.sparsegpt import (
+    CompensationSettings,
     Segment,
     column_loop,
     compensate,
@@ -123,7 +124,7 @@ def test_no_row_is_worse_than_plain_rounding(fmt: QuantFormat) -> None:
     W = heavy_tailed(32, 256)
     H = torch.diag(torch.logspace(-6, 2, 256)) + 1e-3
     plain = row_errors(W - dequantize(fmt, quantize(fmt, W, H.diagonal())), H)
-    result = compensate({"w": W}, {"w": [fmt]}, H, damping=1.0)["w"][fmt.name]
+    result = compensate({"w": W}, {"w": [fmt]}, H, CompensationSettings(damping=1.0))["w"][fmt.name]
     assert (row_errors(W - result.packed.dequantize(), H) <= plain).all()
 
 
@@ -134,6 +135,12 @@ def test_extreme_rows_survive_compensation(fmt: QuantFormat) -> None:
     assert ggml_reference.is_valid(fmt, result.packed.data)
     plain = row_errors(W - dequantize(fmt, quantize(fmt, W, H.diagonal())), H)
     assert (row_errors(W - result.packed.dequantize(), H) <= plain).all()
+
+
+def test_without_compensation_weights_are_rounded_by_importance_alone() -> None:
+    W, H, fmt = heavy_tailed(8, 256), correlated_hessian(256), FORMATS["Q3_K"]
+    result = compensate({"w": W}, {"w": [fmt]}, H, CompensationSettings(compensation=False))["w"]["Q3_K"]
+    assert torch.equal(result.packed.data, quantize(fmt, W, H.diagonal()))
 
 
 def test_stacked_levels_give_the_bytes_of_one_level_alone() -> None:
@@ -162,7 +169,9 @@ def test_rows_that_are_not_whole_super_blocks_work() -> None:
 def test_singular_hessian_warns_and_works(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.randn(10, 256, generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING):
-        result = compensate({"w": heavy_tailed(8, 256)}, {"w": [FORMATS["Q4_K"]]}, x.T @ x / 10, damping=0.0)
+        result = compensate(
+            {"w": heavy_tailed(8, 256)}, {"w": [FORMATS["Q4_K"]]}, x.T @ x / 10, CompensationSettings(damping=0.0)
+        )
     assert "singular" in caplog.text
     assert result["w"]["Q4_K"].relative < 0.01
 
