@@ -21,11 +21,13 @@ from evaluators import bank as banks
 from evaluators import scaling
 from evaluators.activation_samples import SampleActivations
 from evaluators.activation_samples import readable as samples_readable
-from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
+from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, InputGroup, group_file, group_readable
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.model_folder import ModelFolder
 from evaluators.stdlib_text import SPLITS, load_held_out
 from evaluators.text import TokenWindows, divide_file, file_documents, load_tokenizer, stdlib_documents, token_windows
+from exporters.imatrix import write_imatrix
+from exporters.tensor_names import tensor_table
 from quantizers.sparsegpt import CompensationSettings
 from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail
 from search.fitness import FitnessSettings
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
 GROUPS_FILE = "groups.json"
+IMATRIX_FILE = "imatrix.gguf"
 SCALING_FILE = "scaling.json"
 COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
@@ -106,11 +109,14 @@ def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     atomic_write_bytes(run.path / WINDOWS_FILE, windows.to_bytes())
 
 
-def calibrate(plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track) -> tuple[Path, list[str]]:
+def calibrate(
+    plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track, upstream_level: str | None = None
+) -> tuple[Path, list[str]]:
     """Directory of the input groups' Hessians, and the groups' names in order."""
     calibration = windows.windows["calibration"]
     text = hashlib.sha256(calibration.tobytes()).hexdigest()
-    digest = digest_of(CALIBRATION_SCHEMA, plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT)
+    inputs = plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT, upstream_level
+    digest = digest_of(CALIBRATION_SCHEMA, *inputs)
     directory = shared_directory(plan.config, "calibration", digest)
     done = directory / GROUPS_FILE
     if not done.is_file() or not all(
@@ -118,7 +124,7 @@ def calibrate(plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Trac
     ):
         windows_file = directory / WINDOWS_FILE
         atomic_write_bytes(windows_file, windows.to_bytes())
-        task = Calibrate(plan.folder.path, windows_file, directory)
+        task = Calibrate(plan.folder.path, windows_file, directory, upstream_level)
         (groups,) = track(pool.map([task]), 1, "calibrating")
         atomic_write_text(done, json.dumps(groups))
     names: list[str] = json.loads(done.read_text(encoding="utf-8"))
@@ -141,6 +147,17 @@ def sample_activations(
         taken = [name for name in groups if group_file(directory, name).is_file()]
         atomic_write_text(done, json.dumps(taken))
     return directory
+
+
+def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path: Path) -> None:
+    """The importance matrix of the blocks, for llama-quantize; without the head, as llama-imatrix leaves it out."""
+    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
+    importance = {}
+    for group in map(InputGroup.load, groups):
+        squares = group.hessian.diagonal().numpy()
+        importance.update({names[name]: squares for name in group.tensors if names[name].startswith("blk.")})
+    text = windows.windows["calibration"]
+    write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.source)
 
 
 def scale_channels(
@@ -243,7 +260,8 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
     """All artefacts of a run, in order, each stage timed in the run's record."""
     record_inputs(plan, windows, run)
     with run.stage("calibration"):
-        calibration, groups = calibrate(plan, windows, pool, track)
+        calibration, groups = calibrate(plan, windows, pool, track, plan.config.quantization.upstream_level)
+        save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / IMATRIX_FILE)
     if plan.config.quantization.scaling.settings.active:
         with run.stage("scaling"):
             plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)

@@ -85,10 +85,20 @@ class QuantizationConfig(Section):
     """How the bank is built."""
 
     damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal")
+    upstream_level: str | None = Field(
+        None, description="level of the blocks before the one that is calibrated (sequential); none: full precision"
+    )
     compensation: bool = Field(True, description="spread each column's error over later ones (SparseGPT, GPTQ)")
     refinement_rounds: int = Field(2, ge=0, le=20, description="of scales and integers together, after compensation")
     pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
     scaling: ScalingConfig = Field(ScalingConfig(), description="of channels, before rounding; none by default")
+
+    @field_validator("upstream_level")
+    @classmethod
+    def known(cls, level: str | None) -> str | None:
+        if level is not None and level not in LEVEL_FORMATS:
+            raise ValueError(f"expected a level among {', '.join(LEVEL_FORMATS)}, found {level}")
+        return level
 
 
 class EvaluationConfig(Section):

@@ -5,7 +5,7 @@ Linear layers that read the same tensor (q/k/v, gate/up) form one input group an
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder, ModelFolderError
 from evaluators.text import TokenWindows
+from quantizers.formats import format_for
 from quantizers.hessian import HessianAccumulator
+from quantizers.sparsegpt import compensate
 from quantizers.statistics import InputStatistics, StatisticsAccumulator
 from search.files import atomic_write_bytes
 
@@ -142,10 +144,14 @@ def embedding_groups(model: BlockModel, H: Tensor, statistics: InputStatistics) 
 
 
 @torch.inference_mode()
-def calibrate(folder: ModelFolder, windows: Tensor, device: torch.device) -> Iterator[InputGroup]:
+def calibrate(
+    folder: ModelFolder, windows: Tensor, device: torch.device, upstream_level: str | None = None
+) -> Iterator[InputGroup]:
     """Input groups of the whole model in order, from token windows (n, T); one block is in memory at a time.
 
-    The inputs of every block are those of the full-precision model (parallel calibration).
+    The inputs of every block are those of the full-precision model (parallel calibration), or, with an
+    ``upstream_level`` such as "W3", those of a model whose earlier blocks are quantized so (sequential calibration, as
+    in GPTQ).
     """
     model = BlockModel(folder, device)
     chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
@@ -154,16 +160,32 @@ def calibrate(folder: ModelFolder, windows: Tensor, device: torch.device) -> Ite
     for block in range(len(model.blocks)):
         model.load_block(block)
         recorder = _InputRecorder(dict(model.linears(block)))
-        for index, chunk in enumerate(hidden):
-            hidden[index] = model.run_block(block, chunk.to(device)).cpu()
+        outputs = []
+        for chunk in hidden:
+            outputs.append(model.run_block(block, chunk.to(device)).cpu())
             recorder.end_pass()
-        yield from recorder.groups()
+        groups = list(recorder.groups())
+        yield from groups
+        if upstream_level is not None:
+            quantize_block(model, groups, upstream_level)
+            outputs = [model.run_block(block, chunk.to(device)).cpu() for chunk in hidden]
+        hidden = outputs
         model.unload_block(block)
         log.info("calibrated block %d of %d", block + 1, len(model.blocks))
     head = _InputAccumulator(hidden[0].shape[-1], device)
     for chunk in hidden:
         head.add(model.decoder.norm(chunk.to(device)), model.head_name)
     yield from embedding_groups(model, *head.result())
+
+
+def quantize_block(model: BlockModel, groups: Sequence[InputGroup], level: str) -> None:
+    """Replace the weights of a loaded block by what they decode to at ``level``."""
+    for group in groups:
+        fmt = format_for(level, len(group.hessian))
+        weights = {name: model.weight(name).data for name in group.tensors}
+        results = compensate(weights, dict.fromkeys(weights, (fmt,)), group.hessian)
+        for name, formats in results.items():
+            model.weight(name).data = formats[fmt.name].packed.dequantize()
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,7 @@ class Calibrate:
     model: Path
     windows: Path  # file of TokenWindows
     directory: Path
+    upstream_level: str | None = None
 
     @property
     def label(self) -> str:
@@ -185,7 +208,7 @@ class Calibrate:
         torch.set_num_threads(os.cpu_count() or 1)
         try:
             names = []
-            for group in calibrate(ModelFolder(self.model), windows, best_device()):
+            for group in calibrate(ModelFolder(self.model), windows, best_device(), self.upstream_level):
                 group.save(group_file(self.directory, group.name))
                 names.append(group.name)
         finally:

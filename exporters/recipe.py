@@ -25,7 +25,17 @@ def recipe_command(formats: Mapping[str, QuantFormat]) -> str:
     options = [f"{OWN_OPTIONS[name]} {_ggml_name(chosen)}" for name, chosen in formats.items() if name in OWN_OPTIONS]
     if "output.weight" not in formats and "token_embd.weight" in formats:  # tied: the embedding is the output too
         options.append(f"--output-tensor-type {_ggml_name(formats['token_embd.weight'])}")
-    return " ".join(["llama-quantize", *options, "--tensor-type-file recipe.txt", "f16.gguf", "out.gguf", "q4_k_m"])
+    return " ".join(
+        [
+            "llama-quantize",
+            *options,
+            "--imatrix imatrix.gguf",
+            "--tensor-type-file recipe.txt",
+            "f16.gguf",
+            "out.gguf",
+            "q4_k_m",
+        ]
+    )
 
 
 def _ggml_name(chosen: QuantFormat) -> str:

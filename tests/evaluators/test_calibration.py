@@ -9,8 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from evaluators.calibration import InputGroup, calibrate, group_file
 from evaluators.model_folder import ModelFolder, ModelFolderError
+from quantizers.formats import FORMATS
+from quantizers.sparsegpt import compensate
 from tests.conftest import EMBEDDED, SmallBank
 from tests.small_models import save_small_model
+
+FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
 
 
 def test_tensors_that_read_the_same_input_share_one_hessian(small_bank: SmallBank) -> None:
@@ -73,3 +77,24 @@ def test_activations_that_are_not_finite_name_the_tensor(tmp_path: Path) -> None
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelFolderError, match=r"not finite in the input of model\.layers\.1\.mlp\.down_proj\.weight"):
         list(calibrate(ModelFolder(folder), torch.arange(64).reshape(2, 32), torch.device("cpu")))
+
+
+def test_sequential_calibration_sees_the_outputs_of_quantized_blocks() -> None:
+    """The second block's inputs are those of a model whose first block is quantized; the first block's are the same."""
+    windows, device = torch.arange(1024).reshape(4, 256), torch.device("cpu")
+    parallel = {g.name: g for g in calibrate(ModelFolder(EMBEDDED), windows, device)}
+    sequential = {g.name: g for g in calibrate(ModelFolder(EMBEDDED), windows, device, "W2")}
+    assert torch.equal(parallel[FIRST].hessian, sequential[FIRST].hessian)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    for group in (g for name, g in parallel.items() if name.startswith("model.layers.0.")):
+        weights = {name: model.get_parameter(name).data for name in group.tensors}
+        for name, levels in compensate(weights, dict.fromkeys(weights, (FORMATS["Q2_K"],)), group.hessian).items():
+            model.get_parameter(name).data = levels["Q2_K"].packed.dequantize()
+    seen: list[torch.Tensor] = []
+    model.get_submodule(SECOND).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        model(windows)
+    x = seen[0].flatten(0, 1).double()
+    found = sequential[SECOND].hessian.double()
+    assert (found - x.T @ x / len(x)).norm() < 1e-4 * found.norm()
+    assert (found - parallel[SECOND].hessian.double()).norm() > 1e-2 * found.norm()
