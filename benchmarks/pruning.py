@@ -37,7 +37,15 @@ from quantizers.hessian import inverse_factor
 from quantizers.packing import pack
 from quantizers.pruned import encode_pruned, prune_and_compensate
 from quantizers.pruning import ColumnMasks, Sparsity, group_mask, unstructured_mask
-from quantizers.sparsegpt import Segment, column_loop, compensate, conditional_importance, row_errors
+from quantizers.sparsegpt import (
+    DESCENT_ROUNDS,
+    CompensationSettings,
+    Segment,
+    column_loop,
+    compensate,
+    conditional_importance,
+    row_errors,
+)
 from quantizers.zero_grids import ZERO_GRIDS, pack_with_zero
 from workers.pool import SerialPool
 
@@ -85,10 +93,10 @@ def magnitude(fmt: QuantFormat, sparsity: Sparsity) -> Encoder:
     return encode
 
 
-def sparsegpt(fmt: QuantFormat, sparsity: Sparsity, **rounds: int) -> Encoder:
+def sparsegpt(fmt: QuantFormat, sparsity: Sparsity, rounds: int) -> Encoder:
     def encode(weights: dict[str, Tensor], H: Tensor) -> dict[str, Tensor]:
         formats, wanted = {name: [fmt] for name in weights}, dict.fromkeys(weights, sparsity)
-        results = prune_and_compensate(weights, formats, wanted, H, **rounds)
+        results = prune_and_compensate(weights, formats, wanted, H, CompensationSettings(refinement_rounds=rounds))
         return {name: result[fmt.name].packed.dequantize() for name, result in results.items()}
 
     return encode
@@ -109,8 +117,8 @@ def methods() -> Iterator[tuple[str, str, str, Encoder]]:
     for sparsity in SPARSITIES:
         for label, fmt in CHOICES.items():
             yield str(sparsity), label, "magnitude", magnitude(fmt, sparsity)
-            yield str(sparsity), label, "published", sparsegpt(fmt, sparsity, rounds=0)
-            yield str(sparsity), label, "ours", sparsegpt(fmt, sparsity)
+            yield str(sparsity), label, "published", sparsegpt(fmt, sparsity, 0)
+            yield str(sparsity), label, "ours", sparsegpt(fmt, sparsity, DESCENT_ROUNDS)
 
 
 def measure(plan: Plan, groups: list[InputGroup], ids: Tensor, console: Console) -> tuple[Divergence, list[Row]]:
@@ -159,7 +167,9 @@ def zero_cost(name: str, weights: dict[str, Tensor], groups: list[InputGroup]) -
         for tensor in group.tensors:
             W = weights[tensor]
             power += float(row_errors(W, H).sum())
-            dense += compensate({tensor: W}, {tensor: [FORMATS[name]]}, H, rounds=0)[tensor][name].error
+            dense += compensate({tensor: W}, {tensor: [FORMATS[name]]}, H, CompensationSettings(refinement_rounds=0))[
+                tensor
+            ][name].error
             for place, (grid, encode) in enumerate(((GRIDS[name], pack), (ZERO_GRIDS[name], pack_with_zero))):
                 decoded, kept = loop_on(grid, W, H, encode)
                 errors[place] += float(row_errors(W - decoded, H).sum())

@@ -112,7 +112,7 @@ class BuildBankGroup:
         if dense:
             levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings)
         if pruned:
-            levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings.damping)
+            levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
         return levels
 
 

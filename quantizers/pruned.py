@@ -20,6 +20,7 @@ from quantizers.hessian import check_hessian, damped, inverse_factor
 from quantizers.pruning import ColumnMasks, Sparsity, prune_columns
 from quantizers.sparsegpt import (
     Compensated,
+    CompensationSettings,
     Segment,
     better_rows,
     column_loop,
@@ -27,7 +28,8 @@ from quantizers.sparsegpt import (
 )
 from quantizers.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
 
-DESCENT_ROUNDS = 4  # half of the weights carry the error of all: the third and fourth sweep still gain 7 %
+DEFAULTS = CompensationSettings()
+SWEEPS_PER_ROUND = 2  # the weights kept carry the error of all: the third and fourth sweep still gain 7 %
 
 
 def prune_and_compensate(
@@ -35,21 +37,25 @@ def prune_and_compensate(
     formats: Mapping[str, Sequence[QuantFormat]],
     sparsity: Mapping[str, Sparsity],
     H: Tensor,
-    damping: float = 0.01,
-    rounds: int = DESCENT_ROUNDS,
+    settings: CompensationSettings = DEFAULTS,
 ) -> dict[str, dict[str, Compensated]]:
     """``compensate`` for tensors that are pruned as well, each by its ``sparsity``; every format has its own mask.
 
     Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding of the original weights
-    under the same mask. Weights of dead columns (H_jj = 0) go first. Raises ValueError as ``compensate``, and for a
-    format or a row length that cannot hold the sparsity.
+    under the same mask. Weights of dead columns (H_jj = 0) go first. A round of refinement is two sweeps here;
+    without compensation those of the least w^2 H_jj go (Wanda, Sun et al. 2023) and the others are rounded. Raises
+    ValueError as ``compensate``, and for a format or a row length that cannot hold the sparsity.
     """
     check_hessian(H, len(H))
     for name, W in weights.items():
         for fmt in formats[name]:
             check_weights(fmt, W, len(H))
             check_prunable(fmt, sparsity[name], len(H))
-    U, taken = inverse_factor(H, damping)
+    if settings.compensation:
+        U, taken = inverse_factor(H, settings.damping)
+        rounds = SWEEPS_PER_ROUND * settings.refinement_rounds
+    else:
+        U, taken, rounds = damped(H, settings.damping).diagonal().rsqrt().diag(), settings.damping, 0
     importance, regular = conditional_importance(U, H), damped(H, taken).float()
     pruned = _prune_blocks(weights, formats, sparsity, U.float(), importance, regular, rounds)
     for name, W in weights.items():

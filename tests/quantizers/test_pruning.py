@@ -1,6 +1,7 @@
 """Pruning against the published algorithm in float64, brute force, and the bytes of every format."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from quantizers.grid import Scales
 from quantizers.hessian import damped, inverse_factor
 from quantizers.pruned import check_prunable, encode_pruned, prune_and_compensate
 from quantizers.pruning import MASK_BLOCK, ColumnMasks, Sparsity, group_mask, prune_columns, unstructured_mask
-from quantizers.sparsegpt import Segment, column_loop, conditional_importance, row_errors
+from quantizers.sparsegpt import CompensationSettings, Segment, column_loop, conditional_importance, row_errors
 from quantizers.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
 from tests import ggml_reference
 from tests.quantizers.sparsegpt_reference import keep_all_but, keep_all_but_n, sparsegpt
@@ -34,9 +35,9 @@ all_block_formats = pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=lambda f: 
 both = pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR], ids=str)
 
 
-def prune(W: Tensor, H: Tensor, fmt: QuantFormat, sparsity: Sparsity, **settings: float) -> Tensor:
+def prune(W: Tensor, H: Tensor, fmt: QuantFormat, sparsity: Sparsity, **settings: Any) -> Tensor:
     """Decoded weights."""
-    result = prune_and_compensate({"w": W}, {"w": [fmt]}, {"w": sparsity}, H, **settings)  # type: ignore[arg-type]
+    result = prune_and_compensate({"w": W}, {"w": [fmt]}, {"w": sparsity}, H, CompensationSettings(**settings))
     return result["w"][fmt.name].packed.dequantize()
 
 
@@ -169,8 +170,26 @@ def test_no_row_is_worse_than_the_original_weights_under_its_mask() -> None:
     """Uncorrelated inputs of very different size leave little to compensate, and damping misleads."""
     W = heavy_tailed(32, 256)
     H = torch.diag(torch.logspace(-6, 2, 256)) + 1e-3
-    pruned = prune(W, H, FORMATS["F32"], HALF, damping=1.0, rounds=0)
+    pruned = prune(W, H, FORMATS["F32"], HALF, damping=1.0, refinement_rounds=0)
     assert (row_errors(W - pruned, H) <= row_errors(W * (pruned == 0), H)).all()
+
+
+@both
+def test_without_compensation_kept_weights_stay_and_the_least_products_go(sparsity: Sparsity) -> None:
+    W, H = heavy_tailed(24, 256), correlated_hessian(256)
+    scores = (W.square() * damped(H, 0.01).diagonal()).T
+    if sparsity.group:
+        pruned = group_mask(scores, sparsity.zeros, sparsity.group)
+    else:
+        pruned = torch.cat([unstructured_mask(block, sparsity.fraction) for block in scores.split(MASK_BLOCK)])
+    assert torch.equal(prune(W, H, FORMATS["F32"], sparsity, compensation=False), W * ~pruned.T)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["F16"]], ids=lambda f: f.name)
+def test_refinement_lowers_the_error(fmt: QuantFormat) -> None:
+    W, H = heavy_tailed(24, 256), correlated_hessian(256)
+    errors = [row_errors(W - prune(W, H, fmt, HALF, refinement_rounds=r), H).sum() for r in (0, 2)]
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_kept_weights_settle_at_the_least_squares_solution() -> None:
