@@ -89,7 +89,7 @@ class QuantizationConfig(Section):
         None, description="level of the blocks before the one that is calibrated (sequential); none: full precision"
     )
     compensation: bool = Field(True, description="spread each column's error over later ones (SparseGPT, GPTQ)")
-    refinement_rounds: int = Field(2, ge=0, le=20, description="of scales and integers together; pruned tensors get twice as many")
+    refinement_rounds: int = Field(2, ge=0, le=20, description="of scales and integers; twice as many if pruned")
     pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
     scaling: ScalingConfig = Field(ScalingConfig(), description="of channels, before rounding; none by default")
 
