@@ -25,6 +25,11 @@ class Divergence:
     perplexity: float
 
 
+def chunk_positions(head: Tensor) -> int:
+    """Positions of one chunk whose logits with ``head`` (V, D) stay small."""
+    return max(MIN_CHUNK, CHUNK_LOGITS // len(head))
+
+
 class _Chunk(NamedTuple):
     """Full-precision ``logits`` and ``probs`` (P, V) of some positions, and the normalizing ``log_sum`` (P,)."""
 
@@ -45,7 +50,7 @@ class Reference:
         self.targets = torch.full_like(ids, -1)
         self.targets[:, :-1] = ids[:, 1:]
         self.targets = self.targets.flatten().to(hidden.device)
-        self._step = max(MIN_CHUNK, CHUNK_LOGITS // len(head))
+        self._step = chunk_positions(head)
         cached = 2 * len(self.hidden) * len(head) * head.element_size() <= CACHE_BYTES
         self._cache = list(self._compute()) if cached else None
 
