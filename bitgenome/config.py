@@ -169,6 +169,41 @@ class SearchConfig(Section):
         return self
 
 
+class HealingConfig(Section):
+    """Tuning of the tensors that the file keeps in float32, after the search; taken only if validation text gains."""
+
+    enabled: Literal["auto", "on", "off"] = "auto"
+    variant: Literal["full", "blockwise"] = Field("full", description="the whole model, or one block in memory")
+    steps: int = Field(60, ge=1, description="of the whole model, or of each block")
+    batch_tokens: int = Field(1536, ge=1, description="tokens of calibration text a step, at least one window")
+    learning_rate: float = Field(0.01, gt=0, description="of Adam at its highest; it falls by a cosine")
+    loss: Literal["kl", "distillation"] = "kl"
+    temperature: float | None = Field(None, gt=0, description="of both models' logits; 1 for kl, 4 for distillation")
+    alpha: float | None = Field(None, ge=0, le=1, description="weight of the text's own next token; 0.3")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @field_validator("enabled", mode="before")
+    @classmethod
+    def yaml_on_off(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # a bare on or off in YAML
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if self.alpha is not None and self.loss == "kl":
+            raise ValueError(f"expected alpha only with loss: distillation, found {self.alpha} with loss: kl")
+        return self
+
+    @property
+    def chosen_temperature(self) -> float:
+        return self.temperature or (1.0 if self.loss == "kl" else 4.0)
+
+    @property
+    def chosen_alpha(self) -> float:
+        if self.loss == "kl":
+            return 0.0
+        return 0.3 if self.alpha is None else self.alpha
+
+
 class WorkersConfig(Section):
     """``ray``: auto, local, HOST:PORT, or off for one process."""
 
@@ -196,6 +231,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     fitness: FitnessConfig = FitnessConfig()
     search: SearchConfig = SearchConfig()
+    healing: HealingConfig = HealingConfig()
     workers: WorkersConfig = WorkersConfig()
     storage_path: Path = Path("runs")
 

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from bitgenome.artefacts import prepare, quantized_plan, read_windows
 from bitgenome.config import RunConfig
 from bitgenome.gene_groups import plan_of_run, with_gene_groups
+from bitgenome.healing import Healing, heal, shipped_healing
 from bitgenome.plan import Plan, make_plan
 from bitgenome.progress import track
-from bitgenome.proof import RECIPE_FILE, Proof, differing_tensors, export_winner, prove
+from bitgenome.proof import RECIPE_FILE, Proof, differing_floats, differing_tensors, export_winner, prove
 from bitgenome.run_directory import EVALUATIONS_FILE, WINDOWS_FILE, RunDirectory
 from bitgenome.searching import SearchResult, pool_evaluate, search
 from evaluators.bank import Bank, damaged_tensors
+from evaluators.model_folder import ModelFolder
 from evaluators.simulated import genome_formats
 from evaluators.text import TokenWindows
 from exporters.llamacpp_runtime import LlamaCppError
@@ -57,6 +59,7 @@ class Outcome:
     winner: Evaluation
     bits_per_weight: float
     rows: tuple[Row, ...]  # the winner first
+    healing: Healing | None  # None: it was off
     proof: Proof
     evaluations: int
     seconds: dict[str, float]  # by stage
@@ -88,14 +91,15 @@ def export_again(path: Path) -> Path:
     best = path / BEST_FILE
     if not best.is_file():
         raise UserError(f"expected a finished run with {BEST_FILE}, found none in {path}: bitgenome resume {path}")
-    winner = Evaluation.from_json(json.loads(best.read_text(encoding="utf-8"))["winner"])
+    record = json.loads(best.read_text(encoding="utf-8"))
+    winner, healing = Evaluation.from_json(record["winner"]), shipped_healing(path, record)
     plan = plan_of_run(directory)
     directory.pin("model", plan.folder.digest)
     plan = quantized_plan(plan, directory)
     bank = Path(directory.record["bank"])
     if damaged := damaged_tensors(bank):
         raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {path} rebuilds it")
-    return export_winner(plan, bank, directory, winner)
+    return export_winner(plan, bank, directory, winner, healing)
 
 
 def verify_file(file: Path, run_path: Path) -> Proof:
@@ -108,9 +112,23 @@ def verify_file(file: Path, run_path: Path) -> Proof:
     directory.pin("model", plan.folder.digest)
     folder = quantized_plan(plan, directory).folder
     try:
+        check_floats(file, folder, run_path)
         return prove(file, folder, TokenWindows.load(windows).windows["test"], plan.config.evaluation.activations)
     except (ValueError, LlamaCppError, SafetensorError) as error:
         raise UserError(str(error)) from None
+
+
+def check_floats(file: Path, folder: ModelFolder, run: Path) -> None:
+    """Raise UserError unless the run's own file holds the float32 tensors that the run has measured."""
+    best = run / BEST_FILE
+    record = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
+    if record.get("gguf") != file.name:
+        return
+    healing = shipped_healing(run, record)
+    if different := differing_floats(file, folder, healing.tensors if healing else {}):
+        raise UserError(
+            f"expected the float32 tensors of {run} in {file}, found {different[0]} to differ: bitgenome export {run}"
+        )
 
 
 def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool: Pool, console: Console) -> Outcome:
@@ -123,15 +141,19 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
     directory.record["bank"] = str(artefacts.setup.bank)
     result = search(plan, artefacts, directory, pool, tracked)
     winner = result.winner.evaluation
+    with directory.stage("healing"):
+        healing = heal(plan, artefacts.setup, winner.genome, directory, pool, tracked)
+    shipped = healing if healing and healing.applied else None
     with directory.stage("test"):
         evaluate = pool_evaluate(artefacts.setup, pool, tracked, "measuring on test text")
         with closing(EvaluationLog(directory.path / EVALUATIONS_FILE)) as archive:
-            rows = comparison_rows(plan, result, evaluate, archive)
+            rows = comparison_rows(plan, result, shipped, evaluate, archive)
             evaluations = len(archive)
     with directory.stage("export"):
-        gguf = export_winner(plan, artefacts.setup.bank, directory, winner)
+        gguf = export_winner(plan, artefacts.setup.bank, directory, winner, shipped)
         formats = genome_formats(plan.space, winner.genome)
-        if different := differing_tensors(gguf, plan.folder, Bank(artefacts.setup.bank), formats):
+        different = differing_tensors(gguf, plan.folder, Bank(artefacts.setup.bank), formats)
+        if different := different + differing_floats(gguf, plan.folder, shipped.tensors if shipped else {}):
             raise UserError(
                 f"expected the file to decode to the weights that were scored, found {different[0]} to differ"
             )
@@ -145,6 +167,7 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
         winner=winner,
         bits_per_weight=plan.space.bits_per_weight(winner.genome),
         rows=rows,
+        healing=healing,
         proof=proof,
         evaluations=evaluations,
         seconds=directory.seconds,
@@ -156,8 +179,13 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
     return outcome
 
 
-def comparison_rows(plan: Plan, result: SearchResult, evaluate: Evaluate, archive: EvaluationLog) -> tuple[Row, ...]:
-    """Winner, seeds and every uniform level, whatever its size, on test text; each genome once, with all its names."""
+def comparison_rows(
+    plan: Plan, result: SearchResult, healing: Healing | None, evaluate: Evaluate, archive: EvaluationLog
+) -> tuple[Row, ...]:
+    """Winner, seeds and every uniform level, whatever its size, on test text; each genome once, with all its names.
+
+    The winner comes first, and the healed one, if there is one, behind it.
+    """
     space = plan.space
     levels = pure_uniform(space, Budget(space.file_bytes(space.largest())))
     named = {
@@ -171,6 +199,8 @@ def comparison_rows(plan: Plan, result: SearchResult, evaluate: Evaluate, archiv
     for e in evaluate_missing(genomes, fidelity, evaluate, archive):
         name = " = ".join(key for key, value in named.items() if value == e.genome)
         rows.append(Row(name, e.file_bytes, space.bits_per_weight(e.genome), e.kl, e.perplexity))
+    if healing and (after := healing.figures["test"].after):
+        rows.insert(1, replace(rows[0], name="healed", kl=after.kl, perplexity=after.perplexity))
     return tuple(rows)
 
 
@@ -181,6 +211,7 @@ def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
         "budget_bytes": outcome.budget_bytes,
         "bits_per_weight": outcome.bits_per_weight,
         "rows": [asdict(row) for row in outcome.rows],
+        "healing": outcome.healing and outcome.healing.to_json(),
         "proof": outcome.proof.to_json(),
         "gguf": outcome.gguf.name,
     }

@@ -1,5 +1,6 @@
 """The file and its proof: export the winner, read the file back, run it in llama.cpp."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitgenome.healing import Healing
 from bitgenome.plan import Plan
 from bitgenome.run_directory import RunDirectory
 from evaluators.activations import EightBitInputs
@@ -63,8 +65,13 @@ def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
     return run.path / f"{plan.folder.name}-{bits:.2f}bpw.gguf"
 
 
-def export_winner(plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation) -> Path:
-    """Write GGUF and recipe. Raises UserError if the size is not the searched one: a changed tokenizer, say."""
+def export_winner(
+    plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation, healing: Healing | None = None
+) -> Path:
+    """Write GGUF, with the float32 tensors of ``healing``, and recipe.
+
+    Raises UserError if the size is not the searched one: a changed tokenizer, say.
+    """
     bank = Bank(bank_directory)
     formats = genome_formats(plan.space, winner.genome)
     path = gguf_path(plan, run, winner)
@@ -72,16 +79,17 @@ def export_winner(plan: Plan, bank_directory: Path, run: RunDirectory, winner: E
     def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
         return formats[name], bank.packed(name, formats[name]).numpy()
 
+    healed = healing.figures["validation"].after if healing else None
     provenance = Provenance(
         genome=winner.genome,
         budget_bytes=plan.budget.file_bytes,
-        kl=winner.kl,
+        kl=healed.kl if healed else winner.kl,
         model_digest=run.record["digests"]["model"],
         text_digest=run.record["digests"]["text"],
         run_digest=plan.config.digest,
         version=version("bitgenome"),
     )
-    size = export_gguf(plan.folder, packed, path, provenance)
+    size = export_gguf(plan.folder, packed, path, provenance, healing.tensors if healing else None)
     if size != winner.file_bytes:
         raise UserError(
             f"expected {path} to have the {winner.file_bytes:,} bytes that were searched, found {size:,}: "
@@ -110,6 +118,27 @@ def shipped_formats(path: Path, folder: ModelFolder) -> dict[str, QuantFormat]:
     return {n: FORMATS[kind] for n, kind in kinds.items() if kind in FORMATS and len(folder.shapes[n]) == 2}
 
 
+def shipped_floats(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
+    """The file's own float32 tensors (norms, biases) by Hugging Face name, in transformers' row order."""
+    packed = read_packed(path, folder)
+    return {
+        entry.hf_name: torch.from_numpy(np.ascontiguousarray(packed[entry.hf_name][1]))
+        .view(torch.float32)
+        .reshape(entry.shape)
+        for entry in tensor_table(folder)
+        if not entry.quantizable
+    }
+
+
+def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:
+    """Float32 tensors of the file that are neither the healed ones nor, where there is none, the model's own."""
+    return [
+        name
+        for name, tensor in shipped_floats(path, folder).items()
+        if not torch.equal(tensor, healed[name] if name in healed else folder.read(name).float())
+    ]
+
+
 def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
     """Tensors of the file that do not decode to exactly the weights that were scored."""
     shipped = shipped_weights(path, folder)
@@ -128,7 +157,7 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str
     With ``activations`` q8 the simulation is repeated with 8-bit inputs. Raises ValueError for a damaged file,
     LlamaCppError if llama.cpp cannot run it.
     """
-    weights = shipped_weights(path, folder)
+    weights = shipped_weights(path, folder) | shipped_floats(path, folder)
     ids = torch.from_numpy(windows)
     model = BlockModel(folder, best_device())
     model.load_all()

@@ -5,6 +5,7 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
+from bitgenome.healing import verdict
 from bitgenome.pipeline import Outcome
 from bitgenome.plan import Plan, estimated_seconds
 from bitgenome.proof import Proof
@@ -20,10 +21,12 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     for column in ("genome", "size", "bits/weight", "KL", "perplexity"):
         table.add_column(column, justify="left" if column == "genome" else "right")
     for row in sorted(outcome.rows, key=lambda r: (r.file_bytes, -r.kl)):
-        style = "bold" if row.name.startswith("searched") else ""
+        style = "bold" if row.name.startswith(("searched", "healed")) else ""
         figures = (megabytes(row.file_bytes), f"{row.bits_per_weight:.3f}", f"{row.kl:.5f}", f"{row.perplexity:.3f}")
         table.add_row(row.name, *figures, style=style)
     console.print(table)
+    if outcome.healing:
+        console.print(verdict(outcome.healing))
     show_proof(outcome.proof, console)
     under = 100 * (1 - outcome.proof.file_bytes / outcome.budget_bytes)
     console.print(
