@@ -1,8 +1,8 @@
 """The stage between search and export: the winner's float32 tensors tuned by distillation, if that helps."""
 
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,22 @@ from bitgenome.config import HealingConfig
 from bitgenome.plan import Plan
 from bitgenome.run_directory import RunDirectory
 from evaluators.evaluator import EvaluatorSetup
-from evaluators.healing import Healed, HealingCheckpoint, HealingSettings, HealSteps, MeasureHealing
+from evaluators.healing import Healed, MeasureHealing, WholeHealing
 from evaluators.healing_blocks import HealBlock
+from evaluators.tuning import HealingCheckpoint, HealingSettings
 from exporters.tensor_names import tensor_table
 from search.errors import UserError
-from search.types import Fidelity, Genome
-from workers.pool import Pool, Task
+from search.types import Evaluation, Fidelity
+from workers.pool import Pool
 
 log = logging.getLogger(__name__)
 
+Trained = tuple[dict[str, Tensor], dict[str, Healed]]  # tensors by name, figures by split
+
 HEALED_FILE = "healed.safetensors"
 CHECKPOINT_FILE = "healing-checkpoint.safetensors"
-CHECKPOINT_STEPS = 10
 SPLITS = ("validation", "test")
+RATE_PER_ROOT_KL = 0.02  # the tensors' distance to their optimum grows as the root of the divergence
 
 
 @dataclass(frozen=True)
@@ -65,75 +68,77 @@ def float_tensors(plan: Plan) -> tuple[str, ...]:
     return tuple(entry.hf_name for entry in tensor_table(plan.folder) if not entry.quantizable)
 
 
-def settings_of(config: HealingConfig) -> HealingSettings:
+def settings_of(config: HealingConfig, kl: float) -> HealingSettings:
+    """``kl`` is the quantized model's divergence in front of healing."""
+    chosen = config.model_dump(include={"steps", "batch_tokens", "variant", "seed"})
+    rate = config.learning_rate or RATE_PER_ROOT_KL * math.sqrt(max(kl, 0.0))
     return HealingSettings(
-        **config.model_dump(include={"steps", "batch_tokens", "learning_rate", "variant", "seed"}),
-        temperature=config.chosen_temperature,
-        alpha=config.chosen_alpha,
+        **chosen, learning_rate=rate, temperature=config.chosen_temperature, alpha=config.chosen_alpha
     )
 
 
 def heal(
-    plan: Plan, setup: EvaluatorSetup, genome: Genome, run: RunDirectory, pool: Pool, track: Track
+    plan: Plan,
+    setup: EvaluatorSetup,
+    winner: Evaluation,
+    windows: tuple[int, int],
+    run: RunDirectory,
+    pool: Pool,
+    track: Track,
 ) -> Healing | None:
-    """Tune the float32 tensors of ``genome``, or continue, or read what is there; None where healing is off.
+    """Tune the float32 tensors of ``winner``, or continue, or read what is there; None where healing is off.
 
-    They are taken only if the divergence on validation text falls, with ``enabled: on`` as with ``auto``.
+    ``windows`` is the shape (n, T) of the calibration text, ``winner`` was measured on validation text. The tensors
+    are taken only if the divergence there falls, with ``enabled: on`` as with ``auto``.
     """
     config = plan.config.healing
     if config.enabled == "off":
         return None
-    settings = settings_of(config)
+    genome, settings = winner.genome, settings_of(config, winner.kl)
     digests = (plan.folder.digest, run.record["digests"]["text"], setup.bank.name)
     tokens = {split: getattr(plan.config.text.tokens, split) for split in SPLITS}
     key = digest_of(*digests, tokens, list(genome), asdict(settings))
     if done := Healing.load(run.path, key):
         return done
     checkpoint = HealingCheckpoint((run.path / CHECKPOINT_FILE).resolve(), key)
-    begun = checkpoint.load(tensors=False)
-    threads = begun[1]["threads"] if begun else os.cpu_count() or 1  # other threads would sum in another order
-    shared = (setup, genome, float_tensors(plan), settings, checkpoint, threads)
-    fidelities = tuple(Fidelity(split, tokens[split]) for split in SPLITS)
-    figures = (heal_whole if settings.variant == "full" else heal_blocks)(plan, shared, fidelities, pool, track)
-    trained = checkpoint.load()
-    assert trained is not None, "the last task saved it"
+    fidelities = [Fidelity(split, tokens[split]) for split in SPLITS]
+    if settings.variant == "full":
+        floats = {name: plan.folder.read(name).float() for name in float_tensors(plan)}
+        training = WholeHealing(setup, genome, floats, settings, windows, checkpoint)
+        trained, figures = heal_whole(training, fidelities, pool, track)
+    else:
+        parts = range(int(plan.folder.config["num_hidden_layers"]) + 1)  # the last is the output norm
+        shared = (setup, genome, float_tensors(plan), settings, checkpoint, tuple(fidelities))
+        trained, figures = heal_blocks([HealBlock(*shared, part) for part in parts], pool, track)
     better = figures["validation"].better
-    tensors = {name: trained[0][name] for name in float_tensors(plan)} if better else {}
-    healing = Healing(key, tensors, figures, settings.variant)
+    healing = Healing(key, trained if better else {}, figures, settings.variant)
     healing.save(run.path)
     checkpoint.path.unlink()
     log.log(logging.INFO if better or config.enabled == "auto" else logging.WARNING, verdict(healing))
     return healing
 
 
-Shared = tuple[EvaluatorSetup, Genome, tuple[str, ...], HealingSettings, HealingCheckpoint, int]
-Figures = dict[str, Healed]
-
-
-def one_after_another(pool: Pool, tasks: Sequence[Task]) -> Iterator[Any]:
-    """Results of tasks that each begin where the one before ended."""
-    for task in tasks:
-        yield from pool.map([task])
-
-
-def heal_whole(plan: Plan, shared: Shared, fidelities: Sequence[Fidelity], pool: Pool, track: Track) -> Figures:
+def heal_whole(training: WholeHealing, fidelities: Sequence[Fidelity], pool: Pool, track: Track) -> Trained:
     """Train with the whole model in memory, then measure."""
-    setup, genome, names, settings, checkpoint, _ = shared
-    stops = [*range(CHECKPOINT_STEPS, settings.steps, CHECKPOINT_STEPS), settings.steps]
-    steps = [HealSteps(*shared, stop) for stop in stops]
-    for _ in track(one_after_another(pool, steps), len(steps), "healing"):
+    done = training.checkpoint.load()
+    left = training.settings.steps - (done[1]["steps"] if done else 0)
+    for _ in track(training.train(pool.map), left, "healing"):
         pass
-    measures = [MeasureHealing(setup, genome, names, checkpoint, fidelity) for fidelity in fidelities]
+    saved = training.checkpoint.load()
+    assert saved is not None, "saved behind the last step"
+    floats = {name: saved[0][name] for name in training.floats}
+    measures = [MeasureHealing(training.setup, training.genome, floats, fidelity) for fidelity in fidelities]
     measured = track(pool.map(measures), len(measures), "measuring what healing did")
-    return {fidelity.split: healed for fidelity, healed in zip(fidelities, measured, strict=True)}
+    return floats, {fidelity.split: healed for fidelity, healed in zip(fidelities, measured, strict=True)}
 
 
-def heal_blocks(plan: Plan, shared: Shared, fidelities: Sequence[Fidelity], pool: Pool, track: Track) -> Figures:
-    """Train and measure with one block in memory."""
-    parts = int(plan.folder.config["num_hidden_layers"]) + 1  # the last is the output norm
-    tasks = [HealBlock(*shared, tuple(fidelities), part) for part in range(parts)]
-    *_, figures = track(one_after_another(pool, tasks), len(tasks), "healing blocks")
-    return figures
+def heal_blocks(tasks: Sequence[HealBlock], pool: Pool, track: Track) -> Trained:
+    """Train and measure with one block in memory; each part begins where the one before ended."""
+    one_by_one = (result for task in tasks for result in pool.map([task]))
+    *_, figures = track(one_by_one, len(tasks), "healing, block by block")
+    saved = tasks[-1].checkpoint.load()
+    assert saved is not None, "saved behind the last part"
+    return saved[0], figures
 
 
 def verdict(healing: Healing) -> str:

@@ -142,7 +142,8 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
     result = search(plan, artefacts, directory, pool, tracked)
     winner = result.winner.evaluation
     with directory.stage("healing"):
-        healing = heal(plan, artefacts.setup, winner.genome, directory, pool, tracked)
+        shape = windows.windows["calibration"].shape
+        healing = heal(plan, artefacts.setup, winner, shape, directory, pool, tracked)
     shipped = healing if healing and healing.applied else None
     with directory.stage("test"):
         evaluate = pool_evaluate(artefacts.setup, pool, tracked, "measuring on test text")

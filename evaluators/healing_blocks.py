@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from evaluators.bank import Bank
 from evaluators.block_model import BlockModel
-from evaluators.devices import best_device, computing_with
+from evaluators.devices import best_device
 from evaluators.divergence import Reference
 from evaluators.evaluator import EvaluatorSetup
-from evaluators.healing import (
-    FloatTuner,
-    Healed,
-    HealingCheckpoint,
-    HealingSettings,
-    repeatable_attention,
-    tunable,
-    tune,
-)
+from evaluators.healing import Healed
 from evaluators.model_folder import ModelFolder
 from evaluators.simulated import chunked, genome_formats
 from evaluators.text import TokenWindows
+from evaluators.tuning import (
+    FloatTuner,
+    HealingCheckpoint,
+    HealingSettings,
+    micro_batches,
+    repeatable_attention,
+    tunable,
+)
 from search.types import Fidelity, Genome
 
 CALIBRATION = "calibration"
@@ -48,14 +48,13 @@ def output_error(output: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HealBlock:
-    """Pool task: one block, or behind the last one the output norm and the figures; every core of its machine."""
+    """Pool task: one block, or behind the last one the output norm and the figures."""
 
     setup: EvaluatorSetup
     genome: Genome
     names: tuple[str, ...]  # Hugging Face names of the float32 tensors
     settings: HealingSettings
     checkpoint: HealingCheckpoint
-    threads: int
     fidelities: tuple[Fidelity, ...]  # measured at the end
     block: int
 
@@ -67,7 +66,7 @@ class HealBlock:
         """Figures by split behind the last block, else nothing."""
         state.clear()  # a warm evaluator would hold the whole model
         stream = _Stream(self)
-        with computing_with(self.threads), repeatable_attention(stream.device):
+        with repeatable_attention(stream.device):
             if self.block == len(stream.model.blocks):
                 return stream.finish()
             stream.heal_block(self.block)
@@ -145,21 +144,24 @@ class _Stream:
         def loss_of(rows: Tensor) -> Tensor:
             return output_error(run(inputs[rows].to(self.device)), targets[rows].to(self.device))
 
-        names = [name for name in self.task.names if model.block_of(name) == block]
-        with tunable(model, names) as parameters:
+        own = {name: model.weight(name).data for name in self.task.names if model.block_of(name) == block}
+        with tunable(model, own) as parameters:
             before = float(output_error(self.through(run, inputs), targets))
             self.tune(parameters, loss_of)
             self.advance(HEALED, run)
-            self.floats |= {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         self.errors.append([before, float(output_error(self.tracks[f"{CALIBRATION}/{HEALED}"], targets))])
         self.save(block + 1)
 
     def tune(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -> None:
         tuner = FloatTuner(parameters, self.task.settings)
-        tune(tuner, self.schedule, len(self.schedule), loss_of, self.ids[CALIBRATION].shape[1])
+        for rows in self.schedule:
+            for part in micro_batches(rows, self.ids[CALIBRATION].shape[1]):
+                (loss_of(part) * (len(part) / len(rows))).backward()
+            tuner.step()
+        self.floats |= tuner.values()
 
     def save(self, done: int) -> None:
-        record = {"blocks": done, "errors": self.errors, "threads": self.task.threads}
+        record = {"blocks": done, "errors": self.errors}
         self.task.checkpoint.save({**self.tracks, **self.floats}, **record)
 
     def finish(self) -> dict[str, Healed]:
@@ -178,11 +180,10 @@ class _Stream:
             hidden = model.decoder.norm(inputs[rows].to(self.device))
             return loss(hidden, head, targets[rows].to(self.device), full_head, ids)
 
-        names = [name for name in self.task.names if name not in self.floats]
-        with tunable(model, names) as parameters:
+        own = {name: model.weight(name).data for name in self.task.names if name not in self.floats}
+        with tunable(model, own) as parameters:
             self.tune(parameters, loss_of)
             self.advance(HEALED, model.decoder.norm)
-            self.floats |= {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         figures = {f.split: self.figures(f.split, full_head, head) for f in self.task.fidelities}
         self.tracks = {}
         self.save(len(model.blocks) + 1)

@@ -40,7 +40,8 @@ class SimulatedModel:
             self._formats[name] = fmt
 
     def _decode(self, name: str, fmt: QuantFormat, columns: int) -> Tensor:
-        return self.bank.weights(name, fmt, columns, self.model.device)
+        with torch.inference_mode(False):  # a weight that gradients may pass, whoever asks for it
+            return self.bank.weights(name, fmt, columns, self.model.device)
 
     def full_weight(self, name: str) -> Tensor:
         """The full-precision weight, whatever format is set."""

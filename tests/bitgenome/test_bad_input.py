@@ -99,6 +99,21 @@ def test_a_level_that_does_not_exist(refused: Any) -> None:
     assert "found W7" in refused(levels=["W2", "W7"])
 
 
+@pytest.mark.parametrize(
+    ("healing", "sentence"),
+    [
+        ({"alpha": 0.5}, "expected alpha only with loss: distillation, found 0.5"),
+        ({"loss": "distillation", "alpha": 1.5}, "healing.alpha .* less than or equal to 1, found 1.5"),
+        ({"learning_rate": 0}, "healing.learning_rate .* greater than 0, found 0"),
+        ({"variant": "layerwise"}, "'full' or 'blockwise', found 'layerwise'"),
+        ({"enabled": "maybe"}, "'auto', 'on' or 'off', found 'maybe'"),
+        ({"temperatur": 2}, "did you mean healing.temperature?"),
+    ],
+)
+def test_healing_that_cannot_be_says_what_could(healing: dict[str, Any], sentence: str, refused: Any) -> None:
+    assert re.search(sentence.replace("?", "[?]"), refused(healing=healing))
+
+
 def test_no_configuration_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "found nothing at nowhere.yaml" in refusal(capsys, monkeypatch, "run", "nowhere.yaml")
 

@@ -34,6 +34,17 @@ def test_an_override_without_a_value_is_refused(runs: Runs) -> None:
         load_config(runs.write("overrides"), ["search.seed"])
 
 
+def test_healing_takes_on_and_off_as_yaml_reads_them_and_its_loss_decides_the_temperature(runs: Runs) -> None:
+    path = runs.write("healing")
+    assert [load_config(path, [f"healing.enabled={v}"]).healing.enabled for v in ("on", "off", "auto")] == [
+        "on", "off", "auto",
+    ]  # fmt: skip
+    kl, mix = (load_config(path, [f"healing.loss={loss}"]).healing for loss in ("kl", "distillation"))
+    assert (kl.chosen_temperature, kl.chosen_alpha) == (1.0, 0.0)
+    assert (mix.chosen_temperature, mix.chosen_alpha) == (4.0, 0.3)
+    assert load_config(path, ["healing.steps=7"]).digest != load_config(path).digest
+
+
 def test_the_digest_ignores_where_a_run_is_computed(runs: Runs) -> None:
     path = runs.write("digest")
     digest = load_config(path).digest

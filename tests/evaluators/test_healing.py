@@ -5,95 +5,117 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from evaluators.bank import Bank
-from evaluators.evaluator import GenomeEvaluator
-from evaluators.healing import Healed, HealingCheckpoint, HealingSettings, HealSteps, MeasureHealing
+from evaluators.evaluator import EvaluateGenome, warm_evaluator
+from evaluators.healing import Healed, MeasureHealing, WholeHealing, gradient_of
 from evaluators.healing_blocks import HealBlock, output_error
 from evaluators.simulated import genome_formats
+from evaluators.tuning import FloatTuner, HealingCheckpoint, HealingSettings
 from exporters.tensor_names import tensor_table
 from search.types import Fidelity
 from tests.conftest import SmallBank
 from workers.pool import SerialPool
 
-SETTINGS = HealingSettings(steps=6, batch_tokens=512, learning_rate=0.005)
+SETTINGS = HealingSettings(steps=6, batch_tokens=768, learning_rate=0.005)  # three windows a step, two to a worker
 VALIDATION = Fidelity("validation", 2048)
 
 
-def names(small_bank: SmallBank) -> tuple[str, ...]:
-    return tuple(entry.hf_name for entry in tensor_table(small_bank.folder) if not entry.quantizable)
+def own_floats(small_bank: SmallBank) -> dict[str, Tensor]:
+    table = tensor_table(small_bank.folder)
+    return {entry.hf_name: small_bank.folder.read(entry.hf_name).float() for entry in table if not entry.quantizable}
 
 
-def steps_task(
-    small_bank: SmallBank, path: Path, stop: int, settings: HealingSettings = SETTINGS, key: str = "key"
-) -> HealSteps:
-    checkpoint = HealingCheckpoint(path, key)
-    setup, genome = small_bank.setup(), small_bank.space.smallest()
-    return HealSteps(setup, genome, names(small_bank), settings, checkpoint, 1, stop)
+def whole(small_bank: SmallBank, path: Path, settings: HealingSettings = SETTINGS) -> WholeHealing:
+    windows, genome = small_bank.windows.windows["calibration"].shape, small_bank.space.smallest()
+    checkpoint = HealingCheckpoint(path, "key")
+    return WholeHealing(small_bank.setup(), genome, own_floats(small_bank), settings, windows, checkpoint)
 
 
-def measure(task: HealSteps, pool: SerialPool) -> Healed:
-    measuring = MeasureHealing(task.setup, task.genome, task.names, task.checkpoint, VALIDATION)
-    (healed,) = pool.map([measuring])
+def tuned(training: WholeHealing) -> dict[str, Tensor]:
+    saved = training.checkpoint.load()
+    assert saved is not None
+    return {name: saved[0][name] for name in training.floats}
+
+
+def measure(training: WholeHealing, pool: SerialPool) -> Healed:
+    (healed,) = pool.map([MeasureHealing(training.setup, training.genome, tuned(training), VALIDATION)])
     assert isinstance(healed, Healed)
     return healed
 
 
 def block_task(small_bank: SmallBank, path: Path, block: int) -> HealBlock:
-    whole = steps_task(small_bank, path, 0, dataclasses.replace(SETTINGS, steps=3, variant="blockwise"))
-    shared = (whole.setup, whole.genome, whole.names, whole.settings, whole.checkpoint, 1)
-    return HealBlock(*shared, (VALIDATION,), block)
+    settings = dataclasses.replace(SETTINGS, steps=3, batch_tokens=512, variant="blockwise")
+    names, checkpoint = tuple(own_floats(small_bank)), HealingCheckpoint(path, "key")
+    genome = small_bank.space.smallest()
+    return HealBlock(small_bank.setup(), genome, names, settings, checkpoint, (VALIDATION,), block)
+
+
+Trained = tuple[WholeHealing, SerialPool]
 
 
 @pytest.fixture(scope="module")
-def healed(small_bank: SmallBank, tmp_path_factory: pytest.TempPathFactory) -> tuple[HealSteps, GenomeEvaluator]:
-    """The undisturbed training, and the worker's evaluator behind it."""
-    task = steps_task(small_bank, tmp_path_factory.mktemp("healed") / "checkpoint.safetensors", SETTINGS.steps)
-    state: dict[str, GenomeEvaluator] = {}
-    assert task.run(state) == SETTINGS.steps
-    return task, state[task.setup.key]
+def trained(small_bank: SmallBank, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The undisturbed training, and the pool that computed it."""
+    training, pool = whole(small_bank, tmp_path_factory.mktemp("healed") / "checkpoint.safetensors"), SerialPool()
+    assert list(training.train(pool.map)) == [1, 2, 3, 4, 5, 6]
+    return training, pool
 
 
-def test_a_few_steps_lower_the_divergence_on_text_that_was_not_trained_on(
-    healed: tuple[HealSteps, GenomeEvaluator],
-) -> None:
-    task, _ = healed
-    figures = measure(task, SerialPool())
+def test_a_few_steps_lower_the_divergence_on_text_that_was_not_trained_on(trained: Trained) -> None:
+    training, pool = trained
+    figures = measure(training, pool)
     assert figures.better and figures.after is not None
     assert figures.after.kl < 0.97 * figures.before.kl
-    plain = GenomeEvaluator(task.setup).evaluate(task.genome, VALIDATION)
+    (plain,) = SerialPool().map([EvaluateGenome(training.setup, training.genome, VALIDATION, "plain")])
     assert figures.before.kl == plain.kl
 
 
-def test_the_worker_evaluates_behind_healing_as_before(
-    small_bank: SmallBank, healed: tuple[HealSteps, GenomeEvaluator]
-) -> None:
-    task, evaluator = healed
-    fidelity = Fidelity("search", 512)
-    fresh = GenomeEvaluator(task.setup).evaluate(task.genome, fidelity)
-    assert evaluator.evaluate(task.genome, fidelity).kl == fresh.kl
-    bank, model = Bank(small_bank.directory), evaluator.block_model
-    for name, fmt in genome_formats(small_bank.space, task.genome).items():
-        weight = model.weight(name)
-        assert torch.equal(weight.data, bank.weights(name, fmt, weight.shape[1], model.device))
-    for name in task.names:
-        assert torch.equal(model.weight(name).data, small_bank.folder.read(name).float())
+def test_a_worker_evaluates_behind_healing_as_before(small_bank: SmallBank, trained: Trained) -> None:
+    training, pool = trained
+    task = EvaluateGenome(training.setup, training.genome, Fidelity("search", 512), "again")
+    warm, fresh = (next(p.map([task])) for p in (pool, SerialPool()))
+    assert warm.kl == fresh.kl
+    evaluator = warm_evaluator(training.setup, pool._state)
+    for name, own in training.floats.items():
+        assert torch.equal(evaluator.block_model.weight(name).data, own)
+    bank = Bank(small_bank.directory)
+    for name, fmt in genome_formats(small_bank.space, training.genome).items():
+        weight = evaluator.block_model.weight(name).data
+        assert torch.equal(weight, bank.weights(name, fmt, weight.shape[1], weight.device))
 
 
 def test_an_interrupted_training_ends_in_the_same_bits(
-    small_bank: SmallBank, healed: tuple[HealSteps, GenomeEvaluator], tmp_path: Path
+    small_bank: SmallBank, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    pool = SerialPool()
-    list(pool.map([steps_task(small_bank, path, 2)]))
-    list(SerialPool().map([steps_task(small_bank, path, SETTINGS.steps)]))  # a worker that remembers nothing
-    assert path.read_bytes() == healed[0].checkpoint.path.read_bytes()
+    monkeypatch.setattr("evaluators.healing.CHECKPOINT_STEPS", 2)
+    training = whole(small_bank, tmp_path / "checkpoint.safetensors")
+    for done in training.train(SerialPool().map):
+        if done == 3:  # one step behind a checkpoint
+            break
+    assert list(training.train(SerialPool().map)) == [3, 4, 5, 6]
+    assert training.checkpoint.path.read_bytes() == trained[0].checkpoint.path.read_bytes()
+
+
+def test_gradients_of_parts_sum_to_that_of_the_whole_step(
+    small_bank: SmallBank, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, pool = trained
+    rows = torch.tensor([4, 0, 2])
+    found = []
+    for micro in (512, 4096):  # two windows and one; all at once
+        monkeypatch.setattr("evaluators.tuning.MICRO_TOKENS", micro)
+        tuner = FloatTuner({n: nn.Parameter(t.clone()) for n, t in training.floats.items()}, SETTINGS)
+        training.accumulate(tuner, rows, training.references(rows[None], pool.map), pool.map)
+        found.append(torch.cat([gradient_of(p).flatten() for p in tuner.parameters.values()]))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4
 
 
 def test_a_checkpoint_of_something_else_or_a_damaged_one_does_not_count(
-    healed: tuple[HealSteps, GenomeEvaluator], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = healed[0].checkpoint.path
+    path = trained[0].checkpoint.path
     assert HealingCheckpoint(path, "another").load() is None
     assert HealingCheckpoint(tmp_path / "none", "key").load() is None
     assert not caplog.text
@@ -111,39 +133,32 @@ def test_every_pass_over_the_text_reads_every_window_once() -> None:
 
 
 def test_a_learning_rate_that_destroys_the_model_is_told_apart(small_bank: SmallBank, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, steps=2, learning_rate=1e30)
-    task, pool = steps_task(small_bank, tmp_path / "c.safetensors", 2, settings), SerialPool()
-    list(pool.map([task]))
-    assert not measure(task, pool).better
+    settings = dataclasses.replace(SETTINGS, steps=2, batch_tokens=256, learning_rate=1e30)
+    training, pool = whole(small_bank, tmp_path / "c.safetensors", settings), SerialPool()
+    list(training.train(pool.map))
+    assert not measure(training, pool).better
 
 
-def test_every_block_comes_closer_to_its_full_precision_output(small_bank: SmallBank, tmp_path: Path) -> None:
+def test_every_block_comes_closer_to_its_full_precision_output_and_the_figures_are_the_whole_model_s(
+    small_bank: SmallBank, tmp_path: Path
+) -> None:
     path = tmp_path / "blocks.safetensors"
     for block in range(6):
-        (figures,) = SerialPool().map([block_task(small_bank, path, block)])
-        assert figures == {}
+        assert block_task(small_bank, path, block).run({}) == {}
     saved = HealingCheckpoint(path, "key").load()
     assert saved is not None
     assert len(saved[1]["errors"]) == 6
     for before, after in saved[1]["errors"]:
         assert after < before
     between = path.read_bytes()
-    (figures,) = SerialPool().map([block_task(small_bank, path, 6)])
-    assert figures["validation"].better
+    figures = block_task(small_bank, path, 6).run({})
     finished = path.read_bytes()
     path.write_bytes(between)  # interrupted in front of the last part
-    (again,) = SerialPool().map([block_task(small_bank, path, 6)])
-    assert again == figures and path.read_bytes() == finished
-
-
-def test_the_block_wise_figures_are_those_of_the_whole_model(small_bank: SmallBank, tmp_path: Path) -> None:
-    path = tmp_path / "blocks.safetensors"
-    *_, figures = (block_task(small_bank, path, block).run({}) for block in range(7))
-    whole = measure(steps_task(small_bank, path, 0), SerialPool())
-    found = figures["validation"]
-    assert found.before.kl == pytest.approx(whole.before.kl, rel=1e-4)
-    assert found.after is not None and whole.after is not None
-    assert found.after.kl == pytest.approx(whole.after.kl, rel=1e-4)
+    assert block_task(small_bank, path, 6).run({}) == figures and path.read_bytes() == finished
+    found, again = figures["validation"], measure(whole(small_bank, path), SerialPool())
+    assert found.better and found.after is not None and again.after is not None
+    assert found.before.kl == pytest.approx(again.before.kl, rel=1e-4)
+    assert found.after.kl == pytest.approx(again.after.kl, rel=1e-4)
 
 
 def test_the_error_of_an_output_is_relative_to_each_position() -> None:
