@@ -1,6 +1,7 @@
 """A user's mistake ends in one sentence and exit code 2, before minutes of work, and leaves what was there."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
