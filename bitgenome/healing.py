@@ -95,7 +95,7 @@ def heal(
     if config.enabled == "off":
         return None
     genome, settings = winner.genome, settings_of(config, winner.kl)
-    digests = (plan.folder.digest, run.record["digests"]["text"], setup.bank.name)
+    digests = (plan.folder.digest, run.record["digests"]["text"], setup.bank.name, setup.activations)
     tokens = {split: getattr(plan.config.text.tokens, split) for split in SPLITS}
     key = digest_of(*digests, tokens, list(genome), asdict(settings))
     if done := Healing.load(run.path, key):

@@ -9,6 +9,13 @@ from quantizers.activations import input_type, quantized_input
 from quantizers.formats import QuantFormat
 
 
+def straight_through(kind: str, x: Tensor) -> Tensor:
+    """``x`` in 8-bit blocks of ``kind``; gradients pass as if it were not rounded (Bengio et al. 2013, section 2.3)."""
+    if not x.requires_grad:
+        return quantized_input(kind, x)
+    return x + (quantized_input(kind, x.detach()) - x.detach())
+
+
 class EightBitInputs:
     """From now on every linear of ``model`` whose weight has a format in ``formats`` reads its input in 8 bits.
 
@@ -32,10 +39,10 @@ class EightBitInputs:
 
     def _quantized(self, kind: str, x: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x or self._last[1] != kind:
-            self._last = (x, kind, quantized_input(kind, x))
+            self._last = (x, kind, straight_through(kind, x))
         return self._last[2]
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """(..., D) final hidden states as the head's product reads them."""
         fmt = self._formats.get(self._head)
-        return hidden if fmt is None else quantized_input(input_type(fmt), hidden)
+        return hidden if fmt is None else straight_through(input_type(fmt), hidden)

@@ -69,7 +69,7 @@ class HealGradient:
         ids = calibration_ids(evaluator, self.rows).to(model.device)
         reference_head = evaluator.simulated.full_weight(model.head_name)
         with tunable(model, self.floats) as parameters, repeatable_attention(model.device):
-            hidden = model.run_from(0, model.embed(ids))
+            hidden = evaluator.simulated.head_input(model.run_from(0, model.embed(ids)))
             self.loss(
                 hidden, model.head_weight.detach(), self.reference.to(model.device), reference_head, ids
             ).backward()

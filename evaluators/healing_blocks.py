@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluators.activations import EightBitInputs
 from evaluators.bank import Bank
 from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
@@ -30,6 +31,7 @@ from evaluators.tuning import (
     repeatable_attention,
     tunable,
 )
+from quantizers.formats import QuantFormat
 from search.types import Fidelity, Genome
 
 CALIBRATION = "calibration"
@@ -82,6 +84,8 @@ class _Stream:
         self.folder = ModelFolder(task.setup.model)
         self.model = BlockModel(self.folder, self.device)
         self.bank = Bank(task.setup.bank)
+        self.decoded: dict[str, QuantFormat | None] = {}  # tensors of ``model`` that have the genome's weights
+        self.inputs = EightBitInputs(self.model, self.decoded) if task.setup.activations == "q8" else None
         self.formats = genome_formats(task.setup.space, task.genome)
         windows = TokenWindows.load(task.setup.windows)
         self.ids = {f.split: torch.from_numpy(windows.take(f.split, f.tokens)) for f in task.fidelities}
@@ -112,6 +116,8 @@ class _Stream:
             if name in self.formats:
                 parameter = model.weight(name)
                 parameter.data = self.bank.weights(name, self.formats[name], parameter.shape[-1], self.device)
+                if model is self.model:
+                    self.decoded[name] = self.formats[name]
 
     def embedded(self) -> Tracks:
         """Hidden states in front of the first block."""
@@ -177,7 +183,7 @@ class _Stream:
 
         def loss_of(rows: Tensor) -> Tensor:
             ids = self.ids[CALIBRATION][rows].to(self.device)
-            hidden = model.decoder.norm(inputs[rows].to(self.device))
+            hidden = self.head_input(model.decoder.norm(inputs[rows].to(self.device)))
             return loss(hidden, head, targets[rows].to(self.device), full_head, ids)
 
         own = {name: model.weight(name).data for name in self.task.names if name not in self.floats}
@@ -192,6 +198,9 @@ class _Stream:
     def figures(self, split: str, full_head: Tensor, head: Tensor) -> Healed:
         tracks = {kind: self.tracks[f"{split}/{kind}"].to(self.device) for kind in (FULL, PLAIN, HEALED)}
         reference = Reference(tracks[FULL], full_head, self.ids[split])
-        return Healed.measured(
-            partial(reference.compare, tracks[PLAIN], head), partial(reference.compare, tracks[HEALED], head)
-        )
+        plain, healed = (self.head_input(tracks[kind]) for kind in (PLAIN, HEALED))
+        return Healed.measured(partial(reference.compare, plain, head), partial(reference.compare, healed, head))
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., D) as the head reads them."""
+        return self.inputs.head_input(hidden) if self.inputs else hidden

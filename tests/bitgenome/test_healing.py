@@ -37,16 +37,6 @@ def test_the_file_holds_the_healed_tensors_and_lost_less_than_the_search(runs: R
     assert "Healing (full) applied" in finished.stdout
 
 
-def test_one_process_heals_to_the_same_bits_as_two_ray_workers(runs: Runs, finished: Finished) -> None:
-    search = {"population": 4, "generations": 1, "strategy": "exact"}
-    files = []
-    for name, workers in (("heal-one", {"ray": "off"}), ("heal-two", {"ray": "local", "count": 2})):
-        done = runs.call("run", runs.write(name, search=search, workers=workers))
-        assert done.returncode == 0, done.stderr
-        files.append((runs.storage / name / "healed.safetensors").read_bytes())
-    assert files[0] == files[1]
-
-
 def test_healing_that_makes_it_worse_is_refused_and_the_file_is_the_searched_one(
     runs: Runs, finished: Finished
 ) -> None:

@@ -86,6 +86,8 @@ def test_one_process_finds_what_two_ray_workers_find(runs: Runs, finished: Finis
     done = runs.call("run", runs.write("serial", workers={"ray": "off"}))
     assert done.returncode == 0, done.stderr
     assert runs.evaluations("serial") == runs.evaluations("base")
+    healed = [(runs.storage / name / "healed.safetensors").read_bytes() for name in ("serial", "base")]
+    assert healed[0] == healed[1]
 
 
 def test_export_and_verify_repeat_what_the_run_reported(runs: Runs, finished: Finished) -> None:
