@@ -2,7 +2,7 @@
 
 import torch
 
-from evaluators.activations import EightBitInputs
+from evaluators.activations import EightBitInputs, straight_through
 from evaluators.block_model import BlockModel
 from evaluators.evaluator import GenomeEvaluator
 from evaluators.simulated import final_hidden
@@ -43,3 +43,13 @@ def test_only_quantized_tensors_read_eight_bits(small_bank: SmallBank) -> None:
     largest = small_bank.space.largest()
     losses = [e.evaluate(largest, FIDELITY).kl for e in (float_inputs, eight_bits)]
     assert losses[0] < losses[1] < losses[0] + 1e-3
+
+
+def test_gradients_pass_the_rounding_as_if_it_were_not_there() -> None:
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    free, weight = x.clone().requires_grad_(True), torch.linspace(-1, 1, 256)
+    rounded = straight_through("Q8_K", free)
+    (rounded * weight).sum().backward()
+    assert free.grad is not None and torch.equal(free.grad, weight.expand(4, 256))
+    assert torch.allclose(rounded, quantized_input("Q8_K", x), rtol=1e-6, atol=1e-7)
+    assert torch.equal(straight_through("Q8_K", x), quantized_input("Q8_K", x))
