@@ -31,9 +31,11 @@ class ChannelGroups:
 class MutualInformation(Method):
     """Channels that share information in ``groups``; the redundant ones get fewer bits, the independent more.
 
-    A group whose pairs share I bits on average needs I bits a channel less for the same distortion (the entropy of a
-    Gaussian given another falls by what they share), so its score is 4^-I; with ``normalized`` information, from 0 to
-    1, it is 4^(-I * span of the levels). ``importance`` multiplies by the group's mean five-dimensional score.
+    From the most redundant group to the most independent one the bits wanted rise by ``spread_bits``, evenly over the
+    channels in between. With ``spread_bits: null`` a group whose pairs share I bits on average wants I bits a channel
+    less (the entropy of a Gaussian given another falls by what they share); with ``normalized`` information, from 0 to
+    1, I times the span of the levels. A bit more wanted is a score four times as high. ``importance`` multiplies by
+    the group's mean five-dimensional score.
     Strategy A: channels of a group share one scale and zero. B: they share the bits, each with a grid of its own.
     """
 
@@ -46,6 +48,7 @@ class MutualInformation(Method):
     bins: int = Field(DEFAULT_BINS, ge=2)
     normalized: bool = True
     clustering: Clustering = "spectral"
+    spread_bits: float | None = Field(4.0, ge=0)
     importance: bool = False
     levels: tuple[int, ...] = THREE_LEVELS
     target_avg_bits: float = 4.0
@@ -83,9 +86,12 @@ class MutualInformation(Method):
 
     def scores(self, layer: StudyLayer, groups: ChannelGroups) -> np.ndarray:
         """By group, float64 (K,)."""
-        bits = redundancy(groups.affinity, groups.labels)
-        bits *= self.levels[-1] - self.levels[0] if self.normalized else 1 / math.log(2)
-        scores: np.ndarray = 4.0**-bits
+        shared = redundancy(groups.affinity, groups.labels)
+        if self.spread_bits is None:
+            wanted = -shared * (self.levels[-1] - self.levels[0] if self.normalized else 1 / math.log(2))
+        else:
+            wanted = self.spread_bits * middles(-shared, np.bincount(groups.labels))
+        scores: np.ndarray = 4.0**wanted
         if self.importance:
             dimensions = channel_dimensions(layer.W, layer.input.H, layer.input.statistics, U=layer.input.factor)
             channels = combined_importance(dimensions).cpu().numpy()
@@ -102,3 +108,12 @@ class MutualInformation(Method):
         score: Tensor = torch.from_numpy(scores[groups.labels])
         seconds = groups.seconds if fresh else 0.0
         return TreatedLayer(mixed.weights, bits, mixed.stored_bits, score, seconds)
+
+
+def middles(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Where the middle of each group lies from 0 to 1 among all members, groups in the order of ``values``."""
+    order = np.argsort(values, kind="stable")
+    ends = np.cumsum(sizes[order])
+    result = np.empty(len(values))
+    result[order] = (ends - sizes[order] / 2) / ends[-1]
+    return result

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from evaluators.allocation_statistics import AllocationStatistics
 from evaluators.calibration import InputGroup, group_file
+from evaluators.grouped_method import middles
 from evaluators.study import MeasureMethod, MethodResult, StudySetup
 from evaluators.study_methods import BudgetMethod, Gptq, Method, Quantile, Rounding, Threshold
 from quantizers.channel_mixed import simulate
@@ -97,3 +99,7 @@ def test_statistics_count_channels_by_level(small_bank: SmallBank) -> None:
     assert one.percent.sum() == pytest.approx(100)
     assert (one.bits * one.channels).sum() / one.channels.sum() == pytest.approx(one.average_bits.iloc[0])
     assert one.importance_min.iloc[0] < 1 < one.importance_max.iloc[0]
+
+
+def test_groups_lie_among_all_members_in_the_order_of_their_values() -> None:
+    assert middles(np.array([0.3, 0.1, 0.2]), np.array([2, 1, 5])).tolist() == [7 / 8, 0.5 / 8, 3.5 / 8]
