@@ -25,6 +25,7 @@ from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, InputGroup, group_f
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.model_folder import ModelFolder
 from evaluators.stdlib_text import SPLITS, load_held_out
+from evaluators.tensor_importance import MeasureImportance, gene_importance
 from evaluators.text import TokenWindows, divide_file, file_documents, load_tokenizer, stdlib_documents, token_windows
 from exporters.imatrix import write_imatrix
 from exporters.tensor_names import tensor_table
@@ -72,6 +73,7 @@ class Artefacts:
     plan: Plan  # of the model that is quantized: the scaled one, where channels are scaled
     setup: EvaluatorSetup
     sensitivities: pd.DataFrame  # a record a gene and choice: kl, logit_mse, reconstruction, relative
+    prior: tuple[float, ...] | None = None  # a value a gene, where the configuration asks for one
 
     def table(self, measure: str) -> SensitivityTable:
         """The additive table of one measure."""
@@ -191,7 +193,8 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
     formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
     names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
     settings = CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
-    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity)
+    how = plan.config.quantization.importance
+    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity, how)
     directory = shared_directory(plan.config, "bank", digest)
     for tensor in banks.damaged_tensors(directory):
         log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
@@ -199,7 +202,7 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
     missing = {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
     tasks = [
         banks.BuildBankGroup(
-            plan.folder.path, group_file(calibration, group), directory, names, settings, plan.sparsity
+            plan.folder.path, group_file(calibration, group), directory, names, settings, plan.sparsity, how
         )
         for group in groups
         if missing & set(banks.group_tensors(group_file(calibration, group)))
@@ -270,4 +273,16 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
     setup = evaluator_setup(plan, run, bank)
     with run.stage("sensitivity"):
         sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
-    return Artefacts(plan, setup, sensitivities)
+    return Artefacts(plan, setup, sensitivities, mutation_prior(plan, calibration, groups, pool, track))
+
+
+def mutation_prior(
+    plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track
+) -> tuple[float, ...] | None:
+    """Five-dimensional importance of every gene, if the configuration asks for it."""
+    if plan.config.search.mutation_prior == "none":
+        return None
+    damping = plan.config.quantization.damping
+    tasks = [MeasureImportance(plan.folder.path, group_file(calibration, group), damping) for group in groups]
+    found = list(track(pool.map(tasks), len(tasks), "measuring importance"))
+    return gene_importance(plan.space, {name: values for part in found for name, values in part.items()})

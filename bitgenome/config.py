@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from bitgenome.config_file import Section, parse_section, read_settings
 from bitgenome.pruning_config import PruningConfig
 from bitgenome.scaling_config import ScalingConfig
+from evaluators.bank import Importance
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS, LEVEL_PRESETS
 from search.fitness import FitnessSettings
@@ -90,6 +91,7 @@ class QuantizationConfig(Section):
     )
     compensation: bool = Field(True, description="spread each column's error over later ones (SparseGPT, GPTQ)")
     refinement_rounds: int = Field(2, ge=0, le=20, description="of scales and integers; twice as many if pruned")
+    importance: Importance = Field("conditional", description="of the columns that a block's scales are fitted to")
     pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
     scaling: ScalingConfig = Field(ScalingConfig(), description="of channels, before rounding; none by default")
 
@@ -156,6 +158,9 @@ class SearchConfig(Section):
     crossover_rate: float = Field(0.5, ge=0, le=1)
     mutation_rate: float = Field(0.1, ge=0, le=1, description="offspring that get one to four random genes")
     swap_rate: float = Field(0.8, ge=0, le=1, description="offspring that get one to three size-preserving swaps")
+    mutation_prior: Literal["none", "five_dimensional"] = Field(
+        "none", description="of the genetic strategy: which genes are raised more often than lowered"
+    )
     elites: int = Field(4, ge=1)
     immigrants: int = Field(1, ge=0)
     brood: int = Field(16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate")

@@ -71,6 +71,7 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
         seeds=seeds,
         settings=strategy_settings(config.search),
         journal=run.path / "optuna-journal.log",
+        prior=artefacts.prior,
     )
     fidelity = Fidelity("search", config.text.tokens.search)
     checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,14 +21,17 @@ from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder
 from quantizers.codec import dequantize
 from quantizers.formats import FORMATS, QuantFormat
+from quantizers.importance import channel_dimensions, combined_importance
 from quantizers.pruned import prune_and_compensate
 from quantizers.pruning import Sparsity
 from quantizers.sparsegpt import Compensated, CompensationSettings, compensate
+from quantizers.statistics import InputStatistics
 from search.errors import UserError
 from search.files import atomic_write_bytes, atomic_write_text
 
 log = logging.getLogger(__name__)
 
+Importance = Literal["conditional", "hessian", "five_dimensional"]  # of an input's columns, when scales are fitted
 MANIFEST = "manifest.json"
 SCHEMA = 1  # raise when packed bytes or file layout change meaning
 
@@ -60,11 +63,12 @@ def bank_digest(
     formats: Mapping[str, Sequence[QuantFormat]],
     settings: CompensationSettings,
     sparsity: Mapping[str, Sparsity],
+    importance: Importance = "conditional",
 ) -> str:
     """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
-    key = json.dumps([SCHEMA, model, calibration, legal, asdict(settings), pruned], sort_keys=True)
+    key = json.dumps([SCHEMA, model, calibration, legal, asdict(settings), pruned, importance], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -85,6 +89,7 @@ class BuildBankGroup:
     formats: Mapping[str, tuple[str, ...]]  # tensor -> format names
     settings: CompensationSettings
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
+    importance: Importance = "conditional"  # that scales are fitted under; pruned tensors take the conditional one
 
     @property
     def label(self) -> str:
@@ -110,10 +115,24 @@ class BuildBankGroup:
         dense = {name: W for name, W in weights.items() if name not in self.sparsity}
         levels: dict[str, dict[str, Compensated]] = {}
         if dense:
-            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings)
+            importance = scale_importance(
+                self.importance, torch.cat(list(dense.values())), group, self.settings.damping
+            )
+            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings, importance)
         if pruned:
             levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
         return levels
+
+
+def scale_importance(kind: Importance, W: Tensor, group: InputGroup, damping: float) -> Tensor | None:
+    """(columns,) of the kind, for all tensors of a group stacked in W (rows, columns); None is ``compensate``'s own."""
+    H = group.hessian.to(W.device)
+    if kind == "conditional":
+        return None
+    if kind == "hessian":
+        return H.diagonal()
+    statistics = InputStatistics(**{name: t.to(W.device) for name, t in group.statistics.tensors().items()})
+    return combined_importance(channel_dimensions(W, H, statistics, damping))
 
 
 def group_tensors(group: Path) -> tuple[str, ...]:

@@ -78,12 +78,14 @@ def compensate(
     formats: Mapping[str, Sequence[QuantFormat]],
     H: Tensor,
     settings: CompensationSettings = CompensationSettings(),
+    importance: Tensor | None = None,
 ) -> dict[str, dict[str, Compensated]]:
     """Tensor name -> format name -> bytes and errors.
 
     ``weights`` float (rows, columns) that multiply the same input, ``formats`` wanted of each, H (columns, columns)
-    of that input. Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding with
-    importance diag(H), so none is worse than ``quantize``.
+    of that input; ``importance`` (columns,) is what scales are fitted under in the column loop, by default
+    ``conditional_importance``. Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding
+    with importance diag(H), so none is worse than ``quantize``.
     Columns with H_jj = 0 are rounded plainly; float formats are copied.
     Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
     """
@@ -93,7 +95,7 @@ def compensate(
         for fmt in formats[name]:
             check_weights(fmt, W, columns)
     compensated = (
-        compensate_stack(weights, formats, H, settings.damping, settings.refinement_rounds)
+        compensate_stack(weights, formats, H, settings.damping, settings.refinement_rounds, importance)
         if settings.compensation
         else {}
     )
@@ -124,14 +126,18 @@ def compensate_stack(
     H: Tensor,
     damping: float,
     rounds: int,
+    importance: Tensor | None = None,
 ) -> dict[tuple[str, str], Tensor]:
-    """(tensor, format) -> compensated bytes (rows, row_bytes), for all block formats."""
+    """(tensor, format) -> compensated bytes (rows, row_bytes), for all block formats; arguments as ``compensate``."""
     wanted = sorted({f.name for choices in formats.values() for f in choices if not f.is_float})
     if not wanted:
         return {}
     members = {fmt: [name for name in weights if fmt in {f.name for f in formats[name]}] for fmt in wanted}
     U, taken = inverse_factor(H, damping)
-    importance = conditional_importance(U, H)
+    if importance is None:
+        importance = conditional_importance(U, H)
+    else:
+        importance = normalized_importance(importance, len(H), H.device)
     regular = damped(H, taken).float()
     packed = {}
     for fmt, data in chain(

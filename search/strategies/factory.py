@@ -31,11 +31,13 @@ def make_strategy(
     seeds: Mapping[str, Genome] | None = None,
     settings: Any = None,
     journal: Path | None = None,
+    prior: Sequence[float] | None = None,
 ) -> Strategy:
     """The strategy ``name``: genetic, optuna, exact or random.
 
     ``tables`` are sensitivities, the most trusted first: it guides repairs. ``seeds`` default to seed_genomes of them.
-    ``settings`` is the strategy's own dataclass (its defaults if None); ``journal`` a file for optuna-dashboard.
+    ``settings`` is the strategy's own dataclass (its defaults if None); ``journal`` a file for optuna-dashboard;
+    ``prior`` (G,) biases the genetic strategy's swaps.
     Raises ValueError for an unknown name, or for settings of another strategy.
     """
     if name not in STRATEGIES:
@@ -48,7 +50,7 @@ def make_strategy(
         return RandomStrategy(repair, settings)
     seeds = seed_genomes(space, budget, tables) if seeds is None else seeds
     if name == "genetic":
-        return GeneticStrategy(repair, seeds, table, settings)
+        return GeneticStrategy(repair, seeds, table, settings, prior)
     if name == "optuna":
         return OptunaStrategy(repair, seeds, settings, journal)
     return SolverStrategy(repair, seeds, tables, settings)

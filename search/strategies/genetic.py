@@ -25,6 +25,7 @@ from search.types import Genome
 
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
 MOST_MUTATED = 4  # genes of one random-gene mutation, drawn from 1 to this
+MOST_BIAS = 8.0  # no gene is more or less likely than this times the average: what a prior thinks can be wrong
 PARTNERS = 8  # partners of a swap looked at, of which the one that wastes least is taken
 CROSSOVERS: dict[str, Callable[..., Any]] = {
     "one_point": tools.cxOnePoint,
@@ -100,11 +101,16 @@ class GeneticStrategy(BatchStrategy):
         seeds: Mapping[str, Genome],
         table: SensitivityTable | None = None,
         settings: GeneticSettings | None = None,
+        prior: Sequence[float] | None = None,
     ) -> None:
+        """``prior`` (G,), positive: how much likelier than others a gene is to be raised in a swap, and how much less
+        likely to be the one that pays.
+        """
         self.settings = settings or GeneticSettings()
         super().__init__(repair, self.settings.seed)
         self._seeds = tuple(dict.fromkeys(seeds.values()))
         self._table = table
+        self._prior = checked_prior(prior, len(self.space.genes))
         self._parents: list[Individual] = []
         self.toolbox = base.Toolbox()
         self.toolbox.register("select", tools.selTournament, tournsize=self.settings.tournament_size)
@@ -192,15 +198,23 @@ class GeneticStrategy(BatchStrategy):
         ups = np.flatnonzero(steps == 1)
         if not len(ups):
             return genome
-        up = int(self.rng.choice(ups.tolist()))
+        up = self._draw(ups.tolist(), 1, 1)[0]
         larger = moves.apply(genome, up)
         excess = -self.repair.slack(larger)
         saved = -moves.deltas(genome)[0]
         enough = np.flatnonzero((steps == -1) & (saved >= excess) & (moves.gene != moves.gene[up]))
         if excess <= 0 or not len(enough):
             return larger  # it fits, or takes more than one gene to pay for: repair's work
-        partners = self.rng.sample(enough.tolist(), min(PARTNERS, len(enough)))
+        partners = self._draw(enough.tolist(), min(PARTNERS, len(enough)), -1)
         return moves.apply(larger, min(partners, key=lambda pair: int(saved[pair])))
+
+    def _draw(self, pairs: list[int], count: int, power: int) -> list[int]:
+        """``count`` different pairs; with a prior their chances go by its ``power`` (Efraimidis and Spirakis 2006)."""
+        if self._prior is None:
+            return self.rng.sample(pairs, count)
+        weights = self._prior[self.repair.moves.gene[pairs]] ** power
+        keys = [self.rng.random() ** (1 / weight) for weight in weights]
+        return [pairs[i] for i in sorted(range(len(pairs)), key=keys.__getitem__, reverse=True)[:count]]
 
     def _mutate(self, genome: Genome) -> Genome:
         """One to four random genes to random choices."""
@@ -208,3 +222,13 @@ class GeneticStrategy(BatchStrategy):
         for gene in self.rng.sample(range(len(genome)), min(self.rng.randint(1, MOST_MUTATED), len(genome))):
             changed[gene] = self.rng.randrange(len(self.space.genes[gene].formats))
         return tuple(changed)
+
+
+def checked_prior(prior: Sequence[float] | None, genes: int) -> np.ndarray | None:
+    """(G,) or None. Raises ValueError unless there is one finite positive value for each gene."""
+    if prior is None:
+        return None
+    values = np.asarray(prior, dtype=np.float64)
+    if values.shape != (genes,) or not np.isfinite(values).all() or (values <= 0).any():
+        raise ValueError(f"expected a prior of {genes} finite positive values, one a gene, found {len(prior)} values")
+    return np.clip(values / values.mean(), 1 / MOST_BIAS, MOST_BIAS)
