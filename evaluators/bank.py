@@ -103,21 +103,21 @@ class BuildBankGroup:
         names = [name for name in group.tensors if name in self.formats]
         weights = {name: folder.read(name).to(device, torch.float32) for name in names}
         formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
-        for name, levels in self._levels(weights, formats, group.hessian.to(device)).items():
+        for name, levels in self._levels(weights, formats, group).items():
             save_tensor(self.directory, name, levels)
         return tuple(names)
 
     def _levels(
-        self, weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], H: Tensor
+        self, weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], group: InputGroup
     ) -> dict[str, dict[str, Compensated]]:
         """Tensor -> format -> bytes; tensors that are pruned go through a loop of their own."""
         pruned = {name: W for name, W in weights.items() if name in self.sparsity}
         dense = {name: W for name, W in weights.items() if name not in self.sparsity}
+        H = group.hessian.to(next(iter(weights.values())).device)
         levels: dict[str, dict[str, Compensated]] = {}
         if dense:
-            importance = scale_importance(
-                self.importance, torch.cat(list(dense.values())), group, self.settings.damping
-            )
+            stacked = torch.cat(list(dense.values()))
+            importance = scale_importance(self.importance, stacked, group, self.settings.damping)
             levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings, importance)
         if pruned:
             levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)

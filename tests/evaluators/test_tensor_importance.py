@@ -1,19 +1,24 @@
 """Importance of whole tensors and of scales' columns, as the search and the bank take them."""
 
+from itertools import combinations
+from pathlib import Path
+
 import pytest
 import torch
 
-from evaluators.bank import scale_importance
-from evaluators.calibration import InputGroup
+from evaluators.bank import Bank, BuildBankGroup, bank_digest, scale_importance
+from evaluators.calibration import InputGroup, calibrate
+from evaluators.model_folder import ModelFolder
 from evaluators.tensor_importance import gene_importance
 from quantizers.formats import FORMATS
 from quantizers.hessian import inverse_factor
 from quantizers.importance import DIMENSIONS, ImportanceWeights, channel_dimensions, combined_importance
-from quantizers.sparsegpt import compensate, conditional_importance
+from quantizers.sparsegpt import CompensationSettings, compensate, conditional_importance
 from quantizers.statistics import StatisticsAccumulator
 from search.gene_groups import tied_genes
 from search.types import SearchSpace
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
+from tests.small_models import save_small_model
 
 SHAPES = {"a": (2, 256), "b": (4, 256), "c": (8, 256)}
 
@@ -52,3 +57,22 @@ def test_scales_are_fitted_under_the_importance_that_is_asked_for() -> None:
     assert not torch.equal(default.packed.data, other.packed.data)
     with pytest.raises(ValueError, match=r"expected importance of shape \(256,\)"):
         compensate({"w": W}, formats, H, importance=torch.ones(5))
+
+
+def test_a_bank_takes_the_importance_that_it_is_asked_for(tmp_path: Path) -> None:
+    folder = save_small_model(tmp_path / "model", "llama", tokenizer=False, hidden_size=256, vocab_size=64)
+    (group, *_) = calibrate(ModelFolder(folder), torch.arange(64).reshape(2, 32), torch.device("cpu"))
+    group.save(tmp_path / "group.safetensors")
+    formats = dict.fromkeys(group.tensors, ("Q3_K",))
+    packed = {}
+    for importance in ("conditional", "hessian", "five_dimensional"):
+        directory = tmp_path / importance
+        directory.mkdir()
+        task = BuildBankGroup(
+            folder, tmp_path / "group.safetensors", directory, formats, CompensationSettings(), importance=importance
+        )
+        task.run({})
+        packed[importance] = Bank(directory).packed(group.tensors[0], FORMATS["Q3_K"])
+    assert not any(torch.equal(packed[a], packed[b]) for a, b in combinations(packed, 2))
+    digests = {bank_digest("m", "c", {}, CompensationSettings(), {}, importance) for importance in packed}
+    assert len(digests) == 3
