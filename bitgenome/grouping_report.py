@@ -50,10 +50,10 @@ def write_grouping_report(path: Path, setup: StudySetup, method: MutualInformati
 
 
 def costs(results: Sequence[MethodResult]) -> list[str]:
-    """Markdown rows of the seconds that each method of groups spent on information and clusters."""
+    """Markdown rows of what each method of groups took; its information is computed once and kept for the next."""
     grouped = [result for result in results if result.method["kind"] == "mutual_information"]
     return [
-        "| method | groups | KL | seconds | of them mutual information and clusters |",
+        "| method | groups | KL | seconds | mutual information and clusters, at first |",
         "|---|---|---|---|---|",
         *(
             f"| {r.label} | {r.method['groups']} | {r.kl:.5f} | {r.seconds:.1f} | {r.grouping_seconds:.2f} |"
