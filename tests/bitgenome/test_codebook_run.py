@@ -1,0 +1,16 @@
+"""Codebook types through the whole pipeline: llama.cpp runs the file, and agrees with what was scored."""
+
+from tests.bitgenome.conftest import Runs
+
+LEVELS = ["IQ2_XXS", "IQ3_S", "IQ4_XS", "W6"]
+
+
+def test_a_file_of_codebook_types_runs_as_it_was_scored(runs: Runs) -> None:
+    changes = {"levels": LEVELS, "search": {"strategy": "exact"}, "workers": {"ray": "off"}}
+    done = runs.call("run", runs.write("codebooks", **changes))
+    assert done.returncode == 0, done.stderr
+    best = runs.best("codebooks")
+    assert sum(fmt.startswith("IQ") for fmt in best["formats"].values()) > len(best["formats"]) // 2
+    assert best["proof"]["simulated_to_runtime_kl"] <= 1e-3
+    assert best["proof"]["file_bytes"] <= best["budget_bytes"]
+    assert (runs.storage / "codebooks" / "imatrix.gguf").is_file()
