@@ -180,7 +180,7 @@ class HealingConfig(Section):
     enabled: Literal["auto", "on", "off"] = "auto"
     variant: Literal["full", "blockwise"] = Field("full", description="the whole model, or one block in memory")
     steps: int = Field(60, ge=1, description="of the whole model, or of each block")
-    batch_tokens: int = Field(1536, ge=1, description="tokens of calibration text a step, at least one window")
+    batch_tokens: int = Field(1024, ge=1, description="tokens of calibration text a step, at least one window")
     learning_rate: float | None = Field(None, gt=0, description="of Adam at its highest; by default by the divergence")
     loss: Literal["kl", "distillation"] = "kl"
     temperature: float | None = Field(None, gt=0, description="of both models' logits; 1 for kl, 4 for distillation")

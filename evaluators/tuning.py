@@ -35,7 +35,7 @@ class HealingSettings:
     """How the tensors are tuned; ``steps`` of ``batch_tokens`` tokens, those of each block in the blockwise variant."""
 
     steps: int = 60
-    batch_tokens: int = 1536
+    batch_tokens: int = 1024
     learning_rate: float = 0.01
     temperature: float = 1.0
     alpha: float = 0.0  # weight of the text's own next token
