@@ -1,9 +1,10 @@
 """What channel scaling changes, format by format, and how near 8-bit inputs bring the simulation to llama.cpp.
 
-    python -m benchmarks.scaling [--config configs/stdlib-6m.yaml] [--storage runs] [--part scaling|activations|all]
+    python -m benchmarks.scaling [--config configs/stdlib-6m.yaml] [--storage runs] [--tokens 4096] [--files 6]
+                                 [--parts none smoothquant awq protect activations]
 
 scaling: every K type, uniform, on validation text: reconstruction error (over the outputs' own power) and KL without
-scaling, with smoothquant, awq (searched alpha) and protection of the top 1 %. activations: files of random neighbours
+scaling, with smoothquant, awq (searched alpha), protection of the top 1 %. activations: files of random neighbours
 of one genome, their KL by simulation in floats, with 8-bit inputs, and by llama.cpp itself.
 """
 
@@ -12,7 +13,6 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,17 +37,17 @@ from workers.pool import SerialPool
 LEVELS = ("W2", "W3", "W4", "W5", "W6")
 VARIANTS = {
     "none": (),
-    "smoothquant 0.5": ("quantization.scaling={kind: smoothquant, alpha: 0.5}",),
-    "awq, grid 20": ("quantization.scaling={kind: awq, grid: 20}",),
-    "protect 1 %": ("quantization.scaling={protect: 0.01}",),
+    "smoothquant": ("quantization.scaling={kind: smoothquant, alpha: 0.5}",),
+    "awq": ("quantization.scaling={kind: awq, grid: 8}",),
+    "protect": ("quantization.scaling={protect: 0.01}",),
 }
-FILES = 12  # neighbours whose files are run
 CHANGED = 4  # genes in which they differ from the genome between
 
 
-def prepared(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[EvaluatorSetup, list[dict[str, object]]]:
+def prepared(arguments: argparse.Namespace, variant: str) -> tuple[EvaluatorSetup, list[dict[str, object]]]:
     """Setup with the bank of one variant, and what was chosen for every input."""
-    common = [f"storage_path={arguments.storage}", f"levels=[{', '.join(LEVELS)}]", "name=scaling-benchmark"]
+    overrides = VARIANTS[variant]
+    common = [f"storage_path={arguments.storage}", f"levels=[{', '.join(LEVELS)}]", f"name=scaling-{variant}"]
     plan = make_plan(load_config(arguments.config, [*common, *overrides]))
     run, pool = RunDirectory.create(plan.config), SerialPool()
     windows = read_windows(plan)
@@ -62,20 +62,21 @@ def prepared(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[E
 
 
 def measure_scaling(arguments: argparse.Namespace, console: Console) -> None:
-    """One row a format, one pair of columns a variant."""
+    """One row a format, one pair of figures a variant."""
+    variants = [variant for variant in VARIANTS if variant in arguments.parts]
     cells: dict[str, list[str]] = {level: [] for level in LEVELS}
     fidelity = Fidelity("validation", arguments.tokens)
-    for overrides in VARIANTS.values():
+    for variant in variants:
         started = time.perf_counter()
-        setup, chosen = prepared(arguments, overrides)
+        setup, chosen = prepared(arguments, variant)
         seconds = time.perf_counter() - started
         evaluator = GenomeEvaluator(setup)
         for choice, level in enumerate(LEVELS):
             result = evaluator.evaluate((choice,) * len(setup.space.genes), fidelity)
             cells[level].append(f"{result.reconstruction:.3e} / {result.kl:.5f}")
-        console.print(f"{overrides or 'none'}: {seconds:.0f} s; {alphas(chosen)}", soft_wrap=True)
+        console.print(f"{variant}: {seconds:.0f} s; {alphas(chosen)}", soft_wrap=True)
     table = Table(title=f"reconstruction / KL, {arguments.tokens:,} tokens of validation text", title_justify="left")
-    for column in ("", *VARIANTS):
+    for column in ("", *variants):
         table.add_column(column, justify="right" if column else "left")
     for level, row in cells.items():
         table.add_row(level, *row)
@@ -90,10 +91,10 @@ def alphas(chosen: list[dict[str, object]]) -> str:
     )
 
 
-def neighbours(genome: Genome, choices: int) -> list[Genome]:
+def neighbours(genome: Genome, choices: int, files: int) -> list[Genome]:
     rng = random.Random(0)
     found = []
-    for _ in range(FILES):
+    for _ in range(files):
         child = list(genome)
         for gene in rng.sample(range(len(child)), CHANGED):
             child[gene] = rng.randrange(choices)
@@ -103,12 +104,12 @@ def neighbours(genome: Genome, choices: int) -> list[Genome]:
 
 def measure_activations(arguments: argparse.Namespace, console: Console) -> None:
     """KL of files around uniform W4 by both simulations and by llama.cpp, with rank correlations and cost."""
-    setup, _ = prepared(arguments, ())
+    setup, _ = prepared(arguments, "none")
     evaluators = [GenomeEvaluator(replace(setup, activations=kind)) for kind in ("float", "q8")]
     folder, bank = ModelFolder(setup.model), Bank(setup.bank)
     windows = evaluators[0].windows.take("test", arguments.tokens)
     rows, seconds = [], ([], [])
-    for genome in neighbours((LEVELS.index("W4"),) * len(setup.space.genes), len(LEVELS)):
+    for genome in neighbours((LEVELS.index("W4"),) * len(setup.space.genes), len(LEVELS), arguments.files):
         formats = genome_formats(setup.space, genome)
         for evaluator, taken in zip(evaluators, seconds, strict=True):
             taken.append(evaluator.evaluate(genome, Fidelity("test", arguments.tokens)).seconds)
@@ -133,15 +134,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/stdlib-6m.yaml"))
     parser.add_argument("--storage", default="runs")
-    parser.add_argument("--part", choices=("scaling", "activations", "all"), default="all")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--parts", nargs="+", choices=(*VARIANTS, "activations"), default=(*VARIANTS, "activations"))
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--files", type=int, default=6)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=160, highlight=False)
-    if arguments.part != "scaling":
-        measure_activations(arguments, console)
-    if arguments.part != "activations":
+    if set(arguments.parts) & set(VARIANTS):
         measure_scaling(arguments, console)
+    if "activations" in arguments.parts:
+        measure_activations(arguments, console)
 
 
 if __name__ == "__main__":

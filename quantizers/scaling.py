@@ -128,8 +128,9 @@ def choose_scaling(
     """
     shared = shared or SharedColumns()
     sample = {name: sampled_rows(W) for name, W in weights.items()}
-    stacked = torch.cat(list(weights.values())).abs()
-    mean_abs, weight_mean = shared.mean(statistics.mean_abs), shared.mean(stacked.mean(0))
+    rows = sum(len(W) for W in weights.values())
+    weight_mean = shared.mean(torch.stack([W.abs().sum(0) for W in weights.values()]).sum(0) / rows)
+    mean_abs = shared.mean(statistics.mean_abs)
     ones = torch.ones_like(statistics.mean_abs)
     plain = scaled_error(sample, formats, H, ones).clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -140,8 +141,9 @@ def choose_scaling(
 
     candidates = [Scaling(ones, 0.0, False, 1.0)]
     if settings.kind == "smoothquant":
-        maxima = shared.amax(statistics.abs_max), shared.amax(stacked.amax(0))
-        candidates = [scaling(smoothquant_scales(*maxima, settings.alpha), settings.alpha, True)]
+        weight_max = torch.stack([W.abs().amax(0) for W in weights.values()]).amax(0)
+        scales = smoothquant_scales(shared.amax(statistics.abs_max), shared.amax(weight_max), settings.alpha)
+        candidates = [scaling(scales, settings.alpha, True)]
     elif settings.kind == "awq":
         candidates += [
             scaling(awq_scales(mean_abs, weight_mean, alpha, weighted), alpha, weighted)
