@@ -27,10 +27,14 @@ from bitgenome.plan import make_plan
 from bitgenome.proof import prove
 from bitgenome.run_directory import RunDirectory
 from evaluators.bank import Bank
+from evaluators.calibration import InputGroup
 from evaluators.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.model_folder import ModelFolder
+from evaluators.scaled_view import scaled
 from evaluators.simulated import genome_formats
 from exporters.gguf_file import export_gguf
+from quantizers.formats import format_for
+from quantizers.sparsegpt import row_errors
 from search.types import Fidelity, Genome
 from workers.pool import SerialPool
 
@@ -44,8 +48,8 @@ VARIANTS = {
 CHANGED = 4  # genes in which they differ from the genome between
 
 
-def prepared(arguments: argparse.Namespace, variant: str) -> tuple[EvaluatorSetup, list[dict[str, object]]]:
-    """Setup with the bank of one variant, and what was chosen for every input."""
+def prepared(arguments: argparse.Namespace, variant: str) -> tuple[EvaluatorSetup, Path, list[dict[str, object]]]:
+    """Setup with the bank of one variant, the original model's input groups, and what was chosen for each."""
     overrides = VARIANTS[variant]
     common = [f"storage_path={arguments.storage}", f"levels=[{', '.join(LEVELS)}]", f"name=scaling-{variant}"]
     plan = make_plan(load_config(arguments.config, [*common, *overrides]))
@@ -53,12 +57,12 @@ def prepared(arguments: argparse.Namespace, variant: str) -> tuple[EvaluatorSetu
     windows = read_windows(plan)
     record_inputs(plan, windows, run)
     calibration, groups = calibrate(plan, windows, pool, lambda items, *_: iter(items))
-    chosen = []
+    original, chosen = calibration, []
     if overrides:
         plan, calibration = scale_channels(plan, calibration, groups, run, pool, lambda items, *_: iter(items))
         chosen = json.loads((run.path / "scaling.json").read_text(encoding="utf-8"))
     bank = build_bank(plan, calibration, groups, pool, lambda items, *_: iter(items))
-    return evaluator_setup(plan, run, bank), chosen
+    return evaluator_setup(plan, run, bank), original, chosen
 
 
 def measure_scaling(arguments: argparse.Namespace, console: Console) -> None:
@@ -68,12 +72,13 @@ def measure_scaling(arguments: argparse.Namespace, console: Console) -> None:
     fidelity = Fidelity("validation", arguments.tokens)
     for variant in variants:
         started = time.perf_counter()
-        setup, chosen = prepared(arguments, variant)
+        setup, calibration, chosen = prepared(arguments, variant)
         seconds = time.perf_counter() - started
         evaluator = GenomeEvaluator(setup)
         for choice, level in enumerate(LEVELS):
             result = evaluator.evaluate((choice,) * len(setup.space.genes), fidelity)
-            cells[level].append(f"{result.reconstruction:.3e} / {result.kl:.5f}")
+            reconstruction = original_reconstruction(setup, calibration, level)
+            cells[level].append(f"{reconstruction:.3e} / {result.kl:.5f}")
         console.print(f"{variant}: {seconds:.0f} s; {alphas(chosen)}", soft_wrap=True)
     table = Table(title=f"reconstruction / KL, {arguments.tokens:,} tokens of validation text", title_justify="left")
     for column in ("", *variants):
@@ -81,6 +86,23 @@ def measure_scaling(arguments: argparse.Namespace, console: Console) -> None:
     for level, row in cells.items():
         table.add_row(level, *row)
     console.print(table)
+
+
+def original_reconstruction(setup: EvaluatorSetup, calibration: Path, level: str) -> float:
+    """Error of all tensors at one level over their outputs' power, both in the original model's units."""
+    folder, bank = ModelFolder(setup.model), Bank(setup.bank)
+    error = power = 0.0
+    for file in sorted(calibration.glob("*.safetensors")):
+        if file.name == "windows.safetensors":
+            continue
+        group = InputGroup.load(file)
+        for name in group.tensors:
+            weights, fmt = folder.read(name).float(), format_for(level, len(group.hessian))
+            factors = scaled(folder.path, name, torch.ones_like(weights)) if folder.is_view else torch.ones(())
+            rounded = bank.weights(name, fmt, weights.shape[1], weights.device)
+            error += float(row_errors((weights - rounded) / factors, group.hessian).sum())
+            power += float(row_errors(weights / factors, group.hessian).sum())
+    return error / power
 
 
 def alphas(chosen: list[dict[str, object]]) -> str:
@@ -104,7 +126,7 @@ def neighbours(genome: Genome, choices: int, files: int) -> list[Genome]:
 
 def measure_activations(arguments: argparse.Namespace, console: Console) -> None:
     """KL of files around uniform W4 by both simulations and by llama.cpp, with rank correlations and cost."""
-    setup, _ = prepared(arguments, "none")
+    setup, *_ = prepared(arguments, "none")
     evaluators = [GenomeEvaluator(replace(setup, activations=kind)) for kind in ("float", "q8")]
     folder, bank = ModelFolder(setup.model), Bank(setup.bank)
     windows = evaluators[0].windows.take("test", arguments.tokens)

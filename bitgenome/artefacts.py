@@ -162,16 +162,23 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
     write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.source)
 
 
+def compensation_settings(plan: Plan) -> CompensationSettings:
+    """How the bank rounds."""
+    return CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
+
+
 def scale_channels(
     plan: Plan, calibration: Path, groups: list[str], run: RunDirectory, pool: Pool, track: Track
 ) -> tuple[Plan, Path]:
     """Plan of the scaled model, and the directory of its input groups; the choices go into the run's SCALING_FILE."""
-    settings = plan.config.quantization.scaling.settings
-    digest = digest_of(scaling.SCHEMA, plan.folder.digest, calibration.name, asdict(settings))
+    settings, compensation = plan.config.quantization.scaling.settings, compensation_settings(plan)
+    parts = (plan.folder.digest, calibration.name, asdict(settings), asdict(compensation))
+    digest = digest_of(scaling.SCHEMA, *parts)
     directory = shared_directory(plan.config, "scaling", digest)
     missing = [group for group in groups if not scaling.scaling_done(directory, group)]
     tasks = [
-        scaling.ScaleGroup(plan.folder.path, group_file(calibration, group), directory, settings) for group in missing
+        scaling.ScaleGroup(plan.folder.path, group_file(calibration, group), directory, settings, compensation)
+        for group in missing
     ]
     for _ in track(pool.map(tasks), len(tasks), "scaling channels"):
         pass
@@ -192,7 +199,7 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
     """Directory of the bank, built tensor by tensor where it is not there yet; damaged tensors are rebuilt."""
     formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
     names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
-    settings = CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
+    settings = compensation_settings(plan)
     how = plan.config.quantization.importance
     digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity, how)
     directory = shared_directory(plan.config, "bank", digest)

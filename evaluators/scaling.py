@@ -22,6 +22,7 @@ from evaluators.model_folder import ModelFolder, ModelFolderError
 from evaluators.scaled_view import COLUMNS, ROWS, write_scaled_view
 from quantizers.formats import format_for
 from quantizers.scaling import ScalingSettings, SharedColumns, choose_scaling, scaled_hessian
+from quantizers.sparsegpt import CompensationSettings
 from search.files import atomic_write_bytes
 
 PRODUCERS = {  # first reader of an input -> what makes the input
@@ -84,6 +85,7 @@ class ScaleGroup:
     group: Path  # file of the InputGroup
     directory: Path
     settings: ScalingSettings
+    compensation: CompensationSettings
 
     @property
     def label(self) -> str:
@@ -102,6 +104,7 @@ class ScaleGroup:
                 replace(group.statistics, **{k: t.to(device) for k, t in group.statistics.tensors().items()}),
                 self.settings,
                 shared_columns(folder, group.name),
+                self.compensation,
             )
             s = vectors["scales"] = chosen.scales.cpu()
             record |= {"alpha": chosen.alpha, "weighted": chosen.weighted, "error": chosen.error}

@@ -15,6 +15,7 @@ from exporters.llamacpp_runtime import LlamaCppRuntime
 from exporters.tensor_names import quantizable_tensors
 from quantizers.formats import FORMATS
 from quantizers.scaling import ScalingSettings
+from quantizers.sparsegpt import CompensationSettings
 from search.errors import UserError
 from tests import ggml_reference
 from tests.bitgenome.conftest import SMALL
@@ -30,7 +31,9 @@ def view(small_bank: SmallBank, tmp_path_factory: pytest.TempPathFactory) -> Mod
     directory = tmp_path_factory.mktemp("scaled")
     groups = small_bank.groups[:4]
     for group in groups:
-        ScaleGroup(small_bank.folder.path, group_file(small_bank.directory, group), directory, SETTINGS).run({})
+        ScaleGroup(
+            small_bank.folder.path, group_file(small_bank.directory, group), directory, SETTINGS, CompensationSettings()
+        ).run({})
     return write_scaled_model(small_bank.folder, directory, groups)
 
 

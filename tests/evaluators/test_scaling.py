@@ -21,6 +21,7 @@ from evaluators.scaling import (
 )
 from evaluators.text import TokenWindows
 from quantizers.scaling import ScalingSettings
+from quantizers.sparsegpt import CompensationSettings
 from tests.small_models import CONFIGS, save_small_model
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def scale(path: Path, folder: Path, settings: ScalingSettings) -> tuple[ModelFol
     (path / "windows").write_bytes(TokenWindows({"calibration": IDS.numpy()}, "").to_bytes())
     groups = Calibrate(folder, path / "windows", calibration).run({})
     for group in groups:
-        ScaleGroup(folder, group_file(calibration, group), directory, settings).run({})
+        ScaleGroup(folder, group_file(calibration, group), directory, settings, CompensationSettings()).run({})
     return write_scaled_model(ModelFolder(folder), directory, groups), groups, calibration, directory
 
 
