@@ -1,0 +1,169 @@
+"""What each step of the encoder is worth, format by format: reconstruction error and held-out KL.
+
+Every quantizable tensor takes the same format:
+
+    (a) plain rounding           our encoder, all columns alike
+    (b) ggml with importance     ggml's C encoder, importance diag(H): what an importance matrix gives llama.cpp
+    (c) ours                     compensation (SparseGPT) onto the format's grid
+    (d) ours + scaling           channels scaled as AWQ does, alpha searched, then as (c)
+    (e) ours + refinement        compensation, then coordinate descent of scales and integers
+    (f) ours + healing           as (e), then norms and biases tuned by distillation
+
+    python -m benchmarks.formats [--config configs/core/levels-all.yaml] [--set KEY=VALUE] [--json out.json]
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bitgenome.artefacts import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
+from bitgenome.config import QuantizationConfig, RunConfig, load_config
+from bitgenome.healing import heal
+from bitgenome.plan import Plan, make_plan
+from bitgenome.progress import track
+from bitgenome.run_directory import RunDirectory
+from evaluators.block_model import BlockModel
+from evaluators.calibration import InputGroup, group_file
+from evaluators.devices import best_device
+from evaluators.divergence import Reference
+from evaluators.evaluator import EvaluateGenome
+from evaluators.simulated import final_hidden
+from evaluators.text import TokenWindows
+from quantizers.codec import dequantize, quantize
+from quantizers.formats import FORMATS, QuantFormat
+from quantizers.sparsegpt import row_errors
+from search.types import Evaluation, Fidelity, Genome
+from tests import ggml_reference
+from workers.open_pool import WorkerSettings, open_pool
+from workers.pool import Pool
+
+Encode = Callable[[QuantFormat, Tensor, Tensor], Tensor]  # format, W, importance -> bytes
+ENCODERS: dict[str, Encode] = {
+    "plain": lambda fmt, W, importance: quantize(fmt, W),
+    "ggml": ggml_reference.quantize,
+}
+STEPS = ("plain", "ggml", "ours", "scaling", "refinement", "healing")
+Figures = dict[str, tuple[float, float]]  # step -> reconstruction error over power, KL
+
+
+def uniform(plan: Plan, fmt: str) -> Genome:
+    """The genome whose every gene takes ``fmt``."""
+    return tuple([f.name for f in gene.formats].index(fmt) for gene in plan.space.genes)
+
+
+def common_formats(plan: Plan) -> list[str]:
+    """Formats that every tensor can take, smallest first."""
+    first, *rest = ([f.name for f in gene.formats] for gene in plan.space.genes)
+    return [name for name in first if all(name in names for names in rest)]
+
+
+def with_quantization(plan: Plan, **changes: Any) -> Plan:
+    settings = QuantizationConfig.model_validate(plan.config.quantization.model_dump() | changes)
+    return replace(plan, config=plan.config.model_copy(update={"quantization": settings}))
+
+
+class Bench:
+    """The artefacts that all formats share."""
+
+    def __init__(self, config: RunConfig, pool: Pool, console: Console):
+        self.plan, self.pool, self.console = make_plan(config), pool, console
+        self.windows: TokenWindows = read_windows(self.plan)
+        self.run = RunDirectory.create(config)
+        record_inputs(self.plan, self.windows, self.run)
+        self.test = Fidelity("test", config.text.tokens.test)
+        self.calibration, self.groups = calibrate(self.plan, self.windows, pool, self.track)
+        self.setups = {
+            "ours": self.bank(with_quantization(self.plan, refinement_rounds=0)),
+            "scaling": self.scaled_bank(with_quantization(self.plan, refinement_rounds=0, scaling={"kind": "awq"})),
+            "refinement": self.bank(self.plan),
+        }
+
+    def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        return track(items, total, what, self.console)
+
+    def bank(self, plan: Plan) -> Any:
+        return evaluator_setup(plan, self.run, build_bank(plan, self.calibration, self.groups, self.pool, self.track))
+
+    def scaled_bank(self, plan: Plan) -> Any:
+        plan, calibration = scale_channels(plan, self.calibration, self.groups, self.run, self.pool, self.track)
+        return evaluator_setup(plan, self.run, build_bank(plan, calibration, self.groups, self.pool, self.track))
+
+    def banked(self, step: str, formats: list[str], fidelity: Fidelity) -> list[Evaluation]:
+        """Uniform genomes of every format, from the bank of a step."""
+        setup = self.setups[step]
+        tasks = [EvaluateGenome(setup, uniform(self.plan, fmt), fidelity, f"{step}[{fmt}]") for fmt in formats]
+        return list(self.track(self.pool.map(tasks), len(tasks), f"measuring {step}"))
+
+    @torch.inference_mode()
+    def encoded(self, fmt: str, encode: Encode) -> tuple[float, float]:
+        """Reconstruction and KL of the model encoded without compensation."""
+        model = BlockModel(self.plan.folder, best_device())
+        model.load_all()
+        ids = torch.from_numpy(self.windows.take(self.test.split, self.test.tokens))
+        full = final_hidden(model, ids)
+        reference = Reference(full, model.head_weight.data, ids)
+        error = power = 0.0
+        for group in (InputGroup.load(group_file(self.calibration, name)) for name in self.groups):
+            for name in group.tensors:
+                W = model.weight(name).data
+                decoded = dequantize(FORMATS[fmt], encode(FORMATS[fmt], W, group.hessian.diagonal().contiguous()))
+                error += float(row_errors(W - decoded, group.hessian).sum())
+                power += float(row_errors(W, group.hessian).sum())
+                model.weight(name).data = decoded
+        return error / power, reference.compare(final_hidden(model, ids), model.head_weight).kl
+
+    def healed(self, evaluation: Evaluation) -> float:
+        shape = self.windows.windows["calibration"].shape
+        healing = heal(self.plan, self.setups["refinement"], evaluation, shape, self.run, self.pool, self.track)
+        assert healing is not None, "healing is on in the configuration"
+        figures = healing.figures["test"]
+        return (figures.after if healing.applied and figures.after else figures.before).kl
+
+
+def measure(bench: Bench) -> dict[str, Figures]:
+    """Format -> step -> figures."""
+    formats = common_formats(bench.plan)
+    figures: dict[str, Figures] = {fmt: {} for fmt in formats}
+    for step in bench.setups:
+        for fmt, e in zip(formats, bench.banked(step, formats, bench.test), strict=True):
+            figures[fmt][step] = e.reconstruction, e.kl
+    for name, encode in ENCODERS.items():
+        for fmt in bench.track(formats, len(formats), f"encoding {name}"):
+            figures[fmt][name] = bench.encoded(fmt, encode)
+    validation = Fidelity("validation", bench.plan.config.text.tokens.validation)
+    for fmt, e in zip(formats, bench.banked("refinement", formats, validation), strict=True):
+        figures[fmt]["healing"] = figures[fmt]["refinement"][0], bench.healed(e)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/core/levels-all.yaml"))
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config, console = load_config(args.config, args.overrides), Console()
+    with open_pool(WorkerSettings(**config.workers.model_dump())) as pool:
+        figures = measure(Bench(config, pool, console))
+    for index, title in enumerate(("reconstruction error over power", "KL on test text")):
+        table = Table("format", *STEPS, "best / ggml", title=title, title_justify="left")
+        for fmt, steps in figures.items():
+            values = [steps[step][index] for step in STEPS]
+            table.add_row(fmt, *(f"{v:.5f}" for v in values), f"{values[-1] / values[1]:.3f}")
+        console.print(table)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
