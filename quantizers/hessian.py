@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 DAMPING_STEP = 10.0  # factor between attempts
 FIRST_DAMPING = 1e-4  # second attempt after a damping of 0
 LAST_DAMPING = 100.0
+INVERSE_BLOCK = 512  # columns of a triangular matrix inverted at once
 SMALLEST_PIVOT = 1e-12  # of the mean diagonal; below it a float64 factor is noise
 
 
@@ -76,6 +77,15 @@ def damped(H: Tensor, damping: float) -> Tensor:
     return H
 
 
+def invert_upper(R: Tensor) -> None:
+    """Replace upper triangular R (columns, columns) by its inverse, block column by block column."""
+    for start in range(0, len(R), INVERSE_BLOCK):
+        block = slice(start, start + INVERSE_BLOCK)
+        identity = torch.eye(len(R[block]), dtype=R.dtype, device=R.device)
+        R[block, block] = torch.linalg.solve_triangular(R[block, block], identity, upper=True)
+        R[:start, block] = -(R[:start, :start] @ R[:start, block]) @ R[block, block]
+
+
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U float64 (columns, columns) with U^T U = damped(H)^-1, and the damping that it took.
 
@@ -84,12 +94,15 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     attempt = damping
     while attempt <= LAST_DAMPING:
-        regular = damped(H, attempt)
-        L, info = torch.linalg.cholesky_ex(regular.flip(0, 1))
-        pivots = L.diagonal().square()
-        if not info.any() and pivots.min() > SMALLEST_PIVOT * regular.diagonal().mean():
-            identity = torch.eye(len(H), dtype=L.dtype, device=L.device)
-            return torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True), attempt
+        regular = damped(H, attempt).flip(0, 1)
+        smallest = SMALLEST_PIVOT * regular.diagonal().mean()
+        L, info = torch.linalg.cholesky_ex(regular)
+        del regular  # of a wide layer, each of these is gigabytes
+        if not info.any() and L.diagonal().square().min() > smallest:
+            U = L.flip(0, 1)
+            del L
+            invert_upper(U)
+            return U, attempt
         stronger = max(attempt * DAMPING_STEP, FIRST_DAMPING)
         log.warning("Hessian of %d columns is singular at damping %g, trying %g", len(H), attempt, stronger)
         attempt = stronger

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from quantizers.hessian import HessianAccumulator, check_hessian, damped, inverse_factor
+from quantizers.hessian import HessianAccumulator, check_hessian, damped, inverse_factor, invert_upper
 from tests.quantizers.weights import correlated_hessian
 
 
@@ -80,3 +80,13 @@ def test_dead_columns_are_cut_off() -> None:
 def test_bad_hessian_is_named(H: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_hessian(H, 8)
+
+
+@pytest.mark.parametrize("columns", [1, 512, 1300])
+def test_triangular_matrices_are_inverted_in_place(columns: int) -> None:
+    R = torch.randn(columns, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).triu()
+    R.diagonal().abs_().add_(columns**0.5)
+    inverse = R.clone()
+    invert_upper(inverse)
+    assert (inverse @ R - torch.eye(columns, dtype=torch.float64)).abs().max() < 1e-12
+    assert torch.equal(inverse, inverse.triu())
