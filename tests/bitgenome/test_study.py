@@ -67,7 +67,7 @@ def test_a_study_of_mutual_information_ends_in_pictures_and_costs(tmp_path: Path
     for picture in ("mutual-information-channels.png", "mutual-information-layers.png"):
         assert (path / picture).read_bytes().startswith(b"\x89PNG")
     assert (path / "report.md").read_text().count("| mutual_information, ") == 8
-    a1, b1, a8, b8 = results  # the file was written with its keys sorted
+    a1, b1, a8, _ = results  # the file was written with its keys sorted
     scales = [r.stored_bits - r.average_bits for r in (a1, a8, b1)]
     assert scales == sorted(scales) and scales[0] < scales[2], "one for all channels, for a group, for each"
     assert b1.reconstruction < a1.reconstruction, "a grid of its own for each channel is finer"
