@@ -30,7 +30,7 @@ from bitgenome.run_directory import WINDOWS_FILE
 from evaluators.text import TokenWindows
 from exporters.gguf_file import export_float
 
-THEIRS = ("Q2_K", "IQ2_M", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
+THEIRS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 BITS = (3.0, 3.5, 4.0, 4.5, 5.0)
 
 
