@@ -19,7 +19,7 @@ TOKENS = {"calibration": 256, "sensitivity": 64, "search": 64, "validation": 64,
 TEXT = {"source": "file", "path": str(REPOSITORY / "LICENSE"), "window": 32, "tokens": TOKENS}
 
 
-def write(path: Path, groups: dict[str, Any]) -> Path:
+def write(path: Path, groups: dict[str, Any], **more: Any) -> Path:
     model = path / "model"
     if not model.exists():
         save_small_model(model, "qwen2")
@@ -29,9 +29,10 @@ def write(path: Path, groups: dict[str, Any]) -> Path:
         "budget": {"compression_ratio": 0.5},
         "levels": ["W2", "W4", "W6"],
         "text": TEXT,
-        "search": {"population": 4, "generations": 2, "gene_groups": groups},
+        "search": {"population": 4, "generations": 2, "gene_groups": groups, **more.pop("search", {})},
         "workers": {"ray": "off"},
         "storage_path": str(path / "runs"),
+        **more,
     }
     file = path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -51,6 +52,13 @@ def test_a_run_with_genes_tied_by_mutual_information_has_its_exact_size(tmp_path
     shipped = outcome.gguf.read_bytes()
     outcome.gguf.unlink()
     assert export_again(outcome.run).read_bytes() == shipped
+
+
+def test_a_run_under_five_dimensional_importance_and_prior_ends_in_a_file(tmp_path: Path) -> None:
+    more = {"quantization": {"importance": "five_dimensional"}, "search": {"mutation_prior": "five_dimensional"}}
+    outcome = run(load_config(write(tmp_path, {"by": "kind"}, healing={"enabled": "off"}, **more)), Console(quiet=True))
+    assert outcome.gguf.stat().st_size == outcome.winner.file_bytes <= outcome.budget_bytes
+    assert len(outcome.winner.genome) == 8
 
 
 @pytest.mark.parametrize(("by", "genes"), [("kind", 8), ("layer", 3), ("none", 15)])
