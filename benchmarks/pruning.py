@@ -31,6 +31,7 @@ from evaluators.devices import best_device
 from evaluators.divergence import Divergence, Reference
 from evaluators.simulated import final_hidden
 from quantizers.codec import dequantize, pad_rows
+from quantizers.column_loop import Segment, column_loop
 from quantizers.formats import FORMATS, QuantFormat
 from quantizers.grid import GRIDS, Grid, Scales
 from quantizers.hessian import inverse_factor
@@ -40,8 +41,6 @@ from quantizers.pruning import ColumnMasks, Sparsity, group_mask, unstructured_m
 from quantizers.sparsegpt import (
     DESCENT_ROUNDS,
     CompensationSettings,
-    Segment,
-    column_loop,
     compensate,
     conditional_importance,
     row_errors,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantizers.codec import check_weights, pad_rows, quantize
+from quantizers.column_loop import Segment, column_loop
 from quantizers.descent import descend, descend_kept
 from quantizers.formats import FORMATS, LEVEL_FORMATS, QuantFormat
 from quantizers.grid import Scales
@@ -21,9 +22,7 @@ from quantizers.pruning import ColumnMasks, Sparsity, prune_columns
 from quantizers.sparsegpt import (
     Compensated,
     CompensationSettings,
-    Segment,
     better_rows,
-    column_loop,
     conditional_importance,
 )
 from quantizers.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero

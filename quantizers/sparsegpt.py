@@ -9,7 +9,7 @@ and formats.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -21,23 +21,19 @@ from quantizers.codec import (
     PackedTensor,
     check_weights,
     dequantize,
-    fit_rows,
     normalized_importance,
     pad_rows,
     quantize,
 )
+from quantizers.column_loop import Segment, column_loop
 from quantizers.descent import descend
-from quantizers.formats import SUPER_BLOCK, QuantFormat
-from quantizers.grid import GRIDS, Grid, Scales, safe_inverse
+from quantizers.formats import QuantFormat
+from quantizers.grid import GRIDS
 from quantizers.hessian import check_hessian, damped, inverse_factor
-from quantizers.packing import pack
-from quantizers.pruning import ColumnMasks
 from quantizers.vector_loop import VectorBlock, vector_loop
 
-PANEL = 32  # columns between small updates; every scale block is a multiple of it
 DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
 BATCH_ROWS = 1024  # of all tensors together, each in all its formats
-GRAIN = 16  # columns that share a step in every format
 
 
 @dataclass(frozen=True)
@@ -56,22 +52,6 @@ class Compensated:
     packed: PackedTensor
     error: float
     relative: float
-
-
-@dataclass
-class Segment:
-    """Neighbouring rows of one format in the stack, and the scales they have been given."""
-
-    grid: Grid
-    rows: slice
-    scales: list[Scales] = field(default_factory=list)  # block by block along the row
-
-    def finish(self, W: Tensor, integers: Tensor, H: Tensor, rounds: int) -> Tensor:
-        """Bytes (N, row_bytes) of original W and compensated integers, (columns, N) each, after coordinate descent."""
-        N = W.shape[1]
-        W, integers = pad_rows(W), pad_rows(integers)
-        scales = Scales.concatenate(self.scales, 0).map(pad_rows)
-        return pack(self.grid, *descend(self.grid, W, H, (scales, integers), rounds))[:N]
 
 
 def compensate(
@@ -223,82 +203,6 @@ def _segments(weights: Mapping[str, Tensor], members: Members) -> Iterator[Segme
         stop = start + sum(len(weights[name]) for name in names)
         yield Segment(GRIDS[fmt], slice(start, stop))
         start = stop
-
-
-def column_loop(
-    W: Tensor, U: Tensor, importance: Tensor, segments: Sequence[Segment], masks: ColumnMasks | None = None
-) -> Tensor:
-    """Integers int8 (columns, R) of W (columns, R), which is overwritten; the segments receive their scales.
-
-    With ``masks`` of the same W, weights are pruned in the same pass: the others are rounded, the error of both is
-    spread.
-    """
-    columns, R = W.shape
-    integers = torch.empty(columns, R, dtype=torch.int8, device=W.device)
-    errors = torch.empty_like(W[:SUPER_BLOCK])
-    steps = _Steps(R, segments, W)
-    for block in range(0, columns, SUPER_BLOCK):
-        stop = min(block + SUPER_BLOCK, columns)
-        for start in range(block, stop, PANEL):
-            end = start + PANEL
-            if masks is not None:
-                masks.begin_panel(start, stop)
-            steps.refresh(W, importance, start, masks)
-            integers[start:end], panel_errors = _round_panel(W[start:end], U[start:end, start:end], steps, start, masks)
-            W[end:stop] -= U[start:end, end:stop].T @ panel_errors
-            errors[start - block : end - block] = panel_errors
-        W[stop:] -= U[block:stop, stop:].T @ errors[: stop - block]
-    return integers
-
-
-class _Steps:
-    """Steps and offsets of every row, for each GRAIN of the present super-block."""
-
-    def __init__(self, R: int, segments: Sequence[Segment], like: Tensor):
-        self.segments = segments
-        self.step, self.inverse, self.offset = like.new_zeros(3, SUPER_BLOCK // GRAIN, R)
-        self.low, self.high = like.new_zeros(2, R)
-        self.tables = [(segment.rows, segment.grid) for segment in segments if segment.grid.levels]
-        for segment in segments:
-            self.low[segment.rows] = segment.grid.low
-            self.high[segment.rows] = segment.grid.high
-
-    def refresh(self, W: Tensor, importance: Tensor, start: int, masks: ColumnMasks | None) -> None:
-        """Fit the scales of the blocks that begin at column ``start`` to the weights kept, and freeze them."""
-        for segment in self.segments:
-            size = segment.grid.format.block_size
-            if start % size:
-                continue
-            columns = slice(start, start + size)
-            part = W[columns, segment.rows]
-            if masks is not None:
-                part = part * masks.kept[columns, segment.rows]
-            scales = fit_rows(segment.grid, part, importance[columns])
-            segment.scales.append(scales)
-            repeat = segment.grid.width // GRAIN
-            grains = slice(start % SUPER_BLOCK // GRAIN, (start % SUPER_BLOCK + size) // GRAIN)
-            for table, values in ((self.step, scales.step), (self.offset, scales.offset)):
-                table[grains, segment.rows] = values[0, :, 0].repeat_interleave(repeat, 0)
-            self.inverse[grains, segment.rows] = safe_inverse(self.step[grains, segment.rows])
-
-
-def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int, masks: ColumnMasks | None) -> tuple[Tensor, Tensor]:
-    """Integers and errors / U_jj, (PANEL, R) each; the error of every column is spread over the rest of the panel."""
-    integers, errors = torch.empty_like(W), torch.empty_like(W)
-    for j, w in enumerate(W):
-        grain = (start + j) % SUPER_BLOCK // GRAIN
-        step, offset = steps.step[grain], steps.offset[grain]
-        target = w
-        if masks is not None:
-            masks.begin_column(start + j)
-            target = w * masks.kept[start + j]
-        q = torch.add(target, offset, out=integers[j]).mul_(steps.inverse[grain])
-        for rows, grid in steps.tables:
-            grid.nearest(q[rows])
-        q.round_().clamp_(steps.low, steps.high)
-        error = torch.mul(q, step, out=errors[j]).sub_(offset).sub_(w).div_(-U[j, j])
-        W[j + 1 :].addcmul_(U[j, j + 1 :, None], error, value=-1)
-    return integers, errors
 
 
 def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:

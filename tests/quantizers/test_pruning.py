@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantizers.codec import dequantize
+from quantizers.column_loop import Segment, column_loop
 from quantizers.descent import descend_kept
 from quantizers.formats import CODEBOOK_TYPES, FORMATS, QuantFormat
 from quantizers.grid import Scales
 from quantizers.hessian import damped, inverse_factor
 from quantizers.pruned import check_prunable, encode_pruned, prune_and_compensate
 from quantizers.pruning import MASK_BLOCK, ColumnMasks, Sparsity, group_mask, prune_columns, unstructured_mask
-from quantizers.sparsegpt import CompensationSettings, Segment, column_loop, conditional_importance, row_errors
+from quantizers.sparsegpt import CompensationSettings, conditional_importance, row_errors
 from quantizers.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
 from tests import ggml_reference
 from tests.quantizers.sparsegpt_reference import keep_all_but, keep_all_but_n, sparsegpt

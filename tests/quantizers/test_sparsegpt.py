@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from quantizers.codec import dequantize, fit_rows, quantize
+from quantizers.column_loop import Segment, column_loop
 from quantizers.formats import FORMATS, QuantFormat
 from quantizers.grid import GRIDS, Grid, Scales
 from quantizers.hessian import damped, inverse_factor
 from quantizers.sparsegpt import (
     CompensationSettings,
-    Segment,
-    column_loop,
     compensate,
     compensate_stack,
     conditional_importance,
