@@ -17,6 +17,15 @@ from tests.small_models import save_small_model
 FIRST, SECOND = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"
 
 
+def inputs_of(model: torch.nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
+    """float64 (tokens, columns) that a module reads in a plain forward of (n, T) token ids."""
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        model(ids)
+    return seen[0].flatten(0, 1).double()
+
+
 def test_tensors_that_read_the_same_input_share_one_hessian(small_bank: SmallBank) -> None:
     groups = [InputGroup.load(group_file(small_bank.directory, name)) for name in small_bank.groups]
     first = [tuple(name.removeprefix("model.layers.0.") for name in group.tensors) for group in groups[:4]]
@@ -31,13 +40,8 @@ def test_tensors_that_read_the_same_input_share_one_hessian(small_bank: SmallBan
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.4.self_attn.q_proj"])
 def test_hessians_equal_those_of_a_plain_forward_in_float64(name: str, small_bank: SmallBank) -> None:
-    ids = torch.from_numpy(small_bank.windows.windows["calibration"])
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    seen: list[torch.Tensor] = []
-    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.inference_mode():
-        model(ids)
-    x = seen[0].flatten(0, 1).double()
+    x = inputs_of(model, name, torch.from_numpy(small_bank.windows.windows["calibration"]))
     expected = x.T @ x / len(x)
     found = InputGroup.load(group_file(small_bank.directory, name)).hessian.double()
     assert (found - expected).norm() / expected.norm() < 1e-5
@@ -51,13 +55,8 @@ def test_calibration_gives_the_same_hessians_twice() -> None:
 
 def test_moments_equal_those_of_a_plain_forward_in_float64(small_bank: SmallBank) -> None:
     name = "model.layers.0.mlp.down_proj"
-    ids = torch.from_numpy(small_bank.windows.windows["calibration"])
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    seen: list[torch.Tensor] = []
-    model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.inference_mode():
-        model(ids)
-    x = seen[0].flatten(0, 1).double()
+    x = inputs_of(model, name, torch.from_numpy(small_bank.windows.windows["calibration"]))
     found = InputGroup.load(group_file(small_bank.directory, name)).statistics
     for measured, expected in (
         (found.mean, x.mean(0)),
@@ -90,11 +89,7 @@ def test_sequential_calibration_sees_the_outputs_of_quantized_blocks() -> None:
         weights = {name: model.get_parameter(name).data for name in group.tensors}
         for name, levels in compensate(weights, dict.fromkeys(weights, (FORMATS["Q2_K"],)), group.hessian).items():
             model.get_parameter(name).data = levels["Q2_K"].packed.dequantize()
-    seen: list[torch.Tensor] = []
-    model.get_submodule(SECOND).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.inference_mode():
-        model(windows)
-    x = seen[0].flatten(0, 1).double()
+    x = inputs_of(model, SECOND, windows)
     found = sequential[SECOND].hessian.double()
     assert (found - x.T @ x / len(x)).norm() < 1e-4 * found.norm()
     assert (found - parallel[SECOND].hessian.double()).norm() > 1e-2 * found.norm()
