@@ -1,8 +1,8 @@
 """The genomes a search starts from, and is never allowed to end worse than."""
 
-import re
 from collections.abc import Sequence
 
+from quantizers.formats import FORMATS, LEVEL_FORMATS
 from search.budget import Budget
 from search.exact import exact, greedy, lagrangian
 from search.repair import Repair
@@ -16,8 +16,9 @@ def pure_uniform(space: SearchSpace, budget: Budget) -> dict[str, Genome]:
     A gene without the level takes its next larger one, as llama.cpp does for rows that do not divide into blocks, or
     its largest. These may leave much of the budget unused.
     """
-    levels = sorted({quant_format.level for gene in space.genes for quant_format in gene.formats}, key=_bits)
-    genomes = {level: tuple(_choice_at(gene, _bits(level)) for gene in space.genes) for level in levels}
+    found = {quant_format.level for gene in space.genes for quant_format in gene.formats}
+    levels = sorted(found, key=lambda level: (_bits(level), level))
+    genomes = {level: tuple(_choice_at(gene, level) for gene in space.genes) for level in levels}
     return {level: genome for level, genome in genomes.items() if space.file_bytes(genome) <= budget.file_bytes}
 
 
@@ -44,14 +45,14 @@ def reference_genomes(space: SearchSpace, budget: Budget, seeds: dict[str, Genom
     return seeds | {f"uniform {level}": genome for level, genome in pure_uniform(space, budget).items()}
 
 
-def _bits(level: str) -> int:
-    """3 of "W3"."""
-    match = re.search(r"\d+", level)
-    assert match is not None, level
-    return int(match[0])
+def _bits(level: str) -> float:
+    """Bits per weight of the level's own type."""
+    return FORMATS[LEVEL_FORMATS[level]].bits_per_weight
 
 
-def _choice_at(gene: Gene, bits: int) -> int:
-    """The first choice of ``gene`` with at least ``bits``, else its largest."""
-    enough = (c for c, quant_format in enumerate(gene.formats) if _bits(quant_format.level) >= bits)
+def _choice_at(gene: Gene, level: str) -> int:
+    """The choice of ``gene`` at ``level``, else the first with at least its bits, else the largest."""
+    if level in (levels := [quant_format.level for quant_format in gene.formats]):
+        return levels.index(level)
+    enough = (c for c, quant_format in enumerate(gene.formats) if quant_format.bits_per_weight >= _bits(level))
     return next(enough, len(gene.formats) - 1)

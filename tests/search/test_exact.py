@@ -106,6 +106,17 @@ def test_a_uniform_level_takes_the_row_fallback_where_a_tensor_lacks_it() -> Non
     assert pure_uniform(space, largest) == {"W2": (0, 0), "W4": (1, 0), "W5": (2, 1), "W8": (2, 2)}
 
 
+def test_each_codebook_type_is_a_uniform_level_of_its_own() -> None:
+    space = SearchSpace.per_tensor({"a": (4, 256), "b": (4, 512)}, ("W2", "IQ2_XXS", "IQ2_S", "W3", "IQ3_S"), 0)
+    names = [f.name for f in space.genes[0].formats]
+    genomes = pure_uniform(space, Budget(space.file_bytes(space.largest())))
+    assert list(genomes) == ["IQ2_XXS", "IQ2_S", "W2", "IQ3_S", "W3"]
+    assert {level: names[genome[0]] for level, genome in genomes.items()} == {
+        "IQ2_XXS": "IQ2_XXS", "IQ2_S": "IQ2_S", "W2": "Q2_K", "IQ3_S": "IQ3_S", "W3": "Q3_K"
+    }  # fmt: skip
+    assert all(len(set(genome)) == 1 for genome in genomes.values())
+
+
 def test_below_every_uniform_level_the_uniform_seed_is_the_smallest_genome() -> None:
     space = SearchSpace.per_tensor({"a": (64, 256), "b": (64, 512)}, ("W2", "W4"), fixed_bytes=0)
     budget = Budget(space.file_bytes((0, 0)))
