@@ -23,7 +23,7 @@ run: $(STAMP) ## Search the embedded model and prove the result in llama.cpp (CO
 	@$(BIN)/bitgenome run $(CONFIG)
 
 test: $(STAMP) ## All tests that need no GPU and no minutes
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## The tests that take minutes: whole runs, killed and resumed
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
