@@ -56,14 +56,15 @@ Figures = dict[str, tuple[float, float]]  # step -> reconstruction error over po
 
 
 def uniform(plan: Plan, fmt: str) -> Genome:
-    """The genome whose every gene takes ``fmt``."""
-    return tuple([f.name for f in gene.formats].index(fmt) for gene in plan.space.genes)
+    """The genome whose every gene takes ``fmt``, or its largest type where rows do not divide into ``fmt``'s blocks."""
+    names = [[f.name for f in gene.formats] for gene in plan.space.genes]
+    return tuple(choices.index(fmt) if fmt in choices else len(choices) - 1 for choices in names)
 
 
-def common_formats(plan: Plan) -> list[str]:
-    """Formats that every tensor can take, smallest first."""
-    first, *rest = ([f.name for f in gene.formats] for gene in plan.space.genes)
-    return [name for name in first if all(name in names for names in rest)]
+def block_formats(plan: Plan) -> list[str]:
+    """Every format that some tensor can take, but floats, smallest first."""
+    found = {f for gene in plan.space.genes for f in gene.formats if not f.is_float}
+    return [f.name for f in sorted(found, key=lambda f: (f.bits_per_weight, f.name))]
 
 
 def with_quantization(plan: Plan, **changes: Any) -> Plan:
@@ -115,6 +116,8 @@ class Bench:
         for group in (InputGroup.load(group_file(self.calibration, name)) for name in self.groups):
             for name in group.tensors:
                 W = model.weight(name).data
+                if not FORMATS[fmt].fits(W.shape[1]):
+                    continue
                 decoded = dequantize(FORMATS[fmt], encode(FORMATS[fmt], W, group.hessian.diagonal().contiguous()))
                 error += float(row_errors(W - decoded, group.hessian).sum())
                 power += float(row_errors(W, group.hessian).sum())
@@ -131,7 +134,7 @@ class Bench:
 
 def measure(bench: Bench) -> dict[str, Figures]:
     """Format -> step -> figures."""
-    formats = common_formats(bench.plan)
+    formats = block_formats(bench.plan)
     figures: dict[str, Figures] = {fmt: {} for fmt in formats}
     for step in bench.setups:
         for fmt, e in zip(formats, bench.banked(step, formats, bench.test), strict=True):

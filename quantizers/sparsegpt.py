@@ -33,7 +33,8 @@ from quantizers.hessian import check_hessian, damped, inverse_factor
 from quantizers.vector_loop import VectorBlock, vector_loop
 
 DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
-BATCH_ROWS = 1024  # of all tensors together, each in all its formats
+BATCH_ROWS = 1024  # of all tensors together, each in all its formats: a CPU's cache holds them
+ACCELERATOR_BATCHES = 16  # times as many where every column is a kernel to launch
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def compensate_stack(
         importance = normalized_importance(importance, len(H), H.device)
     factored = Factored(damped(H, taken).float(), U.float(), importance)
     pieces: dict[tuple[str, str], list[Tensor]] = {}
-    for batch in row_batches({name: len(W) for name, W in weights.items()}, BATCH_ROWS):
+    limit = BATCH_ROWS * (1 if H.device.type == "cpu" else ACCELERATOR_BATCHES)
+    for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):
         part = {name: weights[name][rows] for name, rows in batch.items()}
         members = {fmt: [name for name in part if fmt in {f.name for f in formats[name]}] for fmt in wanted}
         for fmt, data in chain(
