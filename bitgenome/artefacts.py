@@ -21,7 +21,7 @@ from evaluators import bank as banks
 from evaluators import scaling
 from evaluators.activation_samples import SampleActivations
 from evaluators.activation_samples import readable as samples_readable
-from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, InputGroup, group_file, group_readable
+from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable, mean_squares
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.model_folder import ModelFolder
 from evaluators.stdlib_text import SPLITS, load_held_out
@@ -111,6 +111,14 @@ def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     atomic_write_bytes(run.path / WINDOWS_FILE, windows.to_bytes())
 
 
+def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
+    """Whether the list of groups ``done`` is there, and the file of each beside it is whole."""
+    if not done.is_file():
+        return False
+    names: list[str] = json.loads(done.read_text(encoding="utf-8"))
+    return all(readable(group_file(done.parent, name)) for name in names)
+
+
 def calibrate(
     plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track, upstream_level: str | None = None
 ) -> tuple[Path, list[str]]:
@@ -121,9 +129,7 @@ def calibrate(
     digest = digest_of(CALIBRATION_SCHEMA, *inputs)
     directory = shared_directory(plan.config, "calibration", digest)
     done = directory / GROUPS_FILE
-    if not done.is_file() or not all(
-        group_readable(group_file(directory, name)) for name in json.loads(done.read_text(encoding="utf-8"))
-    ):
+    if not all_readable(done, group_readable):
         windows_file = directory / WINDOWS_FILE
         atomic_write_bytes(windows_file, windows.to_bytes())
         task = Calibrate(plan.folder.path, windows_file, directory, upstream_level)
@@ -140,9 +146,7 @@ def sample_activations(
     directory = shared_directory(plan.config, "samples", digest_of(calibration.name, samples))
     files = tuple(group_file(calibration, name) for name in groups)
     done = directory / GROUPS_FILE
-    if not done.is_file() or not all(
-        samples_readable(group_file(directory, name)) for name in json.loads(done.read_text(encoding="utf-8"))
-    ):
+    if not all_readable(done, samples_readable):
         task = SampleActivations(plan.folder.path, windows.resolve(), files, directory, samples)
         for _ in track(pool.map([task]), 1, "sampling activations"):
             pass
@@ -155,9 +159,10 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
     """The importance matrix of the blocks, for llama-quantize; without the head, as llama-imatrix leaves it out."""
     names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
     importance = {}
-    for group in map(InputGroup.load, groups):
-        squares = group.hessian.diagonal().numpy()
-        importance.update({names[name]: squares for name in group.tensors if names[name].startswith("blk.")})
+    for group in groups:
+        squares = mean_squares(group).numpy()
+        members = [names[name] for name in banks.group_tensors(group)]
+        importance.update({name: squares for name in members if name.startswith("blk.")})
     text = windows.windows["calibration"]
     write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.source)
 

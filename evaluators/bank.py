@@ -116,23 +116,23 @@ class BuildBankGroup:
         H = group.hessian.to(next(iter(weights.values())).device)
         levels: dict[str, dict[str, Compensated]] = {}
         if dense:
-            stacked = torch.cat(list(dense.values()))
-            importance = scale_importance(self.importance, stacked, group, self.settings.damping)
+            importance = scale_importance(self.importance, dense, H, group.statistics, self.settings.damping)
             levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings, importance)
         if pruned:
             levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
         return levels
 
 
-def scale_importance(kind: Importance, W: Tensor, group: InputGroup, damping: float) -> Tensor | None:
-    """(columns,) of the kind, for all tensors of a group stacked in W (rows, columns); None is ``compensate``'s own."""
-    H = group.hessian.to(W.device)
+def scale_importance(
+    kind: Importance, weights: Mapping[str, Tensor], H: Tensor, statistics: InputStatistics, damping: float
+) -> Tensor | None:
+    """(columns,) of the kind, for all tensors of a group, whose input has H and moments; None: ``compensate``'s own."""
     if kind == "conditional":
         return None
     if kind == "hessian":
         return H.diagonal()
-    statistics = InputStatistics(**{name: t.to(W.device) for name, t in group.statistics.tensors().items()})
-    return combined_importance(channel_dimensions(W, H, statistics, damping))
+    moments = InputStatistics(**{name: t.to(H.device) for name, t in statistics.tensors().items()})
+    return combined_importance(channel_dimensions(torch.cat(list(weights.values())), H, moments, damping))
 
 
 def group_tensors(group: Path) -> tuple[str, ...]:

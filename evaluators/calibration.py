@@ -62,6 +62,13 @@ def group_file(directory: Path, name: str) -> Path:
     return directory / f"{name}.safetensors"
 
 
+def mean_squares(path: Path) -> Tensor:
+    """(columns,) of an input group's file, read without its Hessian."""
+    with safe_open(path, framework="pt") as file:
+        values: Tensor = file.get_tensor("mean_square")
+    return values
+
+
 def group_readable(path: Path) -> bool:
     """Whether the file of an input group is there and whole."""
     try:
@@ -160,16 +167,15 @@ def calibrate(
     for block in range(len(model.blocks)):
         model.load_block(block)
         recorder = _InputRecorder(dict(model.linears(block)))
-        outputs = []
-        for chunk in hidden:
-            outputs.append(model.run_block(block, chunk.to(device)).cpu())
+        inputs = hidden if upstream_level is None else list(hidden)  # kept only where the block runs once more
+        for index, chunk in enumerate(inputs):
+            hidden[index] = model.run_block(block, chunk.to(device)).cpu()
             recorder.end_pass()
         groups = list(recorder.groups())
         yield from groups
         if upstream_level is not None:
             quantize_block(model, groups, upstream_level)
-            outputs = [model.run_block(block, chunk.to(device)).cpu() for chunk in hidden]
-        hidden = outputs
+            hidden = [model.run_block(block, chunk.to(device)).cpu() for chunk in inputs]
         model.unload_block(block)
         log.info("calibrated block %d of %d", block + 1, len(model.blocks))
     head = _InputAccumulator(hidden[0].shape[-1], device)

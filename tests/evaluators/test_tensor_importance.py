@@ -44,10 +44,10 @@ def test_scales_are_fitted_under_the_importance_that_is_asked_for() -> None:
     statistics = StatisticsAccumulator(256)
     statistics.add(torch.randn(64, 256))
     group = InputGroup("g", ("w",), H, statistics.statistics())
-    assert scale_importance("conditional", W, group, 0.01) is None
-    assert torch.equal(scale_importance("hessian", W, group, 0.01), H.diagonal())  # type: ignore[arg-type]
+    assert scale_importance("conditional", {"w": W}, H, group.statistics, 0.01) is None
+    assert torch.equal(scale_importance("hessian", {"w": W}, H, group.statistics, 0.01), H.diagonal())  # type: ignore[arg-type]
     expected = combined_importance(channel_dimensions(W, H, group.statistics))
-    torch.testing.assert_close(scale_importance("five_dimensional", W, group, 0.01), expected)
+    torch.testing.assert_close(scale_importance("five_dimensional", {"w": W}, H, group.statistics, 0.01), expected)
     formats = {"w": [FORMATS["Q3_K"]]}
     default = compensate({"w": W}, formats, H)["w"]["Q3_K"]
     U, _ = inverse_factor(H, 0.01)
