@@ -4,9 +4,9 @@ Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ class Divergence:
     kl: float
     logit_mse: float
     perplexity: float
+    window_kl: tuple[float, ...] = ()  # ``kl`` of each window
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Divergence":
+        return cls(**{**record, "window_kl": tuple(record.get("window_kl", ()))})
 
 
 def chunk_positions(head: Tensor) -> int:
@@ -67,7 +72,8 @@ class Reference:
 
         Raises FloatingPointError if the candidate's logits are not finite.
         """
-        kl = mse = loss = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
+        mse = loss = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
+        kls = []
         rows = hidden.flatten(0, 1).split(self._step)
         for chunk, row, target in zip(
             self._cache or self._compute(), rows, self.targets.split(self._step), strict=True
@@ -78,15 +84,17 @@ class Reference:
             difference = logits.sub_(chunk.logits)
             mse = mse + difference.flatten().dot(difference.flatten()).double()
             chunk_kl, log_ratio = kl_of_differences(chunk.probs, difference)
-            kl = kl + chunk_kl.sum()
+            kls.append(chunk_kl)
             loss = loss - (target_logits - (chunk.log_sum.double() + log_ratio)[followed]).sum()
-        if not bool(torch.isfinite(kl)):
+        window_kl = torch.cat(kls).reshape(hidden.shape[:2]).mean(-1)
+        if not bool(window_kl.isfinite().all()):
             raise FloatingPointError("the quantized model's logits are not finite")
         positions = len(self.hidden)
         return Divergence(
-            float(kl) / positions,
+            float(window_kl.mean()),
             float(mse) / positions / len(self.head),
             math.exp(float(loss) / int((self.targets >= 0).sum())),
+            tuple(window_kl.tolist()),
         )
 
 

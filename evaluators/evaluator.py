@@ -49,7 +49,7 @@ class GenomeEvaluator:
 
     def ids(self, fidelity: Fidelity) -> Tensor:
         """(B, T) token ids of a fidelity."""
-        return torch.from_numpy(self.windows.take(fidelity.split, fidelity.tokens))
+        return torch.from_numpy(self.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
 
     def reference(self, fidelity: Fidelity) -> Reference:
         """Full-precision outputs; kept for the last two fidelities."""
@@ -103,6 +103,8 @@ class GenomeEvaluator:
             file_bytes=size,
             split=fidelity.split,
             tokens=fidelity.tokens,
+            draw=fidelity.draw,
+            window_kl=measured.window_kl,
             seconds=time.perf_counter() - started,
         )
 

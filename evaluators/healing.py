@@ -167,7 +167,7 @@ class Healed:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Healed":
         after = record["after"]
-        return cls(Divergence(**record["before"]), None if after is None else Divergence(**after))
+        return cls(Divergence.from_json(record["before"]), None if after is None else Divergence.from_json(after))
 
 
 @dataclass(frozen=True)

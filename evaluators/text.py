@@ -28,10 +28,14 @@ class TokenWindows:
     windows: Mapping[str, np.ndarray]
     digest: str
 
-    def take(self, split: str, tokens: int) -> np.ndarray:
-        """The first windows of ``split`` that hold ``tokens`` tokens, at least one."""
+    def take(self, split: str, tokens: int, draw: int = 0) -> np.ndarray:
+        """The first windows of ``split`` that hold ``tokens`` tokens, at least one.
+
+        ``draw`` numbers the random order of the windows; 0 is the one they have.
+        """
         rows = self.windows[split]
-        return rows[: max(1, tokens // rows.shape[1])]
+        count = max(1, tokens // rows.shape[1])
+        return rows[:count] if draw == 0 else rows[np.random.default_rng(draw).permutation(len(rows))[:count]]
 
     def to_bytes(self) -> bytes:
         return save(dict(self.windows), metadata={"digest": self.digest})

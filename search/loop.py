@@ -14,7 +14,7 @@ from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
 from search.types import Evaluation, Fidelity, Genome, Strategy
 
-Evaluate = Callable[[Sequence[Genome], Fidelity], Iterator[Evaluation]]  # results in the order of the genomes
+Evaluate = Callable[[Sequence[Genome], Fidelity], Iterator[Evaluation]]  # each genome once, in any order
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def run_search(
 ) -> Evaluation:
     """Run ``strategy`` to its end, from ``checkpoint`` where there is one; the best evaluation.
 
-    Raises ValueError if ``evaluate`` answers out of order or short, or if no genome has a finite loss.
+    Raises ValueError if ``evaluate`` leaves out a genome or answers one twice, or if no genome has a finite loss.
     """
     saved = checkpoint.load() or {"generation": 0, "strategy": None}
     generation = saved["generation"]
@@ -67,16 +67,17 @@ def evaluate_missing(
 ) -> list[Evaluation]:
     """Evaluations of ``genomes`` in their order, from ``log`` where it has them; the others are appended as they come.
 
-    Raises ValueError if ``evaluate`` answers out of order or short.
+    Raises ValueError if ``evaluate`` leaves out a genome or answers one twice.
     """
     missing = [genome for genome in dict.fromkeys(genomes) if log.get(genome, fidelity) is None]
-    answers = evaluate(missing, fidelity) if missing else iter(())
-    for genome in missing:
-        answer = next(answers, None)
-        if answer is None or (answer.genome, answer.fidelity) != (genome, fidelity):
-            raise ValueError(f"evaluate must answer genomes in order: expected {genome} at {fidelity}, found {answer}")
+    waiting = set(missing)
+    for answer in evaluate(missing, fidelity) if missing else iter(()):
+        if answer.genome not in waiting or answer.fidelity != fidelity:
+            raise ValueError(f"evaluate must answer each genome once at {fidelity}, found {answer}")
+        waiting.remove(answer.genome)
         log.append(answer)
-    next(answers, None)  # lets a generator finish: its last progress line, its cleaning up
+    if waiting:
+        raise ValueError(f"evaluate must answer each genome once at {fidelity}, found {len(waiting)} without an answer")
     log.sync()
     found = (log.get(genome, fidelity) for genome in genomes)
     return [evaluation for evaluation in found if evaluation is not None]

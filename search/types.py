@@ -83,10 +83,14 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How much text an evaluation reads. Losses of different fidelity are never ranked together."""
+    """Which text an evaluation reads. Losses of different fidelity are never ranked together.
+
+    Fewer ``tokens`` of the same ``draw`` are a part of more, so that a ladder of fidelities reads nested text.
+    """
 
     split: str  # "search", "validation" or "test"
     tokens: int
+    draw: int = 0  # number of the seeded random order that the split's windows are taken in; 0: as they are
 
 
 @dataclass(frozen=True)
@@ -103,21 +107,23 @@ class Evaluation:
     split: str
     tokens: int
     seconds: float = 0.0
+    draw: int = 0
+    window_kl: tuple[float, ...] = ()  # ``kl`` of every window of text, in its order: what standard errors are made of
 
     @property
     def fidelity(self) -> Fidelity:
-        return Fidelity(self.split, self.tokens)
+        return Fidelity(self.split, self.tokens, self.draw)
 
     def to_json(self) -> dict[str, Any]:
         """Strict JSON: a number that is not finite becomes null, and NaN when it is read again."""
         record = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
-        return {**record, "genome": list(self.genome)}
+        return {**record, "genome": list(self.genome), "window_kl": list(self.window_kl)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Evaluation":
         """Raises KeyError or TypeError for a record that is no evaluation."""
         fields: dict[str, Any] = {key: nan if value is None else value for key, value in record.items()}
-        return cls(**fields | {"genome": tuple(record["genome"])})
+        return cls(**fields | {"genome": tuple(record["genome"]), "window_kl": tuple(record.get("window_kl", ()))})
 
 
 class Strategy(Protocol):

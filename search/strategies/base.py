@@ -4,6 +4,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from itertools import takewhile
 from typing import Any
 
@@ -75,7 +76,7 @@ class BatchStrategy(ABC):
             "rng": rng_to_json(self.rng),
             "told": [[[list(g), loss if math.isfinite(loss) else None] for g, loss in batch] for batch in self.told],
             "batch": None if self._batch is None else [list(genome) for genome in self._batch],
-            "fidelity": None if self._fidelity is None else [self._fidelity.split, self._fidelity.tokens],
+            "fidelity": None if self._fidelity is None else list(astuple(self._fidelity)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -58,3 +58,13 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     other[0, 3, 5] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         Reference(hidden, head, ids).compare(other, head)
+
+
+def test_the_divergence_of_a_text_is_the_mean_of_its_windows() -> None:
+    hidden, head, other, ids = case(0.1)
+    whole = Reference(hidden, head, ids).compare(other, head)
+    each = [
+        Reference(h[None], head, i[None]).compare(o[None], head).kl for h, o, i in zip(hidden, other, ids, strict=True)
+    ]
+    assert whole.window_kl == pytest.approx(each, rel=1e-5)
+    assert whole.kl == pytest.approx(sum(each) / len(each), rel=1e-5)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evaluators.model_folder import ModelFolder
@@ -67,3 +68,11 @@ def test_the_same_file_for_two_splits_is_refused(tmp_path: Path) -> None:
     path.write_text("text\n")
     with pytest.raises(TextError, match="splits must be disjoint"):
         file_documents({"search": path, "test": path})
+
+
+def test_a_draw_is_a_new_order_of_all_windows_and_fewer_tokens_of_it_are_a_part_of_more() -> None:
+    windows = TokenWindows({"search": np.arange(64).reshape(16, 4)}, "digest")
+    whole = [windows.take("search", 64, draw) for draw in range(3)]
+    assert all(sorted(rows[:, 0]) == sorted(whole[0][:, 0]) for rows in whole)
+    assert not np.array_equal(whole[1], whole[2])
+    assert np.array_equal(windows.take("search", 20, 2), whole[2][:5])
