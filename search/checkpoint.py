@@ -9,7 +9,7 @@ from typing import Any
 from search.errors import UserError
 from search.files import atomic_write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The words of a search: gene, genome, space, budget, evaluation and the strategy protocol."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import isfinite, nan, prod
-from typing import Any, Protocol
+from dataclasses import asdict, astuple, dataclass
+from math import inf, isfinite, nan, prod
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -124,6 +124,27 @@ class Evaluation:
         """Raises KeyError or TypeError for a record that is no evaluation."""
         fields: dict[str, Any] = {key: nan if value is None else value for key, value in record.items()}
         return cls(**fields | {"genome": tuple(record["genome"]), "window_kl": tuple(record.get("window_kl", ()))})
+
+
+class Scored(NamedTuple):
+    """A genome with its loss, infinite where it has none, and the text that the loss was read on."""
+
+    genome: Genome
+    loss: float
+    fidelity: Fidelity
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> "Scored":
+        loss = evaluation.loss if isfinite(evaluation.loss) else inf
+        return cls(evaluation.genome, loss, evaluation.fidelity)
+
+    def to_json(self) -> list[Any]:
+        return [list(self.genome), self.loss if isfinite(self.loss) else None, list(astuple(self.fidelity))]
+
+    @classmethod
+    def from_json(cls, record: Sequence[Any]) -> "Scored":
+        genome, loss, fidelity = record
+        return cls(tuple(genome), inf if loss is None else loss, Fidelity(*fidelity))
 
 
 class Strategy(Protocol):

@@ -1,18 +1,16 @@
 """What every strategy shares: the ask/tell protocol, novelty and JSON state. A strategy adds only what to try next."""
 
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from itertools import takewhile
 from typing import Any
 
 from search.repair import Repair
 from search.rng import rng_from_json, rng_to_json
-from search.types import Evaluation, Fidelity, Genome
+from search.types import Evaluation, Fidelity, Genome, Scored
 
-Batch = list[tuple[Genome, float]]  # in the order of ask; the loss is infinite where an evaluation has none
+Batch = list[Scored]  # in the order of ask
 
 NOVELTY_TRIES = 40  # candidates drawn before the space counts as having no new genome
 
@@ -31,7 +29,6 @@ class BatchStrategy(ABC):
         self.told: list[Batch] = []
         self._batch: list[Genome] | None = None
         self._seen: set[Genome] = set()  # told, or in the batch
-        self._fidelity: Fidelity | None = None
 
     @property
     @abstractmethod
@@ -67,16 +64,15 @@ class BatchStrategy(ABC):
                 f"found {len(found)}, of which the first {same} are as asked"
             )
         self._check_fidelity({evaluation.fidelity for evaluation in evaluations})
-        self._take([(e.genome, e.loss if math.isfinite(e.loss) else math.inf) for e in evaluations])
+        self._take([Scored.of(evaluation) for evaluation in evaluations])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable state, with the random state."""
         return {
             "strategy": type(self).__name__,
             "rng": rng_to_json(self.rng),
-            "told": [[[list(g), loss if math.isfinite(loss) else None] for g, loss in batch] for batch in self.told],
+            "told": [[scored.to_json() for scored in batch] for batch in self.told],
             "batch": None if self._batch is None else [list(genome) for genome in self._batch],
-            "fidelity": None if self._fidelity is None else list(astuple(self._fidelity)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +82,6 @@ class BatchStrategy(ABC):
         for batch in self._batches_of(state):
             self._take(batch)
         self.rng = rng_from_json(state["rng"])
-        self._fidelity = self._fidelity_of(state)
         self._batch = None if state["batch"] is None else [tuple(genome) for genome in state["batch"]]
         self._seen.update(self._batch or ())
 
@@ -95,11 +90,10 @@ class BatchStrategy(ABC):
         self.told = []
         self._batch = None
         self._seen = set()
-        self._fidelity = None
 
     def _take(self, batch: Batch) -> None:
         self.told.append(batch)
-        self._seen.update(genome for genome, _ in batch)
+        self._seen.update(scored.genome for scored in batch)
         self._batch = None
         self._learn(batch)
 
@@ -109,19 +103,14 @@ class BatchStrategy(ABC):
 
     @staticmethod
     def _batches_of(state: Mapping[str, Any]) -> list[Batch]:
-        return [[(tuple(g), math.inf if loss is None else loss) for g, loss in batch] for batch in state["told"]]
-
-    @staticmethod
-    def _fidelity_of(state: Mapping[str, Any]) -> Fidelity | None:
-        return None if state["fidelity"] is None else Fidelity(*state["fidelity"])
+        return [[Scored.from_json(record) for record in batch] for batch in state["told"]]
 
     def _check_fidelity(self, found: set[Fidelity]) -> None:
-        expected = self._fidelity or next(iter(found))
+        expected = self.told[0][0].fidelity if self.told else next(iter(found))
         if found != {expected}:
             raise ValueError(
                 f"losses of different fidelity are never ranked together: expected {expected}, found {found}"
             )
-        self._fidelity = expected
 
     def _feasible(self, genome: Genome) -> Genome:
         """``genome`` repaired to the budget, then filled to the brim."""

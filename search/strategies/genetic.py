@@ -128,7 +128,7 @@ class GeneticStrategy(BatchStrategy):
 
     def _learn(self, batch: Batch) -> None:
         """Parents of the next generation: the elites of the run, then the best of this generation."""
-        newcomers = [Individual(genome, loss) for genome, loss in batch]
+        newcomers = [Individual(scored.genome, scored.loss) for scored in batch]
         elites = tools.selBest(self._parents + newcomers, self.settings.elites)
         others = [individual for individual in tools.selBest(newcomers, len(newcomers)) if individual not in elites]
         self._parents = (elites + others)[: self.settings.population]
@@ -161,7 +161,7 @@ class GeneticStrategy(BatchStrategy):
 
     def _promising(self, brood: list[Genome], places: int) -> list[Genome]:
         """The best of ``brood`` in each of ``places`` strata, so that not all places go to one surrogate's whim."""
-        told = [(genome, loss) for batch in self.told for genome, loss in batch if math.isfinite(loss)]
+        told = [(s.genome, s.loss) for batch in self.told for s in batch if math.isfinite(s.loss)]
         if not told:
             return brood[:places]
         losses = Surrogate(told, self._table)(brood)

@@ -67,9 +67,8 @@ class OptunaStrategy(BatchStrategy):
         self._check_name(state)
         self._start()
         for batch in self._batches_of(state):
-            self._expect([genome for genome, _ in batch])
+            self._expect([scored.genome for scored in batch])
             self._take(batch)
-        self._fidelity = self._fidelity_of(state)
         if state["batch"] is not None:
             self._expect([tuple(genome) for genome in state["batch"]])
         if rng_to_json(self.rng) != state["rng"]:
@@ -121,9 +120,9 @@ class OptunaStrategy(BatchStrategy):
         return trial, genome
 
     def _learn(self, batch: Batch) -> None:
-        for trial, (_, loss) in zip(self._trials, batch, strict=True):
-            if math.isfinite(loss):
-                self._study.tell(trial, loss)
+        for trial, scored in zip(self._trials, batch, strict=True):
+            if math.isfinite(scored.loss):
+                self._study.tell(trial, scored.loss)
             else:
                 self._study.tell(trial, state=TrialState.FAIL)
         if self._journal is not None:

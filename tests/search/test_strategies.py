@@ -123,7 +123,7 @@ class TestOptunaStrategy(StrategyContract):
         trials = optuna.load_study(
             study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(journal)))
         ).trials
-        told = [genome for batch in resumed.told for genome, _ in batch]
+        told = [scored.genome for batch in resumed.told for scored in batch]
         assert [tuple(t.user_attrs["genome"]) for t in trials if t.state.name == "COMPLETE"] == told
 
     def test_a_state_of_another_seed_is_refused(self) -> None:
