@@ -1,0 +1,65 @@
+"""How far a loss, or the difference of two, is known from the text it was read on.
+
+A KL is a mean over n windows of text, x_1 .. x_n, and windows are nearly independent samples of all text:
+
+    mean = sum_i x_i / n        standard error = sqrt(sum_i (x_i - mean)^2 / (n (n - 1)))
+
+Two genomes read on the same windows share what makes a window hard, so their difference is taken window by window,
+x_i = a_i - b_i, and is known many times better than either KL. Few windows also estimate their own spread badly: what
+is meant to hold in a given share of cases takes Student's t with n - 1 degrees of freedom in place of the normal.
+"""
+
+from dataclasses import dataclass
+from math import inf, sqrt
+
+import numpy as np
+from scipy.stats import norm, t
+
+from search.types import Evaluation
+
+ONE_SIGMA = float(norm.cdf(1) - norm.cdf(-1))  # 0.683: the confidence of one standard error of a normal
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over windows of text, in nats per token, and its standard error: infinite for a single window."""
+
+    mean: float
+    standard_error: float
+    windows: int
+
+    def margin(self, confidence: float = ONE_SIGMA) -> float:
+        """Half of the interval that holds the mean over all text with ``confidence``: t_{n-1} standard errors."""
+        if self.windows < 2:
+            return inf
+        return float(t.ppf((1 + confidence) / 2, self.windows - 1)) * self.standard_error
+
+
+def kl_estimate(evaluation: Evaluation) -> Estimate:
+    """KL of one evaluation. Raises ValueError if it holds no KL by window."""
+    return _estimate(_windows(evaluation))
+
+
+def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
+    """KL of ``a`` less that of ``b`` over the windows that both have read: the shorter is a part of the longer.
+
+    Raises ValueError for evaluations of different text, or without KL by window.
+    """
+    if (a.split, a.draw) != (b.split, b.draw):
+        raise ValueError(f"expected two evaluations of the same text, found {a.fidelity} and {b.fidelity}")
+    windows = min(len(a.window_kl), len(b.window_kl))
+    return _estimate(_windows(a)[:windows] - _windows(b)[:windows])
+
+
+def _windows(evaluation: Evaluation) -> np.ndarray:
+    """(n,) KL by window."""
+    if not evaluation.window_kl:
+        raise ValueError(f"expected an evaluation with its KL by window, found none at {evaluation.fidelity}")
+    return np.array(evaluation.window_kl)
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    """Of the mean of ``values`` (n,)."""
+    n = len(values)
+    error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else inf
+    return Estimate(float(values.mean()), error, n)
