@@ -111,7 +111,7 @@ class Bench:
         model.load_all()
         ids = torch.from_numpy(self.windows.take(self.test.split, self.test.tokens))
         full = final_hidden(model, ids)
-        reference = Reference(full, model.head_weight.data, ids)
+        reference = Reference(full, model.head, ids)
         error = power = 0.0
         for group in (InputGroup.load(group_file(self.calibration, name)) for name in self.groups):
             for name in group.tensors:
@@ -122,7 +122,7 @@ class Bench:
                 error += float(row_errors(W - decoded, group.hessian).sum())
                 power += float(row_errors(W, group.hessian).sum())
                 model.weight(name).data = decoded
-        return error / power, reference.compare(final_hidden(model, ids), model.head_weight).kl
+        return error / power, reference.compare(final_hidden(model, ids), model.head).kl
 
     def healed(self, evaluation: Evaluation) -> float:
         shape = self.windows.windows["calibration"].shape

@@ -124,7 +124,7 @@ def measure(plan: Plan, groups: list[InputGroup], ids: Tensor, console: Console)
     """The full model's own figures, and a row for every method."""
     model = BlockModel(plan.folder, best_device())
     model.load_all()
-    head = model.head_weight.data
+    head = model.head
     full = final_hidden(model, ids)
     reference = Reference(full, head, ids)
     weights = {name: model.weight(name).data for group in groups for name in group.tensors}

@@ -161,12 +161,12 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str
     ids = torch.from_numpy(windows)
     model = BlockModel(folder, best_device())
     model.load_all()
-    full_head = model.head_weight.data
+    full_head = model.head
     full = final_hidden(model, ids)
     for name, weight in weights.items():
         model.weight(name).data = weight.to(model.device)
     simulated = final_hidden(model, ids)
-    head = model.head_weight.data
+    head = model.head
     reference = Reference(full, full_head, ids)
     eight_bit_kl = eight_bit = None
     if activations == "q8":

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.masking_utils import create_sliding_window_causal_mask
 
+from evaluators.block_arguments import BlockArguments, attention_of
+from evaluators.head import Head
 from evaluators.model_folder import ModelFolder, ModelFolderError
 
 
@@ -17,24 +18,29 @@ class BlockModel:
     """Embedding, decoder blocks, final norm and head of a model folder, float32, loaded part by part.
 
     Nothing is in memory until ``load_block`` or ``load_ends`` is called, so that a caller which keeps one block at a
-    time needs the memory of one block. Raises ModelFolderError if transformers cannot build the architecture.
+    time needs the memory of one block. Raises ModelFolderError for a model type that does not run so (see
+    ``evaluators.block_arguments``), or that transformers cannot build.
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device):
         self.folder = folder
         self.device = device
+        attention = attention_of(folder)
         try:
             self.config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                    self.config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
                 )
         except (ValueError, KeyError, OSError) as error:
             raise ModelFolderError(f"expected an architecture that transformers knows, found {error}") from None
         self.model.eval().requires_grad_(False)
         self.decoder = self.model.get_decoder()
         self.blocks: nn.ModuleList = self.decoder.layers
-        self.rotary = type(self.decoder.rotary_emb)(config=self.config).to(device)
+        self._arguments = BlockArguments(self.decoder, self.config)
+        embedding = self.decoder.embed_tokens
+        if hasattr(embedding, "embed_scale"):  # Gemma's, a buffer that is not in the weights
+            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
         self._names = {id(module): name for name, module in self.model.named_modules()}
 
     @property
@@ -92,34 +98,22 @@ class BlockModel:
         return self.model.get_parameter(name)
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, D) matrix that turns final hidden states into logits."""
-        return self.weight(self.head_name)
+    def head(self) -> Head:
+        """What turns final hidden states into logits, with the weight (V, D) that is loaded now."""
+        return self.head_with(self.weight(self.head_name).data)
+
+    def head_with(self, weight: Tensor) -> Head:
+        """The same with another ``weight`` (V, D)."""
+        return Head(weight, getattr(self.config, "final_logit_softcapping", None))
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, D)."""
         return self.decoder.embed_tokens(ids.to(self.device))
 
     def run_block(self, block: int, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) through one block, causal over whole windows."""
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        return self.blocks[block](
-            hidden,
-            attention_mask=self._mask(block, hidden, positions),
-            position_ids=positions,
-            position_embeddings=self.rotary(hidden, positions),
-        )
-
-    def _mask(self, block: int, hidden: Tensor, positions: Tensor) -> Tensor | None:
-        """None is plain causal attention; a window shorter than the text needs a mask of its own."""
-        window = getattr(self.blocks[block].self_attn, "sliding_window", None)
-        if self.config.model_type == "mistral":
-            window = self.config.sliding_window
-        if not window or window >= hidden.shape[1]:
-            return None
-        return create_sliding_window_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
+        """(B, T, D) -> (B, T, D) through one block, over whole windows."""
+        output: Tensor = self.blocks[block](hidden, **self._arguments(block, hidden))
+        return output
 
     def run_from(self, block: int, hidden: Tensor) -> Tensor:
         """(B, T, D) input of ``block`` -> (B, T, D) final hidden states after the output norm."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evaluators.divergence import chunk_positions
+from evaluators.head import Head
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class DistillationLoss:
     temperature: float = 1.0
     alpha: float = 0.0
 
-    def __call__(self, hidden: Tensor, head: Tensor, reference: Tensor, reference_head: Tensor, ids: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor) -> Tensor:
         """Scalar loss, differentiable in ``hidden`` (B, T, D) alone.
 
         ``reference`` (B, T, D) are the full-precision model's final hidden states, ``head`` and ``reference_head``
-        (V, D) the two heads, ``ids`` (B, T) the tokens.
+        the two heads, ``ids`` (B, T) the tokens.
         """
         targets = torch.full_like(ids, -1)
         targets[:, :-1] = ids[:, 1:]
@@ -46,9 +47,9 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        head: Tensor,
+        head: Head,
         reference: Tensor,
-        reference_head: Tensor,
+        reference_head: Head,
         targets: Tensor,
         loss: DistillationLoss,
     ) -> Tensor:
@@ -58,15 +59,15 @@ class _ChunkedLoss(torch.autograd.Function):
         step = chunk_positions(head)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            p = (reference[rows] @ reference_head.T).div_(loss.temperature)
-            q = hidden[rows] @ head.T
+            p = reference_head(reference[rows]).div_(loss.temperature)
+            q = head(hidden[rows])
             value, logits_gradient = _soft(p, q, loss.temperature)
             weight = (1 - loss.alpha) / len(hidden)
             total += weight * value
             logits_gradient.mul_(weight)
             if loss.alpha and followed:
                 total += loss.alpha / followed * _add_hard(q, targets[rows], logits_gradient, loss.alpha / followed)
-            torch.mm(logits_gradient, head, out=gradient[rows])
+            head.hidden_gradient(q, logits_gradient, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total.to(hidden.dtype)
 

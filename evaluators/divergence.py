@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evaluators.head import Head
+
 CHUNK_LOGITS = 1 << 20  # logits of one chunk: four megabytes, which stay in a CPU's cache
 MIN_CHUNK = 64  # positions, for large vocabularies
 CACHE_BYTES = 1 << 28  # reference logits and probabilities are kept up to this size, else recomputed chunk by chunk
@@ -30,9 +32,9 @@ class Divergence:
         return cls(**{**record, "window_kl": tuple(record.get("window_kl", ()))})
 
 
-def chunk_positions(head: Tensor) -> int:
-    """Positions of one chunk whose logits with ``head`` (V, D) stay small."""
-    return max(MIN_CHUNK, CHUNK_LOGITS // len(head))
+def chunk_positions(head: Head) -> int:
+    """Positions of one chunk whose logits stay small."""
+    return max(MIN_CHUNK, CHUNK_LOGITS // len(head.weight))
 
 
 class _Chunk(NamedTuple):
@@ -44,31 +46,31 @@ class _Chunk(NamedTuple):
 
 
 class Reference:
-    """Final hidden states (P, D) and head (V, D) of the full-precision model, and the token that follows each position.
+    """Final hidden states (P, D) and head of the full-precision model, and the token that follows each position.
 
     ``targets`` (P,) holds -1 where nothing follows.
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor):
+    def __init__(self, hidden: Tensor, head: Head, ids: Tensor):
         self.hidden = hidden.flatten(0, 1)
         self.head = head
         self.targets = torch.full_like(ids, -1)
         self.targets[:, :-1] = ids[:, 1:]
         self.targets = self.targets.flatten().to(hidden.device)
         self._step = chunk_positions(head)
-        cached = 2 * len(self.hidden) * len(head) * head.element_size() <= CACHE_BYTES
+        cached = 2 * len(self.hidden) * len(head.weight) * head.weight.element_size() <= CACHE_BYTES
         self._cache = list(self._compute()) if cached else None
 
     @torch.inference_mode()
     def _compute(self) -> Iterator[_Chunk]:
         for hidden in self.hidden.split(self._step):
-            logits = hidden @ self.head.T
+            logits = self.head(hidden)
             log_sum = logits.logsumexp(-1)
             yield _Chunk(logits, (logits - log_sum[:, None]).exp_(), log_sum)
 
     @torch.inference_mode()
-    def compare(self, hidden: Tensor, head: Tensor) -> Divergence:
-        """Divergence of a model with final ``hidden`` states (B, T, D) and ``head`` (V, D) from this reference.
+    def compare(self, hidden: Tensor, head: Head) -> Divergence:
+        """Divergence of a model with final ``hidden`` states (B, T, D) and ``head`` from this reference.
 
         Raises FloatingPointError if the candidate's logits are not finite.
         """
@@ -78,7 +80,7 @@ class Reference:
         for chunk, row, target in zip(
             self._cache or self._compute(), rows, self.targets.split(self._step), strict=True
         ):
-            logits = row @ head.T
+            logits = head(row)
             followed = (target >= 0).nonzero()[:, 0]
             target_logits = logits[followed, target[followed]].double()
             difference = logits.sub_(chunk.logits)
@@ -92,7 +94,7 @@ class Reference:
         positions = len(self.hidden)
         return Divergence(
             float(window_kl.mean()),
-            float(mse) / positions / len(self.head),
+            float(mse) / positions / len(self.head.weight),
             math.exp(float(loss) / int((self.targets >= 0).sum())),
             tuple(window_kl.tolist()),
         )

@@ -59,7 +59,7 @@ class GenomeEvaluator:
             hidden = final_hidden(self.block_model, ids)
             while len(self._references) > 1:
                 del self._references[next(iter(self._references))]
-            head = self.simulated.full_weight(self.block_model.head_name)
+            head = self.block_model.head_with(self.simulated.full_weight(self.block_model.head_name))
             self._references[fidelity] = Reference(hidden, head, ids)
         return self._references[fidelity]
 
@@ -69,7 +69,7 @@ class GenomeEvaluator:
         reference = self.reference(fidelity)
         self.simulated.set_formats(formats)
         hidden = self.simulated.head_input(final_hidden(self.block_model, self.ids(fidelity)))
-        return reference.compare(hidden, self.block_model.head_weight)
+        return reference.compare(hidden, self.block_model.head)
 
     def reconstruction(self, formats: dict[str, QuantFormat]) -> float:
         """Sum of Hessian-weighted errors over the sum of the outputs' own power, over the given tensors."""
@@ -127,7 +127,7 @@ class GenomeEvaluator:
             if prefix is None:
                 prefix = chunked(self.block_model.embed, self.ids(fidelity))
             hidden = chunked(partial(self.block_model.run_from, block), prefix)
-            measured = reference.compare(self.simulated.head_input(hidden), self.block_model.head_weight)
+            measured = reference.compare(self.simulated.head_input(hidden), self.block_model.head)
             entries = [self.bank.entry(name, fmt) for name in tensors]
             error, power = sum(e.error for e in entries), sum(e.power for e in entries)
             records.append(

@@ -67,12 +67,10 @@ class HealGradient:
         model = evaluator.block_model
         evaluator.simulated.set_formats(genome_formats(evaluator.space, self.genome))
         ids = calibration_ids(evaluator, self.rows).to(model.device)
-        reference_head = evaluator.simulated.full_weight(model.head_name)
+        reference_head = model.head_with(evaluator.simulated.full_weight(model.head_name))
         with tunable(model, self.floats) as parameters, repeatable_attention(model.device):
             hidden = evaluator.simulated.head_input(model.run_from(0, model.embed(ids)))
-            self.loss(
-                hidden, model.head_weight.detach(), self.reference.to(model.device), reference_head, ids
-            ).backward()
+            self.loss(hidden, model.head, self.reference.to(model.device), reference_head, ids).backward()
             return {name: gradient_of(parameter) for name, parameter in parameters.items()}
 
 

@@ -19,6 +19,7 @@ from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
 from evaluators.divergence import Reference
 from evaluators.evaluator import EvaluatorSetup
+from evaluators.head import Head
 from evaluators.healing import Healed
 from evaluators.model_folder import ModelFolder
 from evaluators.simulated import chunked, genome_formats
@@ -175,9 +176,9 @@ class _Stream:
         model, loss = self.model, self.task.settings.loss
         model.load_ends()
         self.advance(FULL, model.decoder.norm)
-        full_head = model.head_weight.data
+        full_head = model.head
         self.decode(model, [model.head_name])
-        head = model.head_weight.data
+        head = model.head
         self.advance(PLAIN, model.decoder.norm)
         inputs, targets = self.tracks[f"{CALIBRATION}/{HEALED}"], self.tracks[f"{CALIBRATION}/{FULL}"]
 
@@ -195,7 +196,7 @@ class _Stream:
         self.save(len(model.blocks) + 1)
         return figures
 
-    def figures(self, split: str, full_head: Tensor, head: Tensor) -> Healed:
+    def figures(self, split: str, full_head: Head, head: Head) -> Healed:
         tracks = {kind: self.tracks[f"{split}/{kind}"].to(self.device) for kind in (FULL, PLAIN, HEALED)}
         reference = Reference(tracks[FULL], full_head, self.ids[split])
         plain, healed = (self.head_input(tracks[kind]) for kind in (PLAIN, HEALED))

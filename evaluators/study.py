@@ -16,6 +16,7 @@ from evaluators.block_model import BlockModel
 from evaluators.calibration import InputGroup, group_file
 from evaluators.devices import best_device
 from evaluators.divergence import Reference
+from evaluators.head import Head
 from evaluators.model_folder import ModelFolder
 from evaluators.simulated import chunked
 from evaluators.study_layer import LayerInput, LayerRecord, StudyLayer, record_of
@@ -77,8 +78,8 @@ class MethodBench:
         self.full_perplexity = self.reference.compare(hidden, head).perplexity
 
     @torch.inference_mode()
-    def _run(self, treat: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        """Final hidden states (B, T, D) and head (V, D), with ``treat`` called for each block once it is loaded."""
+    def _run(self, treat: Callable[[int], None]) -> tuple[Tensor, Head]:
+        """Final hidden states (B, T, D) and head, with ``treat`` called for each block once it is loaded."""
         self.model.load_ends()
         for end in (-1, len(self.model.blocks)):
             treat(end)
@@ -88,7 +89,7 @@ class MethodBench:
             treat(block)
             hidden = chunked(partial(self.model.run_block, block), hidden)
             self.model.unload_block(block)
-        return chunked(self.model.decoder.norm, hidden), self.model.head_weight.data
+        return chunked(self.model.decoder.norm, hidden), self.model.head
 
     def measure(self, method: Method) -> MethodResult:
         """Raises FloatingPointError if weights or logits are not finite."""

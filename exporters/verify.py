@@ -6,10 +6,12 @@ Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary. Logits e
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from exporters.gguf_read import read_gguf
 from exporters.llamacpp_runtime import LlamaCppRuntime
@@ -18,6 +20,8 @@ CHUNK_BYTES = 1 << 26  # of one chunk's logits
 
 # (start, stop) of flattened positions -> log probabilities float32 (stop - start, V)
 LogProbs = Callable[[int, int], torch.Tensor]
+# final hidden states (P, D) -> logits (P, V)
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,19 @@ class RuntimeFigures:
     eight_bit: Comparison | None = None  # the same, with llama.cpp's 8-bit inputs
 
 
-def log_probs(hidden: np.ndarray | torch.Tensor, head: np.ndarray | torch.Tensor) -> LogProbs:
-    """Log probabilities from final hidden states (n, T, D) and the head's weight (V, D)."""
+def log_probs(hidden: np.ndarray | torch.Tensor, head: LogitsOf) -> LogProbs:
+    """Log probabilities from final hidden states (n, T, D) and the head on their device."""
     states = torch.as_tensor(hidden, dtype=torch.float32).flatten(0, -2)
-    weight = torch.as_tensor(head, dtype=torch.float32)
 
     def chunk(start: int, stop: int) -> torch.Tensor:
-        return torch.log_softmax(states[start:stop].to(weight.device) @ weight.T, dim=-1).cpu()
+        return torch.log_softmax(head(states[start:stop]), dim=-1).cpu()
 
     return chunk
+
+
+def plain_head(weight: np.ndarray | torch.Tensor) -> LogitsOf:
+    """The head of weight (V, D) whose product is the logits."""
+    return partial(functional.linear, weight=torch.as_tensor(weight, dtype=torch.float32))
 
 
 def compare(
@@ -97,7 +105,7 @@ def measure_file(
     head = read_gguf(path).head()
     with LlamaCppRuntime(path, windows.shape[1], threads) as runtime:
         hidden = runtime.hidden_states(windows)
-    return compare(log_probs(hidden, head), windows, head.shape[0], reference, simulated, eight_bit)
+    return compare(log_probs(hidden, plain_head(head)), windows, head.shape[0], reference, simulated, eight_bit)
 
 
 class _Sums:

@@ -7,8 +7,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -26,7 +29,15 @@ TEXT = [
     "for index, name in enumerate(names):\n\tif name is None:\n\t\tcontinue\n",
     "Größe, naïve, 数学, привет",
 ]
-CONFIGS: dict[str, type] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS: dict[str, type] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "phi3": Phi3Config,
+}
 
 
 def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
@@ -47,14 +58,18 @@ def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: b
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": None,
     }
+    if model_type.startswith("gemma"):
+        settings["query_pre_attn_scalar"] = settings["head_dim"]
     config = CONFIGS[model_type](**(settings | overrides))
+    center = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.2)
+                parameter.normal_(center, 0.2)
             else:
                 parameter.normal_(0.0, 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     model.save_pretrained(path)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evaluators.distillation import DistillationLoss
+from evaluators.head import Head
 
 WINDOWS, POSITIONS, HIDDEN, VOCABULARY = 2, 90, 24, 300
 
@@ -25,10 +26,18 @@ def case(noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def plain(
-    hidden: Tensor, head: Tensor, reference: Tensor, reference_head: Tensor, ids: Tensor, loss: DistillationLoss
+    hidden: Tensor,
+    head: Tensor,
+    reference: Tensor,
+    reference_head: Tensor,
+    ids: Tensor,
+    loss: DistillationLoss,
+    softcap: float | None,
 ) -> Tensor:
     """(1 - alpha) T^2 KL(softmax(p / T) || softmax(q / T)) + alpha CE(q, next token), as written in the papers."""
     q, p = hidden @ head.T, reference @ reference_head.T
+    if softcap:
+        q, p = softcap * (q / softcap).tanh(), softcap * (p / softcap).tanh()
     soft_q = functional.log_softmax(q / loss.temperature, -1)
     soft_p = functional.log_softmax(p / loss.temperature, -1)
     kl = (soft_p.exp() * (soft_p - soft_q)).sum(-1).mean()
@@ -36,19 +45,21 @@ def plain(
     return (1 - loss.alpha) * loss.temperature**2 * kl + loss.alpha * hard
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "capped"])
 @pytest.mark.parametrize("chunk", [64, 1000], ids=["three chunks", "one chunk"])
 @pytest.mark.parametrize("loss", [DistillationLoss(), DistillationLoss(2.5), DistillationLoss(4.0, 0.3)], ids=str)
 @pytest.mark.parametrize("noise", [0.5, 0.01])
 def test_loss_and_gradient_equal_float64_autograd_of_the_plain_formula(
-    loss: DistillationLoss, noise: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+    loss: DistillationLoss, noise: float, chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evaluators.distillation.chunk_positions", lambda head: chunk)
     tensors = case(noise)
     expected_hidden = tensors[0].clone().requires_grad_(True)
-    expected = plain(expected_hidden, *tensors[1:], loss)
+    expected = plain(expected_hidden, *tensors[1:], loss, softcap)
     expected.backward()  # type: ignore[no-untyped-call]
     hidden = tensors[0].float().requires_grad_(True)
-    found = loss(hidden, *(t.float() for t in tensors[1:4]), tensors[4])
+    head, reference, reference_head = (t.float() for t in tensors[1:4])
+    found = loss(hidden, Head(head, softcap), reference, Head(reference_head, softcap), tensors[4])
     (3 * found).backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5 if noise > 0.1 else 2e-3)
     gradient = expected_hidden.grad
@@ -59,7 +70,7 @@ def test_loss_and_gradient_equal_float64_autograd_of_the_plain_formula(
 def test_a_model_equal_to_its_reference_has_no_soft_loss_and_no_gradient() -> None:
     _, _, reference, head, ids = (t.float() if t.is_floating_point() else t for t in case(0.1))
     hidden = reference.clone().requires_grad_(True)
-    loss = DistillationLoss(2.0)(hidden, head, reference, head, ids)
+    loss = DistillationLoss(2.0)(hidden, Head(head), reference, Head(head), ids)
     loss.backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert float(loss.detach()) == 0 and float(hidden.grad.abs().max()) == 0

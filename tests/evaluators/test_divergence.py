@@ -6,27 +6,36 @@ import pytest
 import torch
 
 from evaluators.divergence import Reference, kl_of_differences
+from evaluators.head import Head
 
 VOCABULARY, HIDDEN = 700, 48
 
 
-def case(noise: float, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def case(
+    noise: float, dtype: torch.dtype = torch.float32, softcap: float | None = None
+) -> tuple[torch.Tensor, Head, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(2, 50, HIDDEN, generator=generator, dtype=torch.float64)
     head = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64) / 4
     other = hidden + noise * torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, VOCABULARY, (2, 50), generator=generator)
-    return hidden.to(dtype), head.to(dtype), other.to(dtype), ids
+    return hidden.to(dtype), Head(head.to(dtype), softcap), other.to(dtype), ids
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("noise", "tolerance"), [(1.0, 1e-5), (1e-2, 1e-4), (1e-4, 2e-2)])
-def test_divergence_equals_the_textbook_formulas_in_float64(noise: float, tolerance: float) -> None:
+def test_divergence_equals_the_textbook_formulas_in_float64(
+    noise: float, tolerance: float, softcap: float | None
+) -> None:
     hidden, head, other, ids = case(noise, torch.float64)
-    p, q = ((h @ head.T).log_softmax(-1) for h in (hidden, other))
+    p, q = (h @ head.weight.T for h in (hidden, other))
+    if softcap:
+        p, q = (softcap * (logits / softcap).tanh() for logits in (p, q))
+    mse = float((p - q).square().mean())
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    mse = float(((hidden - other) @ head.T).square().mean())
     loss = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
-    hidden, head, other, ids = case(noise)
+    hidden, head, other, ids = case(noise, softcap=softcap)
     found = Reference(hidden, head, ids).compare(other, head)
     assert found.kl == pytest.approx(kl, rel=tolerance)
     assert found.logit_mse == pytest.approx(mse, rel=tolerance)

@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from evaluators.model_folder import ModelFolder
 from quantizers.formats import FORMATS, QuantFormat
-from tests.small_models import CONFIGS, save_small_model
+from tests.small_models import save_small_model
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 STORIES = SHARED_DATA / "models" / "stories260K"
 QWEN_TOKENIZER = SHARED_DATA / "tokenizers" / "qwen2.5"
 EMBEDDED = Path(__file__).parents[2] / "models" / "stdlib-6m"
-ARCHITECTURES = list(CONFIGS)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import quantize
 
 from evaluators.model_folder import ModelFolder
+from exporters.architectures import ARCHITECTURES
 from exporters.gguf_file import atomic_file, export_gguf, fixed_bytes
 from exporters.gguf_read import read_gguf, read_packed
 from exporters.llamacpp_runtime import LlamaCppRuntime
@@ -17,7 +18,7 @@ from exporters.provenance import Provenance
 from exporters.tensor_names import from_file_rows, quantizable_tensors, tensor_table, to_file_rows
 from quantizers.formats import FORMATS, LEVEL_FORMATS
 from search.types import SearchSpace
-from tests.exporters.conftest import ARCHITECTURES, random_bytes, random_windows
+from tests.exporters.conftest import random_bytes, random_windows
 
 LEVELS = list(LEVEL_FORMATS)
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "tie_word_embeddings": False}

@@ -10,12 +10,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from evaluators.model_folder import ModelFolder
+from exporters.architectures import ARCHITECTURES
 from exporters.gguf_file import export_float, fixed_bytes
 from exporters.gguf_read import read_gguf
 from exporters.llamacpp_runtime import LlamaCppRuntime
 from exporters.pretokenizers import DIGITS, GPT2, KNOWN, Splitting, UnknownPretokenizerError
 from exporters.tokenizer import TokenizerError
-from tests.exporters.conftest import ARCHITECTURES, QWEN_TOKENIZER
+from tests.exporters.conftest import QWEN_TOKENIZER
 from tests.small_models import byte_level_tokenizer, save_small_model, sentencepiece_tokenizer, split_by
 
 TEXTS = [

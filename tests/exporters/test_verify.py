@@ -18,7 +18,7 @@ from exporters.gguf_file import export_float, export_gguf
 from exporters.gguf_read import read_gguf
 from exporters.llamacpp_mixes import MIXES, llamacpp_mix
 from exporters.tensor_names import quantizable_tensors, tensor_table
-from exporters.verify import LogProbs, compare, log_probs, measure_file
+from exporters.verify import LogProbs, compare, log_probs, measure_file, plain_head
 from quantizers.formats import FORMATS
 from tests import ggml_reference
 from tests.exporters.conftest import random_windows, transformers_hidden
@@ -62,10 +62,10 @@ def test_figures_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(3, 7, 8)).astype(np.float32), rng.normal(size=(20, 8)).astype(np.float32)
     windows = rng.integers(0, 20, (3, 7))
-    noisy = log_probs(hidden + 0.1, head)
-    whole = compare(log_probs(hidden, head), windows, 20, reference=noisy)
+    noisy = log_probs(hidden + 0.1, plain_head(head))
+    whole = compare(log_probs(hidden, plain_head(head)), windows, 20, reference=noisy)
     monkeypatch.setattr(verify, "CHUNK_BYTES", 4 * 20 * 2)
-    pieces = compare(log_probs(hidden, head), windows, 20, reference=noisy)
+    pieces = compare(log_probs(hidden, plain_head(head)), windows, 20, reference=noisy)
     assert whole.reference is not None
     assert pieces.reference is not None
     assert pieces.perplexity == pytest.approx(whole.perplexity)
@@ -73,7 +73,7 @@ def test_figures_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
-    broken = log_probs(np.full((1, 2, 4), np.nan, dtype=np.float32), np.ones((3, 4), dtype=np.float32))
+    broken = log_probs(np.full((1, 2, 4), np.nan, dtype=np.float32), plain_head(np.ones((3, 4))))
     with pytest.raises(FloatingPointError, match="not finite"):
         compare(broken, np.zeros((1, 2), dtype=np.int64), 3)
 
@@ -86,7 +86,7 @@ def test_a_float_file_measures_as_the_model_itself(
     export_float(folder, tmp_path / "f32.gguf")
     windows = random_windows(folder, 2, 30)
     head = folder.read("model.embed_tokens.weight" if tied else "lm_head.weight")
-    reference = log_probs(transformers_hidden(folder, windows), head)
+    reference = log_probs(transformers_hidden(folder, windows), plain_head(head))
     figures = measure_file(tmp_path / "f32.gguf", windows, reference, threads=1)
     assert figures.reference is not None
     assert head.shape[0] == VOCABULARY
@@ -104,7 +104,7 @@ def test_a_trained_models_file_measures_as_its_dequantized_weights(stories: Mode
     export_gguf(stories, packed.__getitem__, tmp_path / "q8.gguf")
     export_float(stories, tmp_path / "f32.gguf")
     windows = windows_of(stories, STORY, 1, 24)
-    reference = log_probs(transformers_hidden(stories, windows), stories.read("model.embed_tokens.weight"))
+    reference = log_probs(transformers_hidden(stories, windows), plain_head(stories.read("model.embed_tokens.weight")))
     figures = measure_file(tmp_path / "q8.gguf", windows, reference, threads=1)
     assert figures.reference is not None
     assert figures.perplexity < 10  # text like that it was trained on
@@ -139,7 +139,7 @@ def test_the_shipped_file_of_the_embedded_model_measures_as_its_simulation(
         for name, (fmt, data) in packed.items():
             model.get_parameter(name).copy_(ggml_reference.dequantize(fmt, data))
         hidden = model.get_decoder()(torch.from_numpy(windows)).last_hidden_state
-    simulated = log_probs(hidden, model.get_output_embeddings().weight.detach())
+    simulated = log_probs(hidden, plain_head(model.get_output_embeddings().weight.detach()))
     figures = measure_file(tmp_path / "mix.gguf", windows, simulated=simulated, threads=1)
     assert figures.simulated is not None
     assert figures.simulated.kl < 1e-3

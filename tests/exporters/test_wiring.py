@@ -11,11 +11,11 @@ from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 from evaluators.model_folder import ModelFolder
-from exporters.architectures import UnsupportedArchitectureError
+from exporters.architectures import ARCHITECTURES, UnsupportedArchitectureError
 from exporters.gguf_file import export_float
 from exporters.gguf_read import read_gguf
 from exporters.llamacpp_runtime import LlamaCppRuntime, generation_speed
-from tests.exporters.conftest import ARCHITECTURES, random_windows, relative_error, transformers_hidden
+from tests.exporters.conftest import random_windows, relative_error, transformers_hidden
 
 WIRING_TOLERANCE = 1e-5  # float32 in another order of summation; measured 5e-7 to 3e-6
 VARIANTS = {
