@@ -96,15 +96,15 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Us
     *inputs, hidden = _forward(model, ids)
     hidden.requires_grad_(True)
     final = model.decoder.norm(hidden)
-    head = model.head_weight.detach()
-    top = _head_use(model.head_name, final.detach().flatten(0, 1), head, uniform.flatten())
-    (scores,) = torch.autograd.grad(final, hidden, (top.scores @ head).view_as(final))
+    top, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten())
+    (scores,) = torch.autograd.grad(final, hidden, at_final.view_as(final))
     yield top
-    del top, final
+    del top, at_final, final
     for block in reversed(range(len(model.blocks))):
         scores, uses = _block_uses(model, block, inputs.pop(), scores)
         yield from uses
-    yield LookupUse(model.embedding_name, ids.flatten(), scores.flatten(0, 1))
+    scale = getattr(model.decoder.embed_tokens, "embed_scale", 1.0)  # Gemma's, of what is looked up
+    yield LookupUse(model.embedding_name, ids.flatten(), scores.flatten(0, 1) * scale)
 
 
 @torch.no_grad()
@@ -117,14 +117,17 @@ def _forward(model: BlockModel, ids: Tensor) -> list[Tensor]:
     return states
 
 
-def _head_use(name: str, final: Tensor, head: Tensor, uniform: Tensor) -> LinearUse:
-    """The head's use, from final states (P, D); the one place where all P * V numbers are held."""
-    scores = torch.empty(len(final), len(head), dtype=final.dtype, device=final.device)
+def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[LinearUse, Tensor]:
+    """The head's use, and the scores (P, D) at the final states; the one place where all P * V numbers are held."""
+    head = model.head
+    scores, below = final.new_empty(len(final), len(head.weight)), torch.empty_like(final)
     step = chunk_positions(head)
-    for rows in torch.arange(len(final), device=final.device).split(step):
-        logits = final[rows] @ head.T
-        scores[rows] = logit_scores(logits, sampled_labels(logits, uniform[rows]))
-    return LinearUse(name, final, scores)
+    for start in range(0, len(final), step):
+        part = slice(start, start + step)
+        logits = head(final[part])
+        scores[part] = logit_scores(logits, sampled_labels(logits, uniform[part]))
+        head.hidden_gradient(logits, scores[part], out=below[part])  # scores before a soft cap, from now on
+    return LinearUse(model.head_name, final, scores), below
 
 
 def _block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:

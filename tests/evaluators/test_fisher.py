@@ -50,7 +50,9 @@ def draws(windows: int, positions: int, seed: int = 3) -> Tensor:
 
 
 def log_probs(model: BlockModel, ids: Tensor) -> Tensor:
-    return (model.run_from(0, model.embed(ids)) @ model.head_weight.T).log_softmax(-1)
+    logits = model.run_from(0, model.embed(ids)) @ model.weight(model.head_name).T
+    cap = model.head.softcap
+    return (cap * (logits / cap).tanh() if cap else logits).log_softmax(-1)
 
 
 def projected(model: BlockModel, ids: Tensor, uniform: Tensor, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
