@@ -24,8 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluators.evaluator import EvaluatorSetup, GenomeEvaluator, warm_evaluator
+from evaluators.bank import Bank
+from evaluators.block_model import BlockModel
+from evaluators.devices import best_device
+from evaluators.evaluator import EvaluatorSetup
+from evaluators.model_folder import ModelFolder
 from evaluators.scores import Use, model_scores
+from evaluators.text import TokenWindows
 from search.types import Fidelity
 
 PART_TOKENS = 2048  # positions of one task: their scores at one block and at the logits are held at once
@@ -64,28 +69,34 @@ def label_draws(first: int, windows: int, positions: int) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
-def estimated_squares(
-    evaluator: GenomeEvaluator, ids: Tensor, uniform: Tensor, estimator: Estimator
-) -> list[list[float]]:
-    """By gene and choice, the sum over the positions of ``ids`` (n, T) of E[(g' delta)^2]: 2 nT times the KL."""
-    evaluator.simulated.set_formats({})
-    genes = evaluator.space.genes
-    gene_of = {tensor: index for index, gene in enumerate(genes) for tensor in gene.tensors}
-    sums: list[list[Tensor | float]] = [[0.0] * len(gene.formats) for gene in genes]
-    for use in model_scores(evaluator.block_model, ids, uniform):
-        if (index := gene_of.get(use.name)) is None:
-            continue
-        full = evaluator.simulated.full_weight(use.name)
-        for choice, fmt in enumerate(genes[index].formats):
-            delta = evaluator.bank.weights(use.name, fmt, full.shape[1], full.device) - full
-            sums[index][choice] = sums[index][choice] + estimator.add(use, delta)
-    window = ids.shape[1]
-    return [[float(estimator.total(torch.as_tensor(found), window)) for found in choices] for choices in sums]
+class GradientEvaluator:
+    """A model whose blocks are in memory one at a time, and its bank."""
+
+    def __init__(self, setup: EvaluatorSetup):
+        self.genes = setup.space.genes
+        self.windows = TokenWindows.load(setup.windows)
+        self.bank = Bank(setup.bank)
+        self.model = BlockModel(ModelFolder(setup.model), best_device())
+        self.model.load_ends()
+
+    def squares(self, ids: Tensor, uniform: Tensor, estimator: Estimator) -> list[list[float]]:
+        """By gene and choice, the sum over the positions of ``ids`` (n, T) of E[(g' delta)^2]: 2 nT times the KL."""
+        gene_of = {tensor: index for index, gene in enumerate(self.genes) for tensor in gene.tensors}
+        sums: list[list[Tensor | float]] = [[0.0] * len(gene.formats) for gene in self.genes]
+        for use in model_scores(self.model, ids, uniform):
+            if (index := gene_of.get(use.name)) is None:
+                continue
+            full = self.model.weight(use.name).data
+            for choice, fmt in enumerate(self.genes[index].formats):
+                delta = self.bank.weights(use.name, fmt, full.shape[1], full.device) - full
+                sums[index][choice] = sums[index][choice] + estimator.add(use, delta)
+        window = ids.shape[1]
+        return [[float(estimator.total(torch.as_tensor(found), window)) for found in choices] for choices in sums]
 
 
 @dataclass(frozen=True)
 class EstimateSquares:
-    """Pool task: ``estimated_squares`` of some windows of a fidelity's text."""
+    """Pool task: ``GradientEvaluator.squares`` of some windows of a fidelity's text."""
 
     setup: EvaluatorSetup
     fidelity: Fidelity
@@ -98,10 +109,14 @@ class EstimateSquares:
         return f"gradient[{self.first + 1}-{self.first + self.windows}]"
 
     def run(self, state: dict[Any, Any]) -> list[list[float]]:
-        evaluator = warm_evaluator(self.setup, state)
-        ids = evaluator.ids(self.fidelity)[self.first : self.first + self.windows]
-        uniform = label_draws(self.first, *ids.shape)
-        return estimated_squares(evaluator, ids, uniform, ESTIMATORS[self.estimator])
+        key = GradientEvaluator, self.setup.key
+        if key not in state:
+            state.clear()
+            state[key] = GradientEvaluator(self.setup)
+        evaluator: GradientEvaluator = state[key]
+        text = evaluator.windows.take(self.fidelity.split, self.fidelity.tokens, self.fidelity.draw)
+        ids = torch.from_numpy(text[self.first : self.first + self.windows])
+        return evaluator.squares(ids, label_draws(self.first, *ids.shape), ESTIMATORS[self.estimator])
 
 
 def gradient_tasks(

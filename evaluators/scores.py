@@ -1,7 +1,7 @@
 """The score of labels that the model draws itself, at the output of every weight, by one backward pass.
 
 The backward pass goes block by block: what is kept of the forward pass is the input of every block, and a block is run
-again when its turn comes. No weight's own gradient is formed.
+again when its turn comes. No weight's own gradient is formed, and no more than one block needs to be in memory.
 
 Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary.
 """
@@ -88,9 +88,10 @@ def logit_scores(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Use]:
-    """Every use of a weight in a loaded model on ``ids`` (n, T), from the head down to the embedding's lookup.
+    """Every use of a weight on ``ids`` (n, T), from the head down to the embedding's lookup.
 
-    ``uniform`` (n, T) in [0, 1), float64, decides the labels; a tied embedding is used twice.
+    ``uniform`` (n, T) in [0, 1), float64, decides the labels; a tied embedding is used twice. The model's ends must be
+    loaded; a block that is not loaded is there for its turn, until the caller asks for the next use.
     """
     ids, uniform = ids.to(model.device), uniform.to(model.device)
     *inputs, hidden = _forward(model, ids)
@@ -101,8 +102,9 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Us
     yield top
     del top, at_final, final
     for block in reversed(range(len(model.blocks))):
-        scores, uses = _block_uses(model, block, inputs.pop(), scores)
-        yield from uses
+        with at_hand(model, block):
+            scores, uses = _block_uses(model, block, inputs.pop(), scores)
+            yield from uses
     scale = getattr(model.decoder.embed_tokens, "embed_scale", 1.0)  # Gemma's, of what is looked up
     yield LookupUse(model.embedding_name, ids.flatten(), scores.flatten(0, 1) * scale)
 
@@ -113,8 +115,22 @@ def _forward(model: BlockModel, ids: Tensor) -> list[Tensor]:
     batches = micro_batches(torch.arange(len(ids), device=ids.device), ids.shape[1])
     states = [torch.cat([model.embed(ids[rows]) for rows in batches])]
     for block in range(len(model.blocks)):
-        states.append(torch.cat([model.run_block(block, states[-1][rows]) for rows in batches]))
+        with at_hand(model, block):
+            states.append(torch.cat([model.run_block(block, states[-1][rows]) for rows in batches]))
     return states
+
+
+@contextmanager
+def at_hand(model: BlockModel, block: int) -> Iterator[None]:
+    """A block that is loaded inside, and behind only if it was before."""
+    missing = next(model.blocks[block].parameters()).is_meta
+    if missing:
+        model.load_block(block)
+    try:
+        yield
+    finally:
+        if missing:
+            model.unload_block(block)
 
 
 def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[LinearUse, Tensor]:
