@@ -11,10 +11,12 @@ from pydantic import Field, field_validator, model_validator
 from bitgenome.config_file import Section, parse_section, read_settings
 from bitgenome.pruning_config import PruningConfig
 from bitgenome.scaling_config import ScalingConfig
+from bitgenome.search_config import SearchConfig
 from evaluators.bank import Importance
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS, LEVEL_PRESETS
 from search.fitness import FitnessSettings
+from search.ladder import Ladder
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -36,7 +38,10 @@ class BudgetConfig(Section):
 
 
 class TokensConfig(Section):
-    """Tokens read of each split; ``sensitivity`` is the part of the search text that sensitivities are measured on."""
+    """Tokens of each split.
+
+    Of the search text, sensitivities read the first ``sensitivity`` tokens, genomes the rungs of ``search.ladder``.
+    """
 
     calibration: int = Field(98304, gt=0)
     sensitivity: int = Field(4096, gt=0)
@@ -127,53 +132,6 @@ class FitnessConfig(Section):
         return self
 
 
-class GeneGroupsConfig(Section):
-    """Tensors that take the same format: ``kind`` across layers, ``layer`` across kinds, or ``count`` groups of tensors
-    whose outputs share information. A shorter genome is searched faster, and less finely.
-    """
-
-    by: Literal["none", "kind", "layer", "mutual_information"] = "none"
-    count: int | None = Field(None, ge=1, description="groups by mutual information")
-    samples: int = Field(2048, ge=2, description="positions of calibration text that mutual information is taken over")
-
-    @model_validator(mode="after")
-    def complete(self) -> Self:
-        if (self.by == "mutual_information") != (self.count is not None):
-            raise ValueError(
-                f"expected count with by: mutual_information and with nothing else, found by: {self.by} and "
-                f"count: {self.count}"
-            )
-        return self
-
-
-class SearchConfig(Section):
-    """``population * generations`` is the number of evaluations of every strategy but ``exact``."""
-
-    strategy: Literal["genetic", "optuna", "exact", "random"] = "genetic"
-    population: int = Field(20, ge=4)
-    generations: int = Field(12, ge=1)
-    seed: int = Field(0, ge=0, lt=2**32)
-    tournament_size: int = Field(4, ge=1)
-    crossover: Literal["one_point", "two_point", "uniform"] = "uniform"
-    crossover_rate: float = Field(0.5, ge=0, le=1)
-    mutation_rate: float = Field(0.1, ge=0, le=1, description="offspring that get one to four random genes")
-    swap_rate: float = Field(0.8, ge=0, le=1, description="offspring that get one to three size-preserving swaps")
-    mutation_prior: Literal["none", "five_dimensional"] = Field(
-        "none", description="of the genetic strategy: which genes are raised more often than lowered"
-    )
-    elites: int = Field(4, ge=1)
-    immigrants: int = Field(1, ge=0)
-    brood: int = Field(16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate")
-    gene_groups: GeneGroupsConfig = Field(GeneGroupsConfig(), description="tensors that move together")
-    validation_candidates: int = Field(6, ge=1, description="best genomes compared on validation text")
-
-    @model_validator(mode="after")
-    def room(self) -> Self:
-        if self.immigrants >= self.population:
-            raise ValueError(f"expected immigrants below population ({self.population}), found {self.immigrants}")
-        return self
-
-
 class HealingConfig(Section):
     """Tuning of the tensors that the file keeps in float32, after the search; taken only if validation text gains."""
 
@@ -258,6 +216,16 @@ class RunConfig(Section):
         if len(set(levels)) < len(levels) or not levels:
             raise ValueError(f"expected one or more different levels, found {', '.join(levels) or 'none'}")
         return levels
+
+    @model_validator(mode="after")
+    def text_suffices(self) -> Self:
+        _ = self.ladder
+        return self
+
+    @property
+    def ladder(self) -> Ladder:
+        """How much text the genomes of a search read. Raises ValueError if there is not as much."""
+        return self.search.text_ladder(self.text.tokens.search, self.text.window)
 
     def result_keys(self) -> dict[str, Any]:
         """The settings that decide the result. Where it is computed and stored is not among them, nor where model and

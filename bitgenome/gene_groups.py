@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from bitgenome.artefacts import Track, calibrate, record_inputs, sample_activations
-from bitgenome.config import GeneGroupsConfig
 from bitgenome.plan import Plan, make_plan, tied_space
 from bitgenome.run_directory import GENE_GROUPS_FILE, WINDOWS_FILE, RunDirectory
+from bitgenome.search_config import GeneGroupsConfig
 from evaluators.activation_samples import layer_series
 from evaluators.bank import group_tensors
 from evaluators.calibration import group_file

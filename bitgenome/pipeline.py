@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from search.archive import EvaluationLog
 from search.budget import Budget
 from search.errors import UserError
 from search.files import atomic_write_json
-from search.loop import Evaluate, evaluate_missing
+from search.loop import Evaluate, Winner, evaluate_missing
 from search.seeds import pure_uniform
 from search.types import Evaluation, Fidelity
 from workers.open_pool import WorkerSettings, close_cluster, open_pool
@@ -56,7 +57,7 @@ class Outcome:
     """Everything that the closing table shows."""
 
     budget_bytes: int
-    winner: Evaluation
+    winner: Winner
     bits_per_weight: float
     rows: tuple[Row, ...]  # the winner first
     healing: Healing | None  # None: it was off
@@ -165,7 +166,7 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = Outcome(
         budget_bytes=plan.budget.file_bytes,
-        winner=winner,
+        winner=result.winner,
         bits_per_weight=plan.space.bits_per_weight(winner.genome),
         rows=rows,
         healing=healing,
@@ -206,9 +207,11 @@ def comparison_rows(
 
 
 def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
+    winner = outcome.winner
     record = {
-        "winner": outcome.winner.to_json(),
-        "formats": {name: f.name for name, f in genome_formats(plan.space, outcome.winner.genome).items()},
+        "winner": winner.evaluation.to_json(),
+        "validation": validation_record(winner),
+        "formats": {name: f.name for name, f in genome_formats(plan.space, winner.evaluation.genome).items()},
         "budget_bytes": outcome.budget_bytes,
         "bits_per_weight": outcome.bits_per_weight,
         "rows": [asdict(row) for row in outcome.rows],
@@ -217,6 +220,22 @@ def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
         "gguf": outcome.gguf.name,
     }
     atomic_write_json(directory.path / BEST_FILE, record)
+
+
+def validation_record(winner: Winner) -> dict[str, Any]:
+    """For best.json: KL of the winner less the best reference's on validation text, paired, in nats per token.
+
+    A standard error of one window is null, and so is all of a lead where the winner is itself the reference.
+    """
+    lead = winner.lead
+    error = lead.standard_error if lead and isfinite(lead.standard_error) else None
+    return {
+        "reference": winner.reference,
+        "kl_difference": lead and lead.mean,
+        "standard_error": error,
+        "windows": lead and lead.windows,
+        "ties": winner.ties,
+    }
 
 
 @contextmanager

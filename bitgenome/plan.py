@@ -41,6 +41,16 @@ class Plan:
         return self.config.search.population * self.config.search.generations
 
     @property
+    def search_rungs(self) -> list[tuple[int, int]]:
+        """Tokens and evaluations of each rung, without genomes promoted for doubt; new text re-scores the elites."""
+        ladder, search = self.config.ladder, self.config.search
+        generations = self.search_evaluations // search.population
+        counts = [generations * count for count in ladder.counts(search.population)]
+        if search.strategy == "genetic":
+            counts[-1] += search.elites * sum(map(ladder.turns_to_new_text, range(generations)))
+        return list(zip(ladder.rungs, counts, strict=True))
+
+    @property
     def sensitivity_evaluations(self) -> int:
         return sum(len(gene.formats) for gene in self.space.genes)
 
@@ -133,6 +143,6 @@ def estimated_seconds(plan: Plan, workers: int, cpus_per_worker: int) -> float:
         rate = workers * matmul_flops(best_device()) / 2
     finally:
         torch.set_num_threads(threads)
-    tokens = plan.config.text.tokens
-    read = plan.sensitivity_evaluations * tokens.sensitivity / 2 + plan.search_evaluations * tokens.search
+    read = plan.sensitivity_evaluations * plan.config.text.tokens.sensitivity / 2
+    read += sum(tokens * evaluations for tokens, evaluations in plan.search_rungs)
     return 2 * plan.space.weights * read / rate

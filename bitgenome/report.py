@@ -9,6 +9,7 @@ from bitgenome.healing import verdict
 from bitgenome.pipeline import Outcome
 from bitgenome.plan import Plan, estimated_seconds
 from bitgenome.proof import Proof
+from search.loop import Winner
 
 
 def megabytes(size: int) -> str:
@@ -25,6 +26,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         figures = (megabytes(row.file_bytes), f"{row.bits_per_weight:.3f}", f"{row.kl:.5f}", f"{row.perplexity:.3f}")
         table.add_row(row.name, *figures, style=style)
     console.print(table)
+    console.print(lead_on_validation(outcome.winner))
     if outcome.healing:
         console.print(verdict(outcome.healing))
     show_proof(outcome.proof, console)
@@ -37,6 +39,19 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(f"{outcome.evaluations} evaluations; {timed}")
     for what, path in (("GGUF", outcome.gguf), ("recipe", outcome.recipe), ("run", outcome.run)):
         console.print(f"{what:>6}  {path}", soft_wrap=True)
+
+
+def lead_on_validation(winner: Winner) -> str:
+    """How the searched genome stands against the best of uniform, greedy and exact ones, and how sure that is."""
+    if winner.lead is None:
+        found = f"no other genome beats {winner.reference} on validation text"
+    else:
+        word = "beats" if winner.lead.mean < 0 else "trails"
+        found = (
+            f"searched {word} {winner.reference} by {abs(winner.lead.mean):.5f} ± {winner.lead.standard_error:.5f} KL "
+            f"on validation text (paired, {winner.lead.windows} windows)"
+        )
+    return found + (f"; {winner.ties} other finalists are within one standard error" if winner.ties else "")
 
 
 def show_proof(proof: Proof, console: Console) -> None:
@@ -59,6 +74,12 @@ def show_proof(proof: Proof, console: Console) -> None:
         f"{100 * proof.top1_agreement:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "
         f"{proof.generated_tokens_per_second:.0f} generated tokens/s"
     )
+
+
+def searched(rungs: list[tuple[int, int]]) -> str:
+    """Evaluations of a search by the tokens they read."""
+    first, *others = [f"{count} {{}}of {tokens:,}" for tokens, count in rungs]
+    return ", ".join([first.format("evaluations "), *(other.format("") for other in others)]) + " tokens"
 
 
 def show_plan(plan: Plan, workers: int, console: Console) -> None:
@@ -85,6 +106,6 @@ def show_plan(plan: Plan, workers: int, console: Console) -> None:
     seconds = estimated_seconds(plan, workers, config.workers.cpus_per_worker)
     console.print(
         f"{plan.sensitivity_evaluations} sensitivities of {config.text.tokens.sensitivity:,} tokens, "
-        f"{plan.search_evaluations} evaluations of {config.text.tokens.search:,} tokens ({config.search.strategy}); "
+        f"{searched(plan.search_rungs)} ({config.search.strategy}); "
         f"about {seconds / 60:.1f} minutes on {workers} workers like this machine's"
     )

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitgenome.artefacts import Artefacts, Track
-from bitgenome.config import SearchConfig
 from bitgenome.plan import Plan
 from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
+from bitgenome.search_config import SearchConfig
 from evaluators.evaluator import EvaluateGenome, EvaluatorSetup
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
 from search.files import atomic_write_json
-from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, run_search
+from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, run_search, with_table_rung
 from search.seeds import reference_genomes, seed_genomes
 from search.strategies.factory import STRATEGIES, make_strategy
 from search.types import Evaluation, Fidelity, Genome
@@ -73,19 +73,19 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
         journal=run.path / "optuna-journal.log",
         prior=artefacts.prior,
     )
-    fidelity = Fidelity("search", config.text.tokens.search)
     checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
     with closing(EvaluationLog(run.path / EVALUATIONS_FILE)) as evaluations:
         with run.stage("search"):
             evaluate = pool_evaluate(artefacts.setup, pool, track, "searching")
-            run_search(strategy, evaluate, evaluations, fidelity, checkpoint=checkpoint, on_progress=log_progress)
+            evaluate = with_table_rung(evaluate, space, artefacts.table("reconstruction"))
+            run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=log_progress)
         with run.stage("validation"):
             winner = choose_winner(
                 evaluations,
                 pool_evaluate(artefacts.setup, pool, track, "validating"),
-                search=fidelity,
+                ladder=config.ladder,
                 validation=Fidelity("validation", config.text.tokens.validation),
-                references=reference_genomes(space, plan.budget, seeds).values(),
+                references=reference_genomes(space, plan.budget, seeds),
                 keep=config.search.validation_candidates,
             )
         atomic_write_json(run.path / "pareto.json", pareto_records(evaluations))
@@ -95,6 +95,6 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
 def log_progress(progress: Progress) -> None:
     best = progress.best
     log.info(
-        "generation %d: %d of %d evaluations, best loss %.6f (KL %.6f) in %s bytes",
-        progress.generation, progress.evaluations, progress.expected, best.loss, best.kl, f"{best.file_bytes:,}",
+        "generation %d: %d of %d genomes, best loss %.6f (KL %.6f) in %s bytes",
+        progress.generation, progress.genomes, progress.expected, best.loss, best.kl, f"{best.file_bytes:,}",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The loop: ask, look up, evaluate, tell, checkpoint; then the choice of the winner on text the search never saw.
+"""The loop: ask, climb the ladder, tell, checkpoint; then the choice of the winner on text the search never saw.
 
 A run killed at any point and started again makes the same evaluations and ends the same: the checkpoint holds the
 strategy before or after a whole batch, so that it asks for the same genomes again, and the log holds what of them was
@@ -6,15 +6,19 @@ already evaluated.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
-from search.types import Evaluation, Fidelity, Genome, Strategy
+from search.ladder import Ladder, promoted
+from search.paired import Estimate, paired_difference
+from search.sensitivity import SensitivityTable
+from search.types import Evaluation, Fidelity, Genome, SearchSpace, Strategy, rank
 
 Evaluate = Callable[[Sequence[Genome], Fidelity], Iterator[Evaluation]]  # each genome once, in any order
+PARETO_FIELDS = ("file_bytes", "loss", "split", "tokens", "draw", "genome")
 
 
 @dataclass(frozen=True)
@@ -22,29 +26,36 @@ class Progress:
     """Where a search stands after a batch."""
 
     generation: int  # batches told
-    evaluations: int  # in the log at this fidelity
+    genomes: int  # in the log
     expected: int  # of the whole search
-    best: Evaluation
+    best: Evaluation  # on the last rung's present text
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The evaluation that ships, and all that it was chosen from, by validation loss, best first."""
+    """The evaluation that ships, and all that it was chosen from, by validation loss, best first.
+
+    ``lead`` is its KL less that of ``reference``, the best of the references on validation text, if that is another
+    genome; ``ties`` counts the other finalists whose KL is within one standard error of the winner's, paired.
+    """
 
     evaluation: Evaluation
     finalists: tuple[Evaluation, ...]
+    reference: str
+    lead: Estimate | None
+    ties: int
 
 
 def run_search(
     strategy: Strategy,
     evaluate: Evaluate,
     log: EvaluationLog,
-    fidelity: Fidelity,
+    ladder: Ladder,
     *,
     checkpoint: Checkpoint,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Run ``strategy`` to its end, from ``checkpoint`` where there is one; the best evaluation.
+    """Run ``strategy`` to its end, from ``checkpoint`` where there is one; the best evaluation of the last text.
 
     Raises ValueError if ``evaluate`` leaves out a genome or answers one twice, or if no genome has a finite loss.
     """
@@ -53,13 +64,50 @@ def run_search(
     if saved["strategy"] is not None:
         strategy.load_state_dict(saved["strategy"])
     while genomes := strategy.ask():
-        strategy.tell(evaluate_missing(genomes, fidelity, evaluate, log))
+        incumbents = strategy.incumbents if ladder.turns_to_new_text(generation) else []
+        found = climb(genomes, incumbents, ladder, generation, evaluate, log)
+        strategy.tell([found[genome] for genome in genomes], [found[genome] for genome in incumbents])
         generation += 1
         checkpoint.save({"generation": generation, "strategy": strategy.state_dict()})
         if on_progress is not None:
-            done = log.at(fidelity)
-            on_progress(Progress(generation, len(done), strategy.expected_evaluations, min(done, key=rank)))
-    return _best(log.at(fidelity))
+            seen = len({evaluation.genome for evaluation in log if evaluation.split == ladder.split})
+            best = min(log.at(ladder.fidelities(generation - 1)[-1]), key=rank)
+            on_progress(Progress(generation, seen, strategy.expected_evaluations, best))
+    return _best(log.at(ladder.fidelities(max(0, generation - 1))[-1]))
+
+
+def climb(
+    genomes: Sequence[Genome],
+    incumbents: Sequence[Genome],
+    ladder: Ladder,
+    generation: int,
+    evaluate: Evaluate,
+    log: EvaluationLog,
+) -> dict[Genome, Evaluation]:
+    """Every genome with its evaluation on the highest rung it reached; incumbents go to the last at once."""
+    *lower, last = ladder.fidelities(generation)
+    found: list[Evaluation] = []
+    standing = list(genomes)
+    for fidelity in lower:
+        rung = evaluate_missing(standing, fidelity, evaluate, log)
+        standing = promoted(rung, ladder.promotion)
+        found += rung
+    found += evaluate_missing([*incumbents, *standing], last, evaluate, log)
+    return {evaluation.genome: evaluation for evaluation in found}
+
+
+def with_table_rung(evaluate: Evaluate, space: SearchSpace, table: SensitivityTable) -> Evaluate:
+    """``evaluate``, with fidelities of 0 tokens answered from ``table``: only the loss is known then."""
+
+    def answer(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
+        if fidelity.tokens:
+            return evaluate(genomes, fidelity)
+        nan = math.nan
+        return (
+            Evaluation(g, table.predict(g), nan, nan, nan, nan, space.file_bytes(g), fidelity.split, 0) for g in genomes
+        )
+
+    return answer
 
 
 def evaluate_missing(
@@ -87,29 +135,44 @@ def choose_winner(
     log: EvaluationLog,
     evaluate: Evaluate,
     *,
-    search: Fidelity,
+    ladder: Ladder,
     validation: Fidelity,
-    references: Iterable[Genome],
+    references: Mapping[str, Genome],
     keep: int = 8,
 ) -> Winner:
-    """The lowest validation loss among the ``keep`` best genomes of the search and all ``references``.
+    """The lowest validation loss among the search's best (``search_best``) and all ``references``, at least one.
 
     With the seeds as references (search.seeds.reference_genomes) the winner is never worse on validation text than
-    uniform, greedy and exact genomes. Ties go to the smaller file. Raises ValueError if no loss is finite.
+    uniform, greedy and exact genomes. Where finalists tie within the noise of that text the lowest mean is still the
+    best guess; ``ties`` tells how many do. Equal losses go to the smaller file. Raises ValueError if none is finite.
     """
-    best = sorted(log.at(search), key=rank)[:keep]
-    genomes = list(dict.fromkeys([*(evaluation.genome for evaluation in best), *references]))
+    genomes = list(dict.fromkeys([*search_best(log, ladder, keep), *references.values()]))
     finalists = sorted(evaluate_missing(genomes, validation, evaluate, log), key=rank)
-    return Winner(_best(finalists), tuple(finalists))
+    winner = _best(finalists)
+    reference = next(e for e in finalists if e.genome in references.values())
+    name = next(name for name, genome in references.items() if genome == reference.genome)
+    lead = None if reference is winner else paired_difference(winner, reference)
+    return Winner(winner, tuple(finalists), name, lead, sum(_ties(e, winner) for e in finalists[1:]))
+
+
+def search_best(log: EvaluationLog, ladder: Ladder, keep: int) -> list[Genome]:
+    """The ``keep`` best on the last rung's present text, and the best one of each of the ``keep`` texts before it."""
+    texts: dict[Fidelity, list[Evaluation]] = {}
+    for evaluation in log:
+        if (evaluation.split, evaluation.tokens) == (ladder.split, ladder.rungs[-1]):
+            texts.setdefault(evaluation.fidelity, []).append(evaluation)
+    *former, present = texts.values()
+    best = sorted(present, key=rank)[:keep] + [min(found, key=rank) for found in former[-keep:]]
+    return list(dict.fromkeys(evaluation.genome for evaluation in best))
 
 
 def pareto_records(evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
-    """For pareto.json: file_bytes, loss, split, tokens, genome and ``front`` of every evaluation, smallest file first.
+    """For pareto.json: the fields PARETO_FIELDS and ``front`` of every evaluation on text, smallest file first.
 
     ``front`` says that no evaluation of the same fidelity has a lower loss in as few bytes. Losses that are not finite
     are left out.
     """
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation.loss)]
+    finite = [evaluation for evaluation in evaluations if evaluation.tokens and math.isfinite(evaluation.loss)]
     least: dict[Fidelity, float] = {}
     records = []
     for evaluation in sorted(finite, key=lambda e: (e.file_bytes, rank(e))):
@@ -117,14 +180,8 @@ def pareto_records(evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
         if front:
             least[evaluation.fidelity] = evaluation.loss
         record = evaluation.to_json()
-        records.append({k: record[k] for k in ("file_bytes", "loss", "split", "tokens", "genome")} | {"front": front})
+        records.append({k: record[k] for k in PARETO_FIELDS} | {"front": front})
     return records
-
-
-def rank(evaluation: Evaluation) -> tuple[float, int, Genome]:
-    """Order of evaluations of one fidelity, best first: loss (not finite: last), then bytes, then genome."""
-    loss = evaluation.loss if math.isfinite(evaluation.loss) else math.inf
-    return loss, evaluation.file_bytes, evaluation.genome
 
 
 def _best(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -132,3 +189,11 @@ def _best(evaluations: Sequence[Evaluation]) -> Evaluation:
     if best is None or not math.isfinite(best.loss):
         raise ValueError(f"none of {len(evaluations)} evaluated genomes has a finite loss: nothing can be chosen")
     return best
+
+
+def _ties(evaluation: Evaluation, winner: Evaluation) -> bool:
+    """Whether validation text leaves open which of the two has the lower KL."""
+    if not math.isfinite(evaluation.loss):
+        return False
+    difference = paired_difference(evaluation, winner)
+    return abs(difference.mean) <= difference.margin()

@@ -83,7 +83,7 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Which text an evaluation reads. Losses of different fidelity are never ranked together.
+    """Which text an evaluation reads, if any. Losses of different fidelity are never ranked together.
 
     Fewer ``tokens`` of the same ``draw`` are a part of more, so that a ladder of fidelities reads nested text.
     """
@@ -126,6 +126,12 @@ class Evaluation:
         return cls(**fields | {"genome": tuple(record["genome"]), "window_kl": tuple(record.get("window_kl", ()))})
 
 
+def rank(evaluation: Evaluation) -> tuple[float, int, Genome]:
+    """Order of evaluations of one fidelity, best first: loss (not finite: last), then bytes, then genome."""
+    loss = evaluation.loss if isfinite(evaluation.loss) else inf
+    return loss, evaluation.file_bytes, evaluation.genome
+
+
 class Scored(NamedTuple):
     """A genome with its loss, infinite where it has none, and the text that the loss was read on."""
 
@@ -160,8 +166,15 @@ class Strategy(Protocol):
         Asking again without ``tell`` gives the same genomes.
         """
 
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Results for the last ``ask``, in its order. Raises ValueError if they are not."""
+    @property
+    def incumbents(self) -> list[Genome]:
+        """Told genomes that newcomers have to beat; [] for a strategy that compares none."""
+
+    def tell(self, evaluations: Sequence[Evaluation], rescored: Sequence[Evaluation] = ()) -> None:
+        """Results for the last ``ask``, in its order, each on as much text as its genome was found worth.
+
+        On other text than before, ``rescored`` are the incumbents on it. Raises ValueError if either is not so.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable state, with the random state."""

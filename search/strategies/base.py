@@ -10,7 +10,7 @@ from search.repair import Repair
 from search.rng import rng_from_json, rng_to_json
 from search.types import Evaluation, Fidelity, Genome, Scored
 
-Batch = list[Scored]  # in the order of ask
+Batch = list[Scored]  # in the order of ask, then the incumbents if the text is new
 
 NOVELTY_TRIES = 40  # candidates drawn before the space counts as having no new genome
 
@@ -49,10 +49,15 @@ class BatchStrategy(ABC):
             self._batch = self._propose()
         return list(self._batch)
 
-    def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Results for the last ``ask``, in its order.
+    @property
+    def incumbents(self) -> list[Genome]:
+        """Told genomes that newcomers have to beat; [] for a strategy that compares none."""
+        return []
 
-        Raises ValueError if nothing was asked, if these are other genomes, or if their fidelity is not the run's.
+    def tell(self, evaluations: Sequence[Evaluation], rescored: Sequence[Evaluation] = ()) -> None:
+        """Results for the last ``ask``, in its order; on new text also the incumbents', in theirs.
+
+        Raises ValueError if nothing was asked, if these are other genomes, or if they did not read one text.
         """
         if not self._batch:
             raise ValueError("tell without a batch: ask first, and tell every batch once")
@@ -63,8 +68,9 @@ class BatchStrategy(ABC):
                 f"tell expects the {len(self._batch)} genomes of the last ask in their order, "
                 f"found {len(found)}, of which the first {same} are as asked"
             )
-        self._check_fidelity({evaluation.fidelity for evaluation in evaluations})
-        self._take([Scored.of(evaluation) for evaluation in evaluations])
+        everything = [*evaluations, *rescored]
+        self._check_text([e.fidelity for e in everything if e.tokens], [e.genome for e in rescored])
+        self._take([Scored.of(evaluation) for evaluation in everything])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable state, with the random state."""
@@ -105,11 +111,15 @@ class BatchStrategy(ABC):
     def _batches_of(state: Mapping[str, Any]) -> list[Batch]:
         return [[Scored.from_json(record) for record in batch] for batch in state["told"]]
 
-    def _check_fidelity(self, found: set[Fidelity]) -> None:
-        expected = self.told[0][0].fidelity if self.told else next(iter(found))
-        if found != {expected}:
+    def _check_text(self, found: Sequence[Fidelity], rescored: Sequence[Genome]) -> None:
+        texts = {(fidelity.split, fidelity.draw) for fidelity in found}
+        if len(texts) != 1:
+            raise ValueError(f"losses of different text are never ranked together: expected one text, found {texts}")
+        known = [(s.fidelity.split, s.fidelity.draw) for s in (self.told[-1] if self.told else []) if s.fidelity.tokens]
+        expected = self.incumbents if known and texts != set(known) else []
+        if list(rescored) != expected:
             raise ValueError(
-                f"losses of different fidelity are never ranked together: expected {expected}, found {found}"
+                f"expected the {len(expected)} incumbents on the batch's text, if it is new, found {len(rescored)}"
             )
 
     def _feasible(self, genome: Genome) -> Genome:

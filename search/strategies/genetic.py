@@ -21,7 +21,7 @@ from search.repair import Repair
 from search.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
 from search.surrogate import Surrogate
-from search.types import Genome
+from search.types import Genome, Scored
 
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
 MOST_MUTATED = 4  # genes of one random-gene mutation, drawn from 1 to this
@@ -69,15 +69,15 @@ class GeneticSettings:
 
 
 class Fitness(base.Fitness):
-    weights = (-1.0,)  # the loss is minimized
+    weights = (1.0, -1.0)  # the rung reached comes first; the loss is minimized
 
 
 class Individual(list[int]):
     """A genome that DEAP's operators may change in place."""
 
-    def __init__(self, genome: Sequence[int], loss: float | None = None) -> None:
+    def __init__(self, genome: Sequence[int], scored: Scored | None = None) -> None:
         super().__init__(genome)
-        self.fitness = Fitness() if loss is None else Fitness((loss,))
+        self.fitness = Fitness() if scored is None else Fitness((scored.fidelity.tokens, scored.loss))
 
 
 @contextmanager
@@ -126,10 +126,19 @@ class GeneticStrategy(BatchStrategy):
         super()._reset()
         self._parents = []
 
+    @property
+    def incumbents(self) -> list[Genome]:
+        """The elites."""
+        return [tuple(parent) for parent in self._parents[: self.settings.elites]]
+
     def _learn(self, batch: Batch) -> None:
-        """Parents of the next generation: the elites of the run, then the best of this generation."""
-        newcomers = [Individual(scored.genome, scored.loss) for scored in batch]
-        elites = tools.selBest(self._parents + newcomers, self.settings.elites)
+        """Parents of the next generation: the elites of the run, then the best of this generation.
+
+        Incumbents come in a batch again only on new text; parents without a loss on it are then forgotten.
+        """
+        newcomers = [Individual(scored.genome, scored) for scored in batch]
+        known = [] if any(parent in newcomers for parent in self._parents) else self._parents
+        elites = tools.selBest(known + newcomers, self.settings.elites)
         others = [individual for individual in tools.selBest(newcomers, len(newcomers)) if individual not in elites]
         self._parents = (elites + others)[: self.settings.population]
 

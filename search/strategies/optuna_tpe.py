@@ -7,7 +7,7 @@ where optuna-dashboard finds it under the study's name.
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from search.files import cut_torn_tail
 from search.repair import Repair
 from search.rng import rng_to_json
 from search.strategies.base import Batch, BatchStrategy
-from search.types import Genome
+from search.types import Fidelity, Genome
 
 STUDY_NAME = "bitgenome"
 PROPOSAL_TRIES = 5  # proposals whose repair is already known, before a random genome takes the place
@@ -119,12 +119,23 @@ class OptunaStrategy(BatchStrategy):
         trial.set_user_attr("genome", list(genome))
         return trial, genome
 
+    def _check_text(self, found: Sequence[Fidelity], rescored: Sequence[Genome]) -> None:
+        super()._check_text(found, rescored)
+        first = next((s.fidelity for batch in self.told for s in batch if s.fidelity.tokens), found[0])
+        if found[0].draw != first.draw:
+            raise ValueError(f"the estimator ranks all trials together: expected draw {first.draw}, found {found[0]}")
+
     def _learn(self, batch: Batch) -> None:
+        """A genome that did not reach the last rung is a pruned trial: TPE ranks it by its rung, then by its loss."""
+        last = max(scored.fidelity.tokens for scored in batch)
         for trial, scored in zip(self._trials, batch, strict=True):
-            if math.isfinite(scored.loss):
-                self._study.tell(trial, scored.loss)
-            else:
+            if not math.isfinite(scored.loss):
                 self._study.tell(trial, state=TrialState.FAIL)
+            elif scored.fidelity.tokens < last:
+                trial.report(scored.loss, step=scored.fidelity.tokens)
+                self._study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self._study.tell(trial, scored.loss)
         if self._journal is not None:
             self._mirror(self._journal)
 

@@ -6,6 +6,7 @@ import pytest
 
 from bitgenome.config import load_config, parse_config
 from bitgenome.plan import make_plan
+from bitgenome.report import searched
 from search.errors import UserError
 from search.strategies.genetic import GeneticSettings
 from tests.bitgenome.conftest import Runs
@@ -67,3 +68,38 @@ def test_a_word_stands_for_several_levels(word: str, count: int) -> None:
 def test_an_unknown_word_for_levels_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="expected a list of levels or one of classic, fine, all, found finest"):
         parse_config({"name": "x", "model": "m", "budget": {"bits_per_weight": 3}, "levels": "finest"}, "here")
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"ladder": [512, 9000]}, r"expected search.ladder of 0 or from text.window \(512\) to text.tokens.search"),
+        ({"ladder": [100, 1024]}, r"text.tokens.search \(8192\) tokens, found \[100, 1024\]"),
+        ({"ladder": [1024, 1024]}, r"expected rungs of tokens that rise from at least 0, found \[1024, 1024\]"),
+        ({"ladder": [0]}, r"expected rungs of tokens that rise"),
+        ({"refresh": 2}, r"expected search.ladder to end below text.tokens.search \(8192\)"),
+        ({"ladder": [1024], "refresh": 2, "strategy": "optuna"}, "expected refresh 0 with strategy optuna"),
+        ({"promotion": 1.0, "ladder": [512, 1024]}, "promotion"),
+    ],
+)
+def test_a_ladder_that_the_text_cannot_serve_is_refused_in_one_sentence(search: dict, message: str) -> None:
+    data = {"name": "x", "model": "m", "budget": {"bits_per_weight": 3}, "search": search}
+    with pytest.raises(UserError, match=message) as error:
+        parse_config(data, "here")
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_ladder_the_search_reads_all_of_its_text(runs: Runs) -> None:
+    config = load_config(runs.write("one-rung"))
+    assert config.ladder.rungs == (config.text.tokens.search,)
+    rungs = load_config(runs.write("rungs"), ["search.ladder=[0, 256, 512]", "search.promotion=0.3"]).ladder
+    assert (rungs.rungs, rungs.promotion, rungs.seed) == ((0, 256, 512), 0.3, config.search.seed)
+
+
+def test_a_plan_counts_evaluations_by_rung_and_those_of_elites_on_new_text(runs: Runs) -> None:
+    changes = ["search.ladder=[0, 256, 512]", "text.tokens.search=1024", "search.population=10", "search.generations=6"]
+    plan = make_plan(load_config(runs.write("counted"), [*changes, "search.refresh=2", "search.elites=3"]))
+    assert plan.search_rungs == [(0, 60), (256, 30), (512, 6 * 3 + 2 * 3)]
+    assert searched(plan.search_rungs) == "60 evaluations of 0, 30 of 256, 24 of 512 tokens"
+    plain = make_plan(load_config(runs.write("plain")))
+    assert searched(plain.search_rungs) == "24 evaluations of 512 tokens"

@@ -42,8 +42,8 @@ def write(path: Path, groups: dict[str, Any], **more: Any) -> Path:
 def test_a_run_with_genes_tied_by_mutual_information_has_its_exact_size(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, {"by": "mutual_information", "count": 5, "samples": 64}))
     outcome = run(config, Console(quiet=True))
-    assert len(outcome.winner.genome) == 5
-    assert outcome.gguf.stat().st_size == outcome.winner.file_bytes <= outcome.budget_bytes
+    assert len(outcome.winner.evaluation.genome) == 5
+    assert outcome.gguf.stat().st_size == outcome.winner.evaluation.file_bytes <= outcome.budget_bytes
     best = json.loads((outcome.run / "best.json").read_text())
     labels = json.loads((outcome.run / "gene-groups.json").read_text())
     assert len(labels) == 15 and len(set(labels.values())) == 5
@@ -57,8 +57,8 @@ def test_a_run_with_genes_tied_by_mutual_information_has_its_exact_size(tmp_path
 def test_a_run_under_five_dimensional_importance_and_prior_ends_in_a_file(tmp_path: Path) -> None:
     more = {"quantization": {"importance": "five_dimensional"}, "search": {"mutation_prior": "five_dimensional"}}
     outcome = run(load_config(write(tmp_path, {"by": "kind"}, healing={"enabled": "off"}, **more)), Console(quiet=True))
-    assert outcome.gguf.stat().st_size == outcome.winner.file_bytes <= outcome.budget_bytes
-    assert len(outcome.winner.genome) == 8
+    assert outcome.gguf.stat().st_size == outcome.winner.evaluation.file_bytes <= outcome.budget_bytes
+    assert len(outcome.winner.evaluation.genome) == 8
 
 
 @pytest.mark.parametrize(("by", "genes"), [("kind", 8), ("layer", 3), ("none", 15)])

@@ -8,7 +8,7 @@ import pytest
 
 from search.budget import Budget
 from search.strategies.base import BatchStrategy
-from search.types import Evaluation, Genome, SearchSpace
+from search.types import Evaluation, Fidelity, Genome, SearchSpace
 from tests.search.synthetic import Landscape, middle_budget, odd_space, random_table, transformer_space
 
 
@@ -90,11 +90,45 @@ class StrategyContract:
         with pytest.raises(ValueError, match="ask first"):
             strategy.tell(results)
 
-    def test_tell_refuses_mixed_fidelities(self) -> None:
+    def test_tell_refuses_mixed_text(self) -> None:
         strategy = self.make()
         results = [self.landscape.evaluation(genome) for genome in strategy.ask()]
-        with pytest.raises(ValueError, match="fidelity"):
-            strategy.tell([dataclasses.replace(results[0], tokens=7), *results[1:]])
+        for other in ({"draw": 7}, {"split": "validation"}):
+            with pytest.raises(ValueError, match="different text"):
+                strategy.tell([dataclasses.replace(results[0], **other), *results[1:]])
+
+    def test_genomes_that_stop_on_lower_rungs_change_nothing_of_the_protocol(self) -> None:
+        strategy, told = self.make(), 0
+        while genomes := strategy.ask():
+            rungs = [Fidelity("search", (0, 256, 1024)[min(2, i)]) for i in range(len(genomes))]
+            strategy.tell([self.landscape.evaluation(g, rung) for g, rung in zip(genomes, rungs, strict=True)])
+            restored = self.make()
+            restored.load_state_dict(json.loads(json.dumps(strategy.state_dict(), allow_nan=False)))
+            assert restored.ask() == strategy.ask()
+            assert restored.incumbents == strategy.incumbents
+            told += len(genomes)
+        assert told <= strategy.expected_evaluations
+
+    def test_new_text_is_told_with_the_incumbents_on_it_and_not_without(self) -> None:
+        strategy, told = self.make(), 0
+        while genomes := strategy.ask():
+            text = Fidelity("search", 1024, draw=self.draw(told))
+            results = [self.landscape.evaluation(genome, text) for genome in genomes]
+            rescored = [self.landscape.evaluation(genome, text) for genome in strategy.incumbents]
+            if rescored:
+                for wrong in ([], rescored[1:], rescored[::-1]):
+                    with pytest.raises(ValueError, match="incumbents on the batch's text"):
+                        strategy.tell(results, wrong)
+            strategy.tell(results, rescored)
+            restored = self.make()
+            restored.load_state_dict(json.loads(json.dumps(strategy.state_dict(), allow_nan=False)))
+            assert restored.ask() == strategy.ask()
+            assert restored.incumbents == strategy.incumbents
+            told += 1
+
+    def draw(self, batches: int) -> int:
+        """Of the text after so many batches."""
+        return 1 + batches
 
     def test_losses_that_are_no_numbers_do_not_stop_the_run_nor_its_state(self) -> None:
         for finite in (3, 10**9):  # every third, or none at all

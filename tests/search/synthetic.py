@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from search.types import Evaluation, Fidelity, Gene, Genome, SearchSpace
 LEVELS = ("W2", "W3", "W4", "W5", "W6", "W8")
 SEARCH = Fidelity("search", 1024)
 VALIDATION = Fidelity("validation", 4096)
+WINDOW = 256  # tokens
+POOL = 64  # windows of a split
 
 
 def transformer_space(layers: int, width: int = 256, levels: Sequence[str] = LEVELS) -> SearchSpace:
@@ -59,10 +62,12 @@ def middle_budget(space: SearchSpace, share: float = 0.35) -> Budget:
 
 
 class Landscape:
-    """A known loss: an additive table, times interactions of random pairs of genes."""
+    """A known loss: an additive table, times interactions of random pairs of genes; ``noise`` of each window on top."""
 
-    def __init__(self, space: SearchSpace, table: SensitivityTable, interaction: float = 0.0, seed: int = 0) -> None:
-        self.space, self.table = space, table
+    def __init__(
+        self, space: SearchSpace, table: SensitivityTable, interaction: float = 0.0, seed: int = 0, noise: float = 0.0
+    ) -> None:
+        self.space, self.table, self.noise = space, table, noise
         rng = np.random.default_rng(seed)
         genes = len(space.genes)
         self._coupling = interaction * np.triu(rng.normal(size=(genes, genes)), 1) / np.sqrt(genes)
@@ -75,10 +80,21 @@ class Landscape:
         return float(alone.sum() + root @ self._coupling @ root)
 
     def evaluation(self, genome: Genome, fidelity: Fidelity = SEARCH) -> Evaluation:
-        loss = self.loss(genome)
+        windows = self.window_losses(genome, fidelity)
+        loss = float(windows.mean()) if self.noise else self.loss(genome)
         return Evaluation(
-            genome, loss, loss, loss, 1.0, loss, self.space.file_bytes(genome), fidelity.split, fidelity.tokens
-        )
+            genome, loss, loss, loss, 1.0, loss, self.space.file_bytes(genome), fidelity.split, fidelity.tokens,
+            draw=fidelity.draw, window_kl=tuple(windows.tolist()),
+        )  # fmt: skip
+
+    def window_losses(self, genome: Genome, fidelity: Fidelity) -> np.ndarray:
+        """(n,) the truth, off by a normal error of ``noise`` times it that belongs to window and genome."""
+        count = max(1, fidelity.tokens // WINDOW)
+        order = np.random.default_rng(fidelity.draw).permutation(POOL) if fidelity.draw else np.arange(POOL)
+        split = zlib.crc32(fidelity.split.encode())
+        errors = [np.random.default_rng([split, window, *genome]).normal() for window in order[:count]]
+        windows: np.ndarray = self.loss(genome) * (1 + self.noise * np.array(errors))
+        return windows
 
     def __call__(self, genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
         for genome in genomes:

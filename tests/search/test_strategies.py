@@ -1,6 +1,7 @@
 """Every strategy passes the contract; each has claims of its own."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from search.strategies.optuna_tpe import STUDY_NAME, OptunaSettings, OptunaStrat
 from search.strategies.random_search import RandomSettings, RandomStrategy
 from search.strategies.solver import SolverSettings, SolverStrategy
 from search.surrogate import Surrogate
-from search.types import Genome, SearchSpace
+from search.types import Fidelity, Genome, SearchSpace
 from tests.search.contract import StrategyContract
 from tests.search.synthetic import SEARCH, Landscape, middle_budget, random_table, transformer_space
 
@@ -69,6 +70,24 @@ class TestGeneticStrategy(StrategyContract):
     def test_the_seeds_are_in_the_first_generation(self) -> None:
         seeds, _ = seeded(self.space, self.budget)
         assert set(seeds.values()) <= set(self.make().ask())
+
+    def test_a_genome_that_stopped_low_is_no_elite_whatever_its_loss(self) -> None:
+        strategy = self.make()
+        low, high = Fidelity("search", 256), Fidelity("search", 1024)
+        results = [self.landscape.evaluation(g, high if i < 6 else low) for i, g in enumerate(strategy.ask())]
+        strategy.tell([replace(r, loss=r.loss / 1000) if r.tokens == low.tokens else r for r in results])
+        best = sorted(results[:6], key=lambda r: r.loss)[:4]
+        assert strategy.incumbents == [r.genome for r in best]
+
+    def test_on_new_text_elites_are_ranked_by_their_losses_there_alone(self) -> None:
+        strategy = self.make()
+        self.tell(strategy, strategy.ask())
+        elites = strategy.incumbents
+        text = Fidelity("search", 1024, draw=1)
+        newcomers = [self.landscape.evaluation(genome, text) for genome in strategy.ask()]
+        rescored = [replace(self.landscape.evaluation(genome, text), loss=1e9 + i) for i, genome in enumerate(elites)]
+        strategy.tell(newcomers, rescored)
+        assert not set(strategy.incumbents) & set(elites)
 
     def test_the_global_random_state_is_left_alone(self) -> None:
         random.seed(5)
@@ -125,6 +144,26 @@ class TestOptunaStrategy(StrategyContract):
         ).trials
         told = [scored.genome for batch in resumed.told for scored in batch]
         assert [tuple(t.user_attrs["genome"]) for t in trials if t.state.name == "COMPLETE"] == told
+
+    def draw(self, batches: int) -> int:
+        return 1  # the estimator ranks all trials
+
+    def test_new_text_is_refused(self) -> None:
+        strategy = self.make()
+        self.tell(strategy, strategy.ask())
+        text = Fidelity("search", 1024, draw=1)
+        with pytest.raises(ValueError, match="ranks all trials together"):
+            strategy.tell([self.landscape.evaluation(genome, text) for genome in strategy.ask()])
+
+    def test_a_genome_that_stops_low_is_a_pruned_trial_with_its_loss_at_its_rung(self) -> None:
+        strategy = self.make()
+        assert isinstance(strategy, OptunaStrategy)
+        rungs = [Fidelity("search", 256 if i else 1024) for i, _ in enumerate(strategy.ask())]
+        results = [self.landscape.evaluation(g, rung) for g, rung in zip(strategy.ask(), rungs, strict=True)]
+        strategy.tell(results)
+        trials = strategy._study.trials
+        assert [t.state.name for t in trials] == ["COMPLETE"] + ["PRUNED"] * (len(rungs) - 1)
+        assert [t.intermediate_values for t in trials[1:]] == [{256: result.loss} for result in results[1:]]
 
     def test_a_state_of_another_seed_is_refused(self) -> None:
         strategy = self.make(seed=1)
