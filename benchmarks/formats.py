@@ -35,7 +35,7 @@ from evaluators.block_model import BlockModel
 from evaluators.calibration import InputGroup, group_file
 from evaluators.devices import best_device
 from evaluators.divergence import Reference
-from evaluators.evaluator import EvaluateGenome
+from evaluators.evaluator import EvaluateGenomes
 from evaluators.simulated import final_hidden
 from evaluators.text import TokenWindows
 from quantizers.codec import dequantize, quantize
@@ -101,8 +101,8 @@ class Bench:
     def banked(self, step: str, formats: list[str], fidelity: Fidelity) -> list[Evaluation]:
         """Uniform genomes of every format, from the bank of a step."""
         setup = self.setups[step]
-        tasks = [EvaluateGenome(setup, uniform(self.plan, fmt), fidelity, f"{step}[{fmt}]") for fmt in formats]
-        return list(self.track(self.pool.map(tasks), len(tasks), f"measuring {step}"))
+        tasks = [EvaluateGenomes(setup, (uniform(self.plan, fmt),), fidelity, f"{step}[{fmt}]") for fmt in formats]
+        return [found for (found,) in self.track(self.pool.map(tasks), len(tasks), f"measuring {step}")]
 
     @torch.inference_mode()
     def encoded(self, fmt: str, encode: Encode) -> tuple[float, float]:

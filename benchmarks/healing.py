@@ -23,7 +23,7 @@ from bitgenome.config import load_config
 from bitgenome.healing import RATE_PER_ROOT_KL, float_tensors
 from bitgenome.plan import Plan, make_plan
 from bitgenome.run_directory import RunDirectory
-from evaluators.evaluator import EvaluateGenome, EvaluatorSetup
+from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.healing import Healed, MeasureHealing, WholeHealing
 from evaluators.healing_blocks import HealBlock
 from evaluators.tuning import HealingCheckpoint, HealingSettings
@@ -99,7 +99,7 @@ def main() -> None:
         validation = Fidelity("validation", plan.config.text.tokens.validation)
         for name in args.genomes:
             genome = mixed(plan) if name == "mixed" else levels[name]
-            (plain,) = pool.map([EvaluateGenome(setup, genome, validation, name)])
+            ((plain,),) = pool.map([EvaluateGenomes(setup, (genome,), validation, name)])
             for text in args.settings:
                 rate = {"learning_rate": RATE_PER_ROOT_KL * math.sqrt(plain.kl)}
                 settings = replace(HealingSettings(), **(rate | parsed(text)))

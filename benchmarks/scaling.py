@@ -76,7 +76,7 @@ def measure_scaling(arguments: argparse.Namespace, console: Console) -> None:
         seconds = time.perf_counter() - started
         evaluator = GenomeEvaluator(setup)
         for choice, level in enumerate(LEVELS):
-            result = evaluator.evaluate((choice,) * len(setup.space.genes), fidelity)
+            (result,) = evaluator.evaluate([(choice,) * len(setup.space.genes)], fidelity)
             reconstruction = original_reconstruction(setup, calibration, level)
             cells[level].append(f"{reconstruction:.3e} / {result.kl:.5f}")
         console.print(f"{variant}: {seconds:.0f} s; {alphas(chosen)}", soft_wrap=True)
@@ -134,7 +134,7 @@ def measure_activations(arguments: argparse.Namespace, console: Console) -> None
     for genome in neighbours((LEVELS.index("W4"),) * len(setup.space.genes), len(LEVELS), arguments.files):
         formats = genome_formats(setup.space, genome)
         for evaluator, taken in zip(evaluators, seconds, strict=True):
-            taken.append(evaluator.evaluate(genome, Fidelity("test", arguments.tokens)).seconds)
+            taken.append(evaluator.evaluate([genome], Fidelity("test", arguments.tokens))[0].seconds)
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "file.gguf"
             export_gguf(folder, lambda name: (formats[name], bank.packed(name, formats[name]).numpy()), path)  # noqa: B023

@@ -43,6 +43,7 @@ GROUPS_FILE = "groups.json"
 IMATRIX_FILE = "imatrix.gguf"
 SCALING_FILE = "scaling.json"
 COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
+GENES_TOGETHER = 8  # of neighbouring tensors, in one sweep: they branch off the full-precision model in the same blocks
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
@@ -262,12 +263,15 @@ def measured_records(
     """Records of all genes in order; each gene's go to ``partial`` as they come, and are not measured again."""
     cut_torn_tail(partial)
     lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
-    tasks = [MeasureSensitivity(setup, gene, fidelity) for gene in range(len(lines), len(plan.space.genes))]
+    missing = tuple(range(len(lines), len(plan.space.genes)))
+    parts = [missing[start : start + GENES_TOGETHER] for start in range(0, len(missing), GENES_TOGETHER)]
+    tasks = [MeasureSensitivity(setup, part, fidelity) for part in parts]
     with partial.open("a", encoding="utf-8") as stream:
-        for records in track(pool.map(tasks), len(tasks), "measuring sensitivities"):
-            lines.append(json.dumps(records))
-            stream.write(lines[-1] + "\n")
+        for found in track(pool.map(tasks), len(tasks), "measuring sensitivities"):
+            new = [json.dumps(records) for records in found]
+            stream.write("".join(f"{line}\n" for line in new))
             stream.flush()
+            lines += new
     return [record for line in lines for record in json.loads(line)]
 
 

@@ -4,17 +4,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from bitgenome.artefacts import Artefacts, Track
 from bitgenome.plan import Plan
 from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
 from bitgenome.search_config import SearchConfig
-from evaluators.evaluator import EvaluateGenome, EvaluatorSetup
+from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
 from search.files import atomic_write_json
-from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, run_search, with_table_rung
+from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, rank, run_search, with_table_rung
 from search.seeds import reference_genomes, seed_genomes
 from search.strategies.factory import STRATEGIES, make_strategy
 from search.types import Evaluation, Fidelity, Genome
@@ -22,6 +23,8 @@ from workers.pool import Pool
 
 log = logging.getLogger(__name__)
 
+MOST_TOGETHER = 32  # genomes of one task: what a lost worker costs, and how often there is progress to show
+KEPT_GENOMES = 4  # whose beginnings workers remember
 CHECKPOINT_FILE = "checkpoint.json"
 TABLES = ("kl", "reconstruction")  # sensitivities that seed the search, the most trusted first
 
@@ -35,15 +38,26 @@ class SearchResult:
     strategy: str
 
 
-def pool_evaluate(setup: EvaluatorSetup, pool: Pool, track: Track, what: str) -> Evaluate:
-    """Evaluate genomes on the pool, results in their order."""
+def pool_evaluate(
+    setup: EvaluatorSetup, pool: Pool, track: Track, what: str, archive: EvaluationLog | None = None
+) -> Evaluate:
+    """Evaluate genomes on the pool, in the order of their genes whatever the number of workers.
+
+    Each worker takes neighbours in that order, which share the most, and remembers the beginnings of the best genomes
+    in ``archive``, from which offspring branch off.
+    """
 
     def evaluate(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
+        ordered = tuple(sorted(genomes))
+        size = -(-len(ordered) // (pool.size * -(-len(ordered) // (pool.size * MOST_TOGETHER))))
+        parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        best = sorted(archive.at(fidelity), key=rank)[:KEPT_GENOMES] if archive else ()
+        keep = tuple(evaluation.genome for evaluation in best)
         tasks = [
-            EvaluateGenome(setup, genome, fidelity, f"eval[{fidelity.split} {index + 1}/{len(genomes)}]")
-            for index, genome in enumerate(genomes)
+            EvaluateGenomes(setup, part, fidelity, f"eval[{fidelity.split} {index + 1}/{len(parts)}]", keep)
+            for index, part in enumerate(parts)
         ]
-        return track(pool.map(tasks), len(tasks), what)
+        return track(chain.from_iterable(pool.map(tasks)), len(ordered), what)
 
     return evaluate
 
@@ -76,7 +90,7 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
     checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
     with closing(EvaluationLog(run.path / EVALUATIONS_FILE)) as evaluations:
         with run.stage("search"):
-            evaluate = pool_evaluate(artefacts.setup, pool, track, "searching")
+            evaluate = pool_evaluate(artefacts.setup, pool, track, "searching", evaluations)
             evaluate = with_table_rung(evaluate, space, artefacts.table("reconstruction"))
             run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=log_progress)
         with run.stage("validation"):

@@ -32,6 +32,7 @@ from search.files import atomic_write_bytes, atomic_write_text
 log = logging.getLogger(__name__)
 
 Importance = Literal["conditional", "hessian", "five_dimensional"]  # of an input's columns, when scales are fitted
+DECODED_WEIGHTS = 1 << 22  # decoded at once
 MANIFEST = "manifest.json"
 SCHEMA = 1  # raise when packed bytes or file layout change meaning
 
@@ -203,7 +204,11 @@ class Bank:
 
     def weights(self, tensor: str, fmt: QuantFormat, columns: int, device: torch.device) -> Tensor:
         """float32 (rows, columns) that the packed bytes decode to."""
-        return dequantize(fmt, self.packed(tensor, fmt).to(device))[:, :columns]
+        return decoded(fmt, self.packed(tensor, fmt), columns, device)
+
+    def rows(self, tensor: str, fmt: QuantFormat, rows: Tensor, columns: int, device: torch.device) -> Tensor:
+        """float32 (len(rows), columns): only some rows of a tensor are read."""
+        return decoded(fmt, self.packed(tensor, fmt)[rows.cpu()], columns, device)
 
     def entry(self, tensor: str, fmt: QuantFormat) -> BankEntry:
         """Errors of one tensor at one level."""
@@ -211,3 +216,12 @@ class Bank:
             records = json.loads(self._file(tensor).metadata()["errors"])
             self._errors[tensor] = {name: BankEntry(**record) for name, record in records.items()}
         return self._errors[tensor][fmt.name]
+
+
+def decoded(fmt: QuantFormat, packed: Tensor, columns: int, device: torch.device) -> Tensor:
+    """float32 (rows, columns) of packed rows, some at a time: decoding takes several times their memory."""
+    weights = torch.empty(len(packed), columns, device=device)
+    step = max(1, DECODED_WEIGHTS // columns)
+    for start in range(0, len(packed), step):
+        weights[start : start + step] = dequantize(fmt, packed[start : start + step].to(device))[:, :columns]
+    return weights

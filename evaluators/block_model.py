@@ -69,11 +69,12 @@ class BlockModel:
         missing = [prefix + name for name, _ in module.named_parameters() if prefix + name not in self.folder.shapes]
         if missing:
             raise ModelFolderError(f"expected tensor {missing[0]} in the weights, found none in {self.folder.path}")
-        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
+        state = {name: self.as_computed(self.folder.read(prefix + name)) for name, _ in module.named_parameters()}
         module.load_state_dict(state, strict=False, assign=True)
 
-    def _read(self, name: str) -> Tensor:
-        return self.folder.read(name).to(device=self.device, dtype=torch.float32)
+    def as_computed(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the model's device, in the type that it computes in."""
+        return tensor.to(device=self.device, dtype=torch.float32)
 
     def load_block(self, block: int) -> None:
         self._load(self.blocks[block], self.block_prefix(block))
@@ -92,6 +93,23 @@ class BlockModel:
         self.load_ends()
         for block in range(len(self.blocks)):
             self.load_block(block)
+
+    def parameters_of(self, block: int) -> list[str]:
+        """Names of a block's parameters, loaded or not, in the order they are used."""
+        prefix = self.block_prefix(block)
+        return [prefix + name for name, _ in self.blocks[block].named_parameters()]
+
+    @property
+    def norm_parameters(self) -> list[str]:
+        """Names of the final norm's parameters."""
+        prefix = f"{self._names[id(self.decoder.norm)]}."
+        return [prefix + name for name, _ in self.decoder.norm.named_parameters()]
+
+    def place(self, name: str, weight: Tensor | None) -> None:
+        """Make ``weight`` the parameter of that name; None takes its memory away."""
+        module, _, leaf = name.rpartition(".")
+        tensor = torch.empty(self.folder.shapes[name], device="meta") if weight is None else weight
+        self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
     def weight(self, name: str) -> nn.Parameter:
         """The loaded parameter of that name; assign to its ``data`` to change the model."""

@@ -4,7 +4,7 @@ Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,14 @@ class Divergence:
     logit_mse: float
     perplexity: float
     window_kl: tuple[float, ...] = ()  # ``kl`` of each window
+
+    @classmethod
+    def of(cls, errors: Tensor) -> "Divergence":
+        """From (B, 3) errors of windows, see Reference.errors. Raises FloatingPointError if they are not finite."""
+        kl, mse, loss = errors.mean(0).tolist()
+        if not math.isfinite(kl):
+            raise FloatingPointError("the quantized model's logits are not finite")
+        return cls(kl, mse, math.exp(loss), tuple(errors[:, 0].tolist()))
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Divergence":
@@ -68,36 +76,38 @@ class Reference:
             log_sum = logits.logsumexp(-1)
             yield _Chunk(logits, (logits - log_sum[:, None]).exp_(), log_sum)
 
-    @torch.inference_mode()
     def compare(self, hidden: Tensor, head: Head) -> Divergence:
         """Divergence of a model with final ``hidden`` states (B, T, D) and ``head`` from this reference.
 
         Raises FloatingPointError if the candidate's logits are not finite.
         """
-        mse = loss = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
-        kls = []
-        rows = hidden.flatten(0, 1).split(self._step)
-        for chunk, row, target in zip(
-            self._cache or self._compute(), rows, self.targets.split(self._step), strict=True
-        ):
-            logits = head(row)
-            followed = (target >= 0).nonzero()[:, 0]
-            target_logits = logits[followed, target[followed]].double()
-            difference = logits.sub_(chunk.logits)
-            mse = mse + difference.flatten().dot(difference.flatten()).double()
-            chunk_kl, log_ratio = kl_of_differences(chunk.probs, difference)
-            kls.append(chunk_kl)
-            loss = loss - (target_logits - (chunk.log_sum.double() + log_ratio)[followed]).sum()
-        window_kl = torch.cat(kls).reshape(hidden.shape[:2]).mean(-1)
-        if not bool(window_kl.isfinite().all()):
-            raise FloatingPointError("the quantized model's logits are not finite")
-        positions = len(self.hidden)
-        return Divergence(
-            float(window_kl.mean()),
-            float(mse) / positions / len(self.head.weight),
-            math.exp(float(loss) / int((self.targets >= 0).sum())),
-            tuple(window_kl.tolist()),
-        )
+        return Divergence.of(self.errors([hidden], head)[0])
+
+    @torch.inference_mode()
+    def errors(self, candidates: Sequence[Tensor], head: Head) -> list[Tensor]:
+        """(B, 3) KL, squared logit error and cross-entropy of each window, for final hidden states (B, T, D) each.
+
+        Means over positions, float64; not finite where the candidate's logits are not. The reference's logits are made
+        once for all candidates.
+        """
+        found = [torch.empty(3, len(self.hidden), dtype=torch.float64, device=self.hidden.device) for _ in candidates]
+        rows = [hidden.flatten(0, 1) for hidden in candidates]
+        for index, chunk in enumerate(self._cache or self._compute()):
+            part = slice(index * self._step, (index + 1) * self._step)
+            for row, result in zip(rows, found, strict=True):
+                result[:, part] = self._chunk_errors(chunk, head(row[part]), self.targets[part])
+        B, T = candidates[0].shape[:2]
+        counts = torch.tensor([T, T, T - 1], dtype=torch.float64, device=self.hidden.device)  # nothing follows the last
+        return [result.view(3, B, T).sum(-1).T / counts for result in found]
+
+    def _chunk_errors(self, chunk: _Chunk, logits: Tensor, targets: Tensor) -> Tensor:
+        """(3, P) of a candidate's logits (P, V), which are changed."""
+        target_logits = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].double()
+        difference = logits.sub_(chunk.logits)
+        mse = torch.linalg.vector_norm(difference, dim=-1).double().square() / difference.shape[-1]
+        kl, log_ratio = kl_of_differences(chunk.probs, difference)
+        loss = (chunk.log_sum.double() + log_ratio - target_logits) * (targets >= 0)
+        return torch.stack((kl, mse, loss))
 
 
 def kl_of_differences(probs: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,15 +117,12 @@ def kl_of_differences(probs: Tensor, difference: Tensor) -> tuple[Tensor, Tensor
     expectations under P. Written with expm1 and log1p, nothing cancels where the two models are close, and float32 is
     enough.
     """
-    grown = row_dots(probs, difference.expm1())
+    scratch = difference.expm1()  # the one large array made here: a CPU takes long to map new memory
+    grown = scratch.mul_(probs).sum(-1)
     if not bool(torch.isfinite(grown).all()):  # logits apart by more than 88: shift before the exponential
         shift = difference.amax(-1, keepdim=True)
-        log_ratio = row_dots(probs, (difference - shift).exp()).double().log() + shift[:, 0].double()
+        log_ratio = scratch.copy_(difference).sub_(shift).exp_().mul_(probs).sum(-1).double().log()
+        log_ratio += shift[:, 0].double()
     else:
         log_ratio = grown.double().log1p()
-    return log_ratio - row_dots(probs, difference).double(), log_ratio
-
-
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(P, V), (P, V) -> (P,) without the product in memory."""
-    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+    return log_ratio - torch.mul(probs, difference, out=scratch).sum(-1).double(), log_ratio

@@ -1,24 +1,41 @@
 """How good a genome is: simulated quantization against the full-precision model, and the pool tasks that measure it."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from evaluators.bank import Bank
+from evaluators.batches import BATCH_TOKENS, Batches
 from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
 from evaluators.divergence import Divergence, Reference
 from evaluators.model_folder import ModelFolder
-from evaluators.simulated import SimulatedModel, chunked, final_hidden, genome_formats
+from evaluators.prefix_cache import PrefixCache
+from evaluators.simulated import genome_formats
+from evaluators.sweep import Candidate, Sweep
 from evaluators.text import TokenWindows
+from evaluators.weights import ModelWeights
 from quantizers.formats import QuantFormat
 from search.fitness import FitnessSettings, search_loss
 from search.types import Evaluation, Fidelity, Genome, SearchSpace
+
+T = TypeVar("T")
+
+WEIGHT_BYTES = 1 << 32
+CACHE_BYTES = 1 << 30
+
+
+class NotFiniteError(FloatingPointError):
+    """A candidate's outputs are not finite; ``candidate`` is its index."""
+
+    def __init__(self, candidate: int, place: str):
+        super().__init__(f"the quantized model's outputs are not finite from the {place} on")
+        self.candidate = candidate
 
 
 @dataclass(frozen=True)
@@ -42,48 +59,78 @@ class GenomeEvaluator:
         self.space = setup.space
         self.windows = TokenWindows.load(setup.windows)
         self.bank = Bank(setup.bank)
-        self.block_model = BlockModel(ModelFolder(setup.model), best_device())
-        self.simulated = SimulatedModel(self.block_model, self.bank, setup.activations)
+        model = BlockModel(ModelFolder(setup.model), best_device())
+        batches = Batches(max(1, BATCH_TOKENS // self.windows.window))
+        weights = ModelWeights(model, self.bank, WEIGHT_BYTES)
+        self.sweep = Sweep(weights, batches, PrefixCache(CACHE_BYTES), setup.activations)
         self._references: dict[Fidelity, Reference] = {}
-        self._prefix: tuple[tuple[Fidelity, int], Tensor] | None = None
 
     def ids(self, fidelity: Fidelity) -> Tensor:
         """(B, T) token ids of a fidelity."""
         return torch.from_numpy(self.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
 
-    def reference(self, fidelity: Fidelity) -> Reference:
-        """Full-precision outputs; kept for the last two fidelities."""
-        if fidelity not in self._references:
-            ids = self.ids(fidelity)
-            self.simulated.set_formats({})
-            hidden = final_hidden(self.block_model, ids)
-            while len(self._references) > 1:
-                del self._references[next(iter(self._references))]
-            head = self.block_model.head_with(self.simulated.full_weight(self.block_model.head_name))
-            self._references[fidelity] = Reference(hidden, head, ids)
-        return self._references[fidelity]
+    def divergences(
+        self, candidates: Sequence[Candidate], fidelity: Fidelity, keep: Sequence[Candidate] = ()
+    ) -> list[Divergence]:
+        """Of models with the tensors of a candidate quantized so, all others full precision; see Sweep for ``keep``.
+
+        Raises NotFiniteError for the first candidate whose outputs are not finite.
+        """
+        ids = self.ids(fidelity)
+        full: list[Candidate] = [] if fidelity in self._references else [{}]
+        states = self.sweep.final_states(ids, fidelity, [*candidates, *full], keep)
+        if full:
+            self._refer(fidelity, Reference(states.pop(), self.sweep.head(None), ids))
+        errors = self._errors(candidates, states, self._references[fidelity])
+        try:
+            return [Divergence.of(error) for error in errors]
+        except FloatingPointError:
+            index = next(i for i, error in enumerate(errors) if not error.isfinite().all())
+            raise NotFiniteError(index, self.sweep.first_overflow(ids, candidates[index])) from None
+
+    def _refer(self, fidelity: Fidelity, reference: Reference) -> None:
+        """Keep full-precision outputs; those of the last two fidelities."""
+        while len(self._references) > 1:
+            del self._references[next(iter(self._references))]
+        self._references[fidelity] = reference
 
     @torch.inference_mode()
-    def divergence(self, formats: dict[str, QuantFormat], fidelity: Fidelity) -> Divergence:
-        """Divergence of the model with these tensors quantized so, all others full precision."""
-        reference = self.reference(fidelity)
-        self.simulated.set_formats(formats)
-        hidden = self.simulated.head_input(final_hidden(self.block_model, self.ids(fidelity)))
-        return reference.compare(hidden, self.block_model.head)
+    def _errors(self, candidates: Sequence[Candidate], states: Sequence[Tensor], reference: Reference) -> list[Tensor]:
+        """Errors of windows (see Reference.errors) of each candidate; a head is decoded once for all that share it."""
+        head_name = self.sweep.model.head_name
+        by_format: dict[QuantFormat | None, list[int]] = {}
+        for index, candidate in enumerate(candidates):
+            by_format.setdefault(candidate.get(head_name), []).append(index)
+        found: dict[int, Tensor] = {}
+        for fmt, indices in by_format.items():
+            hidden = [self.sweep.head_input(states[index], fmt) for index in indices]
+            found.update(zip(indices, reference.errors(hidden, self.sweep.head(fmt)), strict=True))
+        return [found[index] for index in range(len(candidates))]
 
-    def reconstruction(self, formats: dict[str, QuantFormat]) -> float:
+    def reconstruction(self, formats: Candidate) -> float:
         """Sum of Hessian-weighted errors over the sum of the outputs' own power, over the given tensors."""
         entries = [self.bank.entry(name, fmt) for name, fmt in formats.items()]
         return sum(e.error for e in entries) / max(sum(e.power for e in entries), torch.finfo(torch.float32).tiny)
 
-    def evaluate(self, genome: Genome, fidelity: Fidelity) -> Evaluation:
-        """Raises FloatingPointError, with the genome, if the model's outputs are not finite."""
+    def evaluate(self, genomes: Sequence[Genome], fidelity: Fidelity, keep: Sequence[Genome] = ()) -> list[Evaluation]:
+        """Evaluations in the order of ``genomes``; the beginnings of ``keep`` are remembered for their offspring.
+
+        Raises FloatingPointError, with genome and block, if the model's outputs are not finite.
+        """
         started = time.perf_counter()
-        formats = genome_formats(self.space, genome)
+        candidates = [genome_formats(self.space, genome) for genome in genomes]
+        kept = [genome_formats(self.space, genome) for genome in keep]
         try:
-            measured = self.divergence(formats, fidelity)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error}: genome {list(genome)}") from None
+            measured = self.divergences(candidates, fidelity, kept)
+        except NotFiniteError as error:
+            raise FloatingPointError(f"{error}: genome {list(genomes[error.candidate])}") from None
+        seconds = (time.perf_counter() - started) / len(genomes)
+        cases = zip(genomes, candidates, measured, strict=True)
+        return [self._evaluation(*case, fidelity, seconds) for case in cases]
+
+    def _evaluation(
+        self, genome: Genome, formats: Candidate, measured: Divergence, fidelity: Fidelity, seconds: float
+    ) -> Evaluation:
         reconstruction = self.reconstruction(formats)
         size = self.space.file_bytes(genome)
         return Evaluation(
@@ -105,88 +152,78 @@ class GenomeEvaluator:
             tokens=fidelity.tokens,
             draw=fidelity.draw,
             window_kl=measured.window_kl,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
         )
 
-    @torch.inference_mode()
-    def sensitivity(self, gene: int, fidelity: Fidelity) -> list[dict[str, Any]]:
-        """What quantizing one gene alone costs, a record a choice; the rest of the model stays full precision.
+    def sensitivity(self, genes: Sequence[int], fidelity: Fidelity) -> list[list[dict[str, Any]]]:
+        """What quantizing one gene alone costs: for each of ``genes`` a record a choice, the rest at full precision.
 
-        The blocks below the gene are run once, not once a choice.
+        Every candidate branches off the full-precision model in the gene's own block.
         """
-        reference = self.reference(fidelity)
-        tensors = self.space.genes[gene].tensors
-        block = max(0, min(self.block_model.block_of(name) for name in tensors))
-        embedded = self.block_model.embedding_name in tensors
-        records = []
-        for choice, fmt in enumerate(self.space.genes[gene].formats):
-            formats = dict.fromkeys(tensors, fmt)
-            self.simulated.set_formats({})
-            prefix = None if embedded else self._block_input(block, fidelity)
-            self.simulated.set_formats(formats)
-            if prefix is None:
-                prefix = chunked(self.block_model.embed, self.ids(fidelity))
-            hidden = chunked(partial(self.block_model.run_from, block), prefix)
-            measured = reference.compare(self.simulated.head_input(hidden), self.block_model.head)
-            entries = [self.bank.entry(name, fmt) for name in tensors]
+        cases = [
+            (gene, choice, dict.fromkeys(self.space.genes[gene].tensors, fmt))
+            for gene in genes
+            for choice, fmt in enumerate(self.space.genes[gene].formats)
+        ]
+        measured = self.divergences([formats for _, _, formats in cases], fidelity, keep=[{}])
+        records: dict[int, list[dict[str, Any]]] = {gene: [] for gene in genes}
+        for (gene, choice, formats), found in zip(cases, measured, strict=True):
+            entries = [self.bank.entry(name, fmt) for name, fmt in formats.items()]
             error, power = sum(e.error for e in entries), sum(e.power for e in entries)
-            records.append(
+            records[gene].append(
                 {
                     "gene": self.space.genes[gene].name,
                     "choice": choice,
-                    "format": fmt.name,
-                    "kl": measured.kl,
-                    "logit_mse": measured.logit_mse,
+                    "format": self.space.genes[gene].formats[choice].name,
+                    "kl": found.kl,
+                    "logit_mse": found.logit_mse,
                     "reconstruction": error,
                     "relative": error / power if power else 0.0,
                 }
             )
-        return records
+        return list(records.values())
 
-    def _block_input(self, block: int, fidelity: Fidelity) -> Tensor:
-        """(B, T, D) full-precision input of ``block``, kept for the last block asked."""
-        key = (fidelity, block)
-        if self._prefix is None or self._prefix[0] != key:
-            hidden = chunked(self.block_model.embed, self.ids(fidelity))
-            for index in range(block):
-                hidden = chunked(partial(self.block_model.run_block, index), hidden)
-            self._prefix = (key, hidden)
-        return self._prefix[1]
+
+def warm(kind: Callable[[EvaluatorSetup], T], setup: EvaluatorSetup, state: dict[Any, Any]) -> T:
+    """The worker's ``kind`` of this setup; another one, or that of another setup, is dropped first."""
+    key = (kind, setup.key)
+    if key not in state:
+        state.clear()
+        state[key] = kind(setup)
+    found: T = state[key]
+    return found
 
 
 def warm_evaluator(setup: EvaluatorSetup, state: dict[Any, Any]) -> GenomeEvaluator:
-    """The worker's evaluator of this setup; that of another setup is dropped first."""
-    if setup.key not in state:
-        state.clear()
-        state[setup.key] = GenomeEvaluator(setup)
-    evaluator: GenomeEvaluator = state[setup.key]
-    return evaluator
+    return warm(GenomeEvaluator, setup, state)
 
 
 @dataclass(frozen=True)
-class EvaluateGenome:
-    """Pool task: one genome at one fidelity."""
+class EvaluateGenomes:
+    """Pool task: genomes at one fidelity, together; the beginnings of ``keep`` are remembered for their offspring."""
 
     setup: EvaluatorSetup
-    genome: Genome
+    genomes: tuple[Genome, ...]
     fidelity: Fidelity
     label: str
+    keep: tuple[Genome, ...] = ()
 
-    def run(self, state: dict[Any, Any]) -> Evaluation:
-        return warm_evaluator(self.setup, state).evaluate(self.genome, self.fidelity)
+    def run(self, state: dict[Any, Any]) -> list[Evaluation]:
+        return warm_evaluator(self.setup, state).evaluate(self.genomes, self.fidelity, self.keep)
 
 
 @dataclass(frozen=True)
 class MeasureSensitivity:
-    """Pool task: every choice of one gene."""
+    """Pool task: every choice of some genes."""
 
     setup: EvaluatorSetup
-    gene: int
+    genes: tuple[int, ...]
     fidelity: Fidelity
 
     @property
     def label(self) -> str:
-        return f"sensitivity[{self.setup.space.genes[self.gene].name}]"
+        names = [self.setup.space.genes[gene].name for gene in (self.genes[0], self.genes[-1])]
+        return f"sensitivity[{names[0]}]" if len(self.genes) == 1 else f"sensitivity[{names[0]} to {names[-1]}]"
 
-    def run(self, state: dict[Any, Any]) -> list[dict[str, Any]]:
-        return warm_evaluator(self.setup, state).sensitivity(self.gene, self.fidelity)
+    def run(self, state: dict[Any, Any]) -> list[list[dict[str, Any]]]:
+        return warm_evaluator(self.setup, state).sensitivity(self.genes, self.fidelity)

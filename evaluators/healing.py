@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluators.bank import Bank
+from evaluators.block_model import BlockModel
+from evaluators.devices import best_device
 from evaluators.distillation import DistillationLoss
-from evaluators.divergence import Divergence
-from evaluators.evaluator import EvaluatorSetup, GenomeEvaluator, warm_evaluator
-from evaluators.simulated import final_hidden, genome_formats
+from evaluators.divergence import Divergence, Reference
+from evaluators.evaluator import EvaluatorSetup, warm
+from evaluators.head import Head
+from evaluators.model_folder import ModelFolder
+from evaluators.simulated import SimulatedModel, final_hidden, genome_formats
+from evaluators.text import TokenWindows
 from evaluators.tuning import (
     FloatTuner,
     HealingCheckpoint,
@@ -26,6 +32,37 @@ from evaluators.tuning import (
 from search.types import Fidelity, Genome
 
 CHECKPOINT_STEPS = 10
+
+
+class TrainedModel:
+    """A model in memory whose float32 tensors may change, and its text."""
+
+    def __init__(self, setup: EvaluatorSetup):
+        self.space = setup.space
+        self.windows = TokenWindows.load(setup.windows)
+        self.model = BlockModel(ModelFolder(setup.model), best_device())
+        self.simulated = SimulatedModel(self.model, Bank(setup.bank), setup.activations)
+
+    def calibration_ids(self, rows: Sequence[int]) -> Tensor:
+        """(n, T) token ids of windows of calibration text."""
+        return torch.from_numpy(self.windows.windows["calibration"][list(rows)])
+
+    @torch.inference_mode()
+    def reference(self, ids: Tensor) -> Reference:
+        """Of the model's own tensors, as they are now."""
+        self.simulated.set_formats({})
+        return Reference(final_hidden(self.model, ids), self.full_head, ids)
+
+    @property
+    def full_head(self) -> Head:
+        """The full-precision head, whatever is set."""
+        return self.model.head_with(self.simulated.full_weight(self.model.head_name))
+
+    @torch.inference_mode()
+    def divergence(self, genome: Genome, ids: Tensor, reference: Reference) -> Divergence:
+        """Of ``genome`` with the float32 tensors as they are now. Raises FloatingPointError if it is not finite."""
+        self.simulated.set_formats(genome_formats(self.space, genome))
+        return reference.compare(self.simulated.head_input(final_hidden(self.model, ids)), self.model.head)
 
 
 @dataclass(frozen=True)
@@ -40,9 +77,9 @@ class ReferenceStates:
         return "heal[reference]"
 
     def run(self, state: dict[Any, Any]) -> Tensor:
-        evaluator = warm_evaluator(self.setup, state)
-        evaluator.simulated.set_formats({})
-        hidden = final_hidden(evaluator.block_model, calibration_ids(evaluator, self.rows))
+        trained = warm(TrainedModel, self.setup, state)
+        trained.simulated.set_formats({})
+        hidden = final_hidden(trained.model, trained.calibration_ids(self.rows))
         return hidden.clone().cpu()  # a tensor that gradients may use
 
 
@@ -63,20 +100,14 @@ class HealGradient:
         return f"heal[step {self.step}]"
 
     def run(self, state: dict[Any, Any]) -> dict[str, Tensor]:
-        evaluator = warm_evaluator(self.setup, state)
-        model = evaluator.block_model
-        evaluator.simulated.set_formats(genome_formats(evaluator.space, self.genome))
-        ids = calibration_ids(evaluator, self.rows).to(model.device)
-        reference_head = model.head_with(evaluator.simulated.full_weight(model.head_name))
+        trained = warm(TrainedModel, self.setup, state)
+        model = trained.model
+        trained.simulated.set_formats(genome_formats(trained.space, self.genome))
+        ids = trained.calibration_ids(self.rows).to(model.device)
         with tunable(model, self.floats) as parameters, repeatable_attention(model.device):
-            hidden = evaluator.simulated.head_input(model.run_from(0, model.embed(ids)))
-            self.loss(hidden, model.head, self.reference.to(model.device), reference_head, ids).backward()
+            hidden = trained.simulated.head_input(model.run_from(0, model.embed(ids)))
+            self.loss(hidden, model.head, self.reference.to(model.device), trained.full_head, ids).backward()
             return {name: gradient_of(parameter) for name, parameter in parameters.items()}
-
-
-def calibration_ids(evaluator: GenomeEvaluator, rows: Sequence[int]) -> Tensor:
-    """(n, T) token ids of windows of calibration text."""
-    return torch.from_numpy(evaluator.windows.windows["calibration"][list(rows)])
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -182,12 +213,13 @@ class MeasureHealing:
         return f"healed[{self.fidelity.split}]"
 
     def run(self, state: dict[Any, Any]) -> Healed:
-        evaluator = warm_evaluator(self.setup, state)
-        formats = genome_formats(evaluator.space, self.genome)
-        evaluator.reference(self.fidelity)  # of the model's own tensors, so outside of ``tunable``
+        trained = warm(TrainedModel, self.setup, state)
+        fidelity = self.fidelity
+        ids = torch.from_numpy(trained.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
+        reference = trained.reference(ids)  # of the model's own tensors, so outside of ``tunable``
 
         def after() -> Divergence:
-            with tunable(evaluator.block_model, self.floats):
-                return evaluator.divergence(formats, self.fidelity)
+            with tunable(trained.model, self.floats):
+                return trained.divergence(self.genome, ids, reference)
 
-        return Healed.measured(lambda: evaluator.divergence(formats, self.fidelity), after)
+        return Healed.measured(lambda: trained.divergence(self.genome, ids, reference), after)

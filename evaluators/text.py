@@ -28,6 +28,11 @@ class TokenWindows:
     windows: Mapping[str, np.ndarray]
     digest: str
 
+    @property
+    def window(self) -> int:
+        """Tokens of a window."""
+        return int(next(iter(self.windows.values())).shape[1])
+
     def take(self, split: str, tokens: int, draw: int = 0) -> np.ndarray:
         """The first windows of ``split`` that hold ``tokens`` tokens, at least one.
 

@@ -5,7 +5,6 @@ import torch
 from evaluators.activations import EightBitInputs, straight_through
 from evaluators.block_model import BlockModel
 from evaluators.evaluator import GenomeEvaluator
-from evaluators.simulated import final_hidden
 from quantizers.activations import quantized_input
 from quantizers.formats import FORMATS, QuantFormat
 from search.types import Fidelity
@@ -38,10 +37,9 @@ def test_only_quantized_tensors_read_eight_bits(small_bank: SmallBank) -> None:
     setup = small_bank.setup()
     float_inputs = GenomeEvaluator(setup)
     eight_bits = GenomeEvaluator(type(setup)(**{**vars(setup), "activations": "q8", "key": "q8"}))
-    hidden = [final_hidden(e.block_model, e.ids(FIDELITY)) for e in (float_inputs, eight_bits)]
-    assert torch.equal(*hidden)
-    largest = small_bank.space.largest()
-    losses = [e.evaluate(largest, FIDELITY).kl for e in (float_inputs, eight_bits)]
+    states = [e.sweep.final_states(e.ids(FIDELITY), "text", [{}])[0] for e in (float_inputs, eight_bits)]
+    assert torch.equal(*states)
+    losses = [e.evaluate([small_bank.space.largest()], FIDELITY)[0].kl for e in (float_inputs, eight_bits)]
     assert losses[0] < losses[1] < losses[0] + 1e-3
 
 

@@ -68,7 +68,7 @@ def test_an_evaluation_equals_transformers_own_forward_of_the_decoded_weights(
         parameter.data = Bank(setup.bank).weights(name, fmt, parameter.shape[1], torch.device("cpu"))
     with torch.inference_mode():
         p, q = (model(IDS).logits.double() for model in (full, quantized))
-    found = GenomeEvaluator(setup).evaluate(genome, FIDELITY)
+    (found,) = GenomeEvaluator(setup).evaluate([genome], FIDELITY)
     assert found.logit_mse == pytest.approx(float((p - q).square().mean()), rel=1e-4)
     p, q = p.log_softmax(-1), q.log_softmax(-1)
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)

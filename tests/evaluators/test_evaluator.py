@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from evaluators.bank import Bank
-from evaluators.evaluator import EvaluateGenome, GenomeEvaluator
+from evaluators.evaluator import EvaluateGenomes, GenomeEvaluator
 from evaluators.simulated import genome_formats
 from search.types import Evaluation, Fidelity, Genome
 from tests.conftest import EMBEDDED, SmallBank
@@ -43,7 +43,7 @@ def test_an_evaluation_equals_a_plain_forward_of_the_decoded_weights(
     ids = evaluator.ids(FIDELITY)
     with torch.inference_mode():
         p, q = (model(ids).logits.double().log_softmax(-1) for model in (full, quantized))
-    found = evaluator.evaluate(genome, FIDELITY)
+    (found,) = evaluator.evaluate([genome], FIDELITY)
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     loss = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
     assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
@@ -52,10 +52,10 @@ def test_an_evaluation_equals_a_plain_forward_of_the_decoded_weights(
 
 def test_results_do_not_depend_on_what_was_evaluated_before(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:
     genomes = random_genomes(small_bank, 4)
-    forward = [figures(evaluator.evaluate(g, FIDELITY)) for g in genomes]
-    evaluator.sensitivity(5, FIDELITY)
-    backward = [figures(evaluator.evaluate(g, FIDELITY)) for g in reversed(genomes)][::-1]
-    fresh = [figures(GenomeEvaluator(small_bank.setup()).evaluate(g, FIDELITY)) for g in genomes[:2]]
+    forward = [figures(e) for e in evaluator.evaluate(genomes, FIDELITY)]
+    evaluator.sensitivity([5], FIDELITY)
+    backward = [figures(e) for g in reversed(genomes) for e in evaluator.evaluate([g], FIDELITY)][::-1]
+    fresh = [figures(e) for e in GenomeEvaluator(small_bank.setup()).evaluate(genomes[:2], FIDELITY)]
     assert forward == backward
     assert forward[:2] == fresh
 
@@ -63,29 +63,30 @@ def test_results_do_not_depend_on_what_was_evaluated_before(small_bank: SmallBan
 def test_sensitivity_of_a_gene_is_the_divergence_with_that_gene_alone(
     small_bank: SmallBank, evaluator: GenomeEvaluator
 ) -> None:
-    for gene in (0, 4, 20):  # embedding, then tensors of the first and of a later block
+    genes = (0, 4, 20)  # embedding, then tensors of the first and of a later block
+    for gene, records in zip(genes, evaluator.sensitivity(genes, FIDELITY), strict=True):
         target = small_bank.space.genes[gene]
-        for record, fmt in zip(evaluator.sensitivity(gene, FIDELITY), target.formats, strict=True):
-            alone = evaluator.divergence({target.name: fmt}, FIDELITY)
-            assert record["kl"] == pytest.approx(alone.kl, rel=1e-6)
+        for record, fmt in zip(records, target.formats, strict=True):
+            (alone,) = evaluator.divergences([{target.name: fmt}], FIDELITY)
+            assert record["kl"] == alone.kl
             assert (record["gene"], record["format"]) == (target.name, fmt.name)
 
 
 def test_more_bits_everywhere_diverge_less(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:
     genes = len(small_bank.space.genes)
-    divergences = [evaluator.evaluate((choice,) * genes, FIDELITY).kl for choice in range(4)]
+    divergences = [e.kl for e in evaluator.evaluate([(choice,) * genes for choice in range(4)], FIDELITY)]
     assert divergences == sorted(divergences, reverse=True)
     assert divergences[-1] < 1e-3
 
 
 def test_the_loss_weighs_divergence_and_reconstruction(small_bank: SmallBank) -> None:
     setup = small_bank.setup(kl_weight=2.0, reconstruction_weight=3.0)
-    (result,) = SerialPool().map([EvaluateGenome(setup, small_bank.space.smallest(), FIDELITY, "eval")])
+    ((result,),) = SerialPool().map([EvaluateGenomes(setup, (small_bank.space.smallest(),), FIDELITY, "eval")])
     assert result.loss == pytest.approx(2 * result.kl + 3 * result.reconstruction)
 
 
 def test_the_weighted_fitness_of_the_original_is_a_choice(small_bank: SmallBank) -> None:
     setup = small_bank.setup(kind="weighted", alpha=0.5, beta=2.0)
-    (result,) = SerialPool().map([EvaluateGenome(setup, small_bank.space.smallest(), FIDELITY, "eval")])
+    ((result,),) = SerialPool().map([EvaluateGenomes(setup, (small_bank.space.smallest(),), FIDELITY, "eval")])
     compression = 2 * small_bank.space.weights / result.file_bytes
     assert result.loss == pytest.approx(-(0.5 / result.logit_mse + 2 * compression))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.bank import Bank
-from evaluators.evaluator import EvaluateGenome, warm_evaluator
-from evaluators.healing import Healed, MeasureHealing, WholeHealing, gradient_of
+from evaluators.evaluator import EvaluateGenomes, warm
+from evaluators.healing import Healed, MeasureHealing, TrainedModel, WholeHealing, gradient_of
 from evaluators.healing_blocks import HealBlock, output_error
 from evaluators.simulated import genome_formats
 from evaluators.tuning import FloatTuner, HealingCheckpoint, HealingSettings
@@ -68,21 +68,19 @@ def test_a_few_steps_lower_the_divergence_on_text_that_was_not_trained_on(traine
     figures = measure(training, pool)
     assert figures.better and figures.after is not None
     assert figures.after.kl < 0.97 * figures.before.kl
-    (plain,) = SerialPool().map([EvaluateGenome(training.setup, training.genome, VALIDATION, "plain")])
+    ((plain,),) = SerialPool().map([EvaluateGenomes(training.setup, (training.genome,), VALIDATION, "plain")])
     assert figures.before.kl == plain.kl
 
 
-def test_a_worker_evaluates_behind_healing_as_before(small_bank: SmallBank, trained: Trained) -> None:
+def test_training_leaves_the_model_as_it_was(small_bank: SmallBank, trained: Trained) -> None:
     training, pool = trained
-    task = EvaluateGenome(training.setup, training.genome, Fidelity("search", 512), "again")
-    warm, fresh = (next(p.map([task])) for p in (pool, SerialPool()))
-    assert warm.kl == fresh.kl
-    evaluator = warm_evaluator(training.setup, pool._state)
+    measure(training, pool)
+    model = warm(TrainedModel, training.setup, pool._state).model
     for name, own in training.floats.items():
-        assert torch.equal(evaluator.block_model.weight(name).data, own)
+        assert torch.equal(model.weight(name).data, own)
     bank = Bank(small_bank.directory)
     for name, fmt in genome_formats(small_bank.space, training.genome).items():
-        weight = evaluator.block_model.weight(name).data
+        weight = model.weight(name).data
         assert torch.equal(weight, bank.weights(name, fmt, weight.shape[1], weight.device))
 
 
