@@ -3,10 +3,9 @@
 What it may gain over its seeds lies close to them: the exact solutions are optimal but for noise and interactions, so
 most offspring are one to three swaps away from a good parent, at equal size (after EvoPress, arXiv 2410.14649).
 Unlike EvoPress it recombines: parents improved by different swaps often pass both on. Of several offspring bred for
-each place only the most promising is evaluated (surrogate.py), for an evaluation costs a thousand times more.
+each place only the most promising is evaluated (screening.py), for an evaluation costs a thousand times more.
 """
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ import numpy as np
 from deap import base, tools
 
 from search.repair import Repair
+from search.screening import Screening
 from search.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
-from search.surrogate import Surrogate
 from search.types import Genome, Scored
 
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
@@ -112,6 +111,7 @@ class GeneticStrategy(BatchStrategy):
         self._table = table
         self._prior = checked_prior(prior, len(self.space.genes))
         self._parents: list[Individual] = []
+        self._screening = Screening(table)
         self.toolbox = base.Toolbox()
         self.toolbox.register("select", tools.selTournament, tournsize=self.settings.tournament_size)
         self.toolbox.register("mate", CROSSOVERS[self.settings.crossover])
@@ -125,6 +125,14 @@ class GeneticStrategy(BatchStrategy):
     def _reset(self) -> None:
         super()._reset()
         self._parents = []
+        self._screening = Screening(self._table)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"screening": self._screening.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._screening.load_state_dict(state["screening"])
 
     @property
     def incumbents(self) -> list[Genome]:
@@ -136,6 +144,7 @@ class GeneticStrategy(BatchStrategy):
 
         Incumbents come in a batch again only on new text; parents without a loss on it are then forgotten.
         """
+        self._screening.learn(batch)
         newcomers = [Individual(scored.genome, scored) for scored in batch]
         known = [] if any(parent in newcomers for parent in self._parents) else self._parents
         elites = tools.selBest(known + newcomers, self.settings.elites)
@@ -164,18 +173,9 @@ class GeneticStrategy(BatchStrategy):
         """Offspring for all places but the immigrants', the most promising of each brood."""
         places = self.settings.population - self.settings.immigrants
         brood = self._new_ones(self._breed, places * self.settings.brood)
-        chosen = brood if len(brood) <= places else self._promising(brood, places)
+        chosen = brood if len(brood) <= places else self._screening.choose(brood, places, sum(self.told, []))
         self._seen -= set(brood) - set(chosen)
         return chosen
-
-    def _promising(self, brood: list[Genome], places: int) -> list[Genome]:
-        """The best of ``brood`` in each of ``places`` strata, so that not all places go to one surrogate's whim."""
-        told = [(s.genome, s.loss) for batch in self.told for s in batch if math.isfinite(s.loss)]
-        if not told:
-            return brood[:places]
-        losses = Surrogate(told, self._table)(brood)
-        strata = np.array_split(np.arange(len(brood)), places)
-        return [brood[int(stratum[np.argmin(losses[stratum])])] for stratum in strata]
 
     def _breed(self) -> Genome:
         """One offspring: parents by tournament, perhaps mated, then changed by at least one operator."""

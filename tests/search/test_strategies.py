@@ -9,7 +9,6 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from scipy.stats import spearmanr
 
 from search.budget import Budget
 from search.repair import Repair
@@ -21,7 +20,6 @@ from search.strategies.genetic import GeneticSettings, GeneticStrategy, global_r
 from search.strategies.optuna_tpe import STUDY_NAME, OptunaSettings, OptunaStrategy
 from search.strategies.random_search import RandomSettings, RandomStrategy
 from search.strategies.solver import SolverSettings, SolverStrategy
-from search.surrogate import Surrogate
 from search.types import Fidelity, Genome, SearchSpace
 from tests.search.contract import StrategyContract
 from tests.search.synthetic import SEARCH, Landscape, middle_budget, random_table, transformer_space
@@ -196,21 +194,6 @@ def test_the_default_genetic_search_beats_its_seeds_where_genes_interact(seed: i
 def test_the_default_genetic_search_ties_the_exact_solution_where_they_do_not() -> None:
     found, seeds = best_of("genetic", 0, interaction=0.0)
     assert found == pytest.approx(seeds, rel=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_surrogate_ranks_neighbours_better_than_the_additive_table_alone(seed: int) -> None:
-    space = transformer_space(5)
-    table = random_table(space, seed)
-    repair, landscape = Repair(space, middle_budget(space, 0.2), table), Landscape(space, table, 1.0, seed)
-    centre = seed_genomes(space, repair.budget, [table])["exact kl"]
-    strategy = GeneticStrategy(repair, {}, table)
-    genomes = list(dict.fromkeys(strategy._finish(centre, strategy._swap) for _ in range(240)))
-    told, asked = genomes[:120], genomes[120:]
-    surrogate = Surrogate([(genome, landscape.loss(genome)) for genome in told], table)
-    truth = [landscape.loss(genome) for genome in asked]
-    with_table = spearmanr(truth, [table.predict(genome) for genome in asked]).statistic
-    assert spearmanr(truth, surrogate(asked)).statistic > with_table + 0.5 * (1 - with_table)
 
 
 def test_the_factory_names_the_strategies_it_knows() -> None:
