@@ -1,10 +1,13 @@
 """The search stage: strategy, loop, and the winner chosen on text that the search never saw."""
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from bitgenome.artefacts import Artefacts, Track
@@ -14,7 +17,7 @@ from bitgenome.search_config import SearchConfig
 from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
-from search.files import atomic_write_json
+from search.files import atomic_write_json, atomic_write_text
 from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, rank, run_search, with_table_rung
 from search.seeds import reference_genomes, seed_genomes
 from search.strategies.factory import STRATEGIES, make_strategy
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 MOST_TOGETHER = 32  # genomes of one task: what a lost worker costs, and how often there is progress to show
 KEPT_GENOMES = 4  # whose beginnings workers remember
 CHECKPOINT_FILE = "checkpoint.json"
+GENERATIONS_FILE = "generations.jsonl"
 TABLES = ("kl", "reconstruction")  # sensitivities that seed the search, the most trusted first
 
 
@@ -92,7 +96,8 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
         with run.stage("search"):
             evaluate = pool_evaluate(artefacts.setup, pool, track, "searching", evaluations)
             evaluate = with_table_rung(evaluate, space, artefacts.table("reconstruction"))
-            run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=log_progress)
+            show = partial(show_progress, run.path / GENERATIONS_FILE)
+            run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=show)
         with run.stage("validation"):
             winner = choose_winner(
                 evaluations,
@@ -106,9 +111,23 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
     return SearchResult(winner, seeds, config.search.strategy)
 
 
-def log_progress(progress: Progress) -> None:
-    best = progress.best
+def show_progress(path: Path, progress: Progress) -> None:
+    """A line in the log, and one in ``path`` in place of what a run that died wrote of this generation."""
+    best, found = progress.best, progress.diagnostics
     log.info(
-        "generation %d: %d of %d genomes, best loss %.6f (KL %.6f) in %s bytes",
+        "generation %d: %d of %d genomes, best loss %.6f (KL %.6f) in %s bytes%s",
         progress.generation, progress.genomes, progress.expected, best.loss, best.kl, f"{best.file_bytes:,}",
+        f"; {surrogate_line(found)}" if found else "",
     )  # fmt: skip
+    figures = best.to_json()
+    record = {"generation": progress.generation, "genomes": progress.genomes}
+    record |= {"best_loss": figures["loss"], "best_kl": figures["kl"], **found}
+    earlier = path.read_text(encoding="utf-8").splitlines()[: progress.generation - 1] if path.exists() else []
+    atomic_write_text(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]))
+
+
+def surrogate_line(found: Mapping[str, Any]) -> str:
+    """How well the offspring of a generation were predicted, and whether the predictions chose them."""
+    switch = "on" if found["screened"] else "off"
+    correlation, coverage = found["surrogate_correlation"], found["surrogate_coverage"]
+    return f"surrogate rank correlation {correlation:.2f}, coverage {coverage:.2f}, screening {switch}"

@@ -29,6 +29,7 @@ class Progress:
     genomes: int  # in the log
     expected: int  # of the whole search
     best: Evaluation  # on the last rung's present text
+    diagnostics: Mapping[str, Any]  # the strategy's, on this batch
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def run_search(
 ) -> Evaluation:
     """Run ``strategy`` to its end, from ``checkpoint`` where there is one; the best evaluation of the last text.
 
+    ``on_progress`` hears of every batch before it is checkpointed: of one batch again if the run dies in between.
+
     Raises ValueError if ``evaluate`` leaves out a genome or answers one twice, or if no genome has a finite loss.
     """
     saved = checkpoint.load() or {"generation": 0, "strategy": None}
@@ -68,11 +71,11 @@ def run_search(
         found = climb(genomes, incumbents, ladder, generation, evaluate, log)
         strategy.tell([found[genome] for genome in genomes], [found[genome] for genome in incumbents])
         generation += 1
-        checkpoint.save({"generation": generation, "strategy": strategy.state_dict()})
         if on_progress is not None:
             seen = len({evaluation.genome for evaluation in log if evaluation.split == ladder.split})
             best = min(log.at(ladder.fidelities(generation - 1)[-1]), key=rank)
-            on_progress(Progress(generation, seen, strategy.expected_evaluations, best))
+            on_progress(Progress(generation, seen, strategy.expected_evaluations, best, strategy.diagnostics))
+        checkpoint.save({"generation": generation, "strategy": strategy.state_dict()})
     return _best(log.at(ladder.fidelities(max(0, generation - 1))[-1]))
 
 

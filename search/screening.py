@@ -19,7 +19,7 @@ from search.surrogate import Surrogate, log_loss, usable
 from search.types import Fidelity, Genome, Scored
 
 UNSCREENED = 0.15  # share of a generation's places, at least one of them
-OPTIMISM = 0.5  # standard deviations below its mean that an offspring is valued at
+OPTIMISM = 1.0  # standard deviations below its mean that an offspring is valued at
 JUDGED = 3  # generations, the latest
 FEWEST_JUDGED = 2  # generations before which the surrogate is believed
 SIGNIFICANT = 1.645  # standard deviations above zero of the pooled rank correlation: one-sided, 5 %
@@ -45,6 +45,7 @@ class Screening:
     def __init__(self, table: SensitivityTable | None) -> None:
         self._table = table
         self.scores: list[GenerationScore] = []
+        self.latest: GenerationScore | None = None  # of the last batch; None if it was not predicted
         self._pending: list[tuple[float, float]] = []  # mean and deviation of the batch's first genomes, uncalibrated
         self._fidelity: Fidelity | None = None  # that they are for
 
@@ -76,10 +77,11 @@ class Screening:
 
     def learn(self, batch: Sequence[Scored]) -> None:
         """Compare what was predicted of the first genomes of ``batch`` with their losses."""
-        predicted, self._pending = self._pending, []
-        pairs = [(p, s) for p, s in zip(predicted, batch, strict=False) if s in usable(batch)]
+        predicted, self._pending, self.latest = self._pending, [], None
+        pairs = [(p, s) for p, s in zip(predicted, batch, strict=False) if usable([s])]
         if len(pairs) > 1:
-            self.scores.append(self._score(np.array([p for p, _ in pairs]), [s for _, s in pairs]))
+            self.latest = self._score(np.array([p for p, _ in pairs]), [s for _, s in pairs])
+            self.scores.append(self.latest)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable; ``scores`` has an entry for every generation that was predicted."""

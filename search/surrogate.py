@@ -145,7 +145,7 @@ class _LeaveOneOut:
 
     def descend(self) -> tuple[float, ...]:
         """Variances of PARTS and of the noise."""
-        best = START
+        best: tuple[float, ...] = START
         for _ in range(SWEEPS):
             for i in range(len(best)):
                 grid = NOISES if i == len(PARTS) else VARIANCES

@@ -176,6 +176,10 @@ class Strategy(Protocol):
         On other text than before, ``rescored`` are the incumbents on it. Raises ValueError if either is not so.
         """
 
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """Figures on the last batch told, JSON-serializable: how the strategy's own predictions of it held, if any."""
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable state, with the random state."""
 

@@ -72,6 +72,11 @@ class BatchStrategy(ABC):
         self._check_text([e.fidelity for e in everything if e.tokens], [e.genome for e in rescored])
         self._take([Scored.of(evaluation) for evaluation in everything])
 
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """Figures on the last batch told; {} for a strategy that predicts nothing."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-serializable state, with the random state."""
         return {

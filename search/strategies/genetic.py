@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -127,6 +128,18 @@ class GeneticStrategy(BatchStrategy):
         self._parents = []
         self._screening = Screening(self._table)
 
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """Rank correlation and coverage of the surrogate's predictions, and whether they chose the offspring."""
+        score = self._screening.latest
+        if score is None:
+            return {}
+        return {
+            "surrogate_correlation": score.correlation,
+            "surrogate_coverage": score.coverage,
+            "screened": score.screened,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"screening": self._screening.state_dict()}
 
@@ -173,7 +186,8 @@ class GeneticStrategy(BatchStrategy):
         """Offspring for all places but the immigrants', the most promising of each brood."""
         places = self.settings.population - self.settings.immigrants
         brood = self._new_ones(self._breed, places * self.settings.brood)
-        chosen = brood if len(brood) <= places else self._screening.choose(brood, places, sum(self.told, []))
+        told = list(chain.from_iterable(self.told))
+        chosen = brood if len(brood) <= places else self._screening.choose(brood, places, told)
         self._seen -= set(brood) - set(chosen)
         return chosen
 

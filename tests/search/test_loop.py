@@ -15,9 +15,10 @@ from search.checkpoint import Checkpoint
 from search.ladder import Ladder
 from search.loop import Progress, choose_winner, pareto_records, run_search, search_best
 from search.repair import Repair
+from search.strategies.factory import make_strategy
 from search.strategies.random_search import RandomSettings, RandomStrategy
 from search.types import Evaluation, Fidelity, Genome
-from tests.search.killed_run import run
+from tests.search.killed_run import SETTINGS, run
 from tests.search.synthetic import SEARCH, VALIDATION, Landscape, middle_budget, random_table, transformer_space
 
 SPACE = transformer_space(2)
@@ -86,6 +87,20 @@ def test_progress_counts_up_to_what_was_expected_and_the_best_never_gets_worse(t
     )  # fmt: skip
     assert [(p.generation, p.genomes, p.expected) for p in seen] == [(1, 8, 20), (2, 16, 20), (3, 20, 20)]
     assert seen[0].best.loss >= seen[1].best.loss >= seen[2].best.loss == best.loss
+    assert [p.diagnostics for p in seen] == [{}] * 3
+
+
+def test_progress_tells_how_the_predictions_of_each_generation_but_the_first_held(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    checkpoint = Checkpoint(tmp_path / "c.json", "d")
+    budget, table = middle_budget(SPACE), random_table(SPACE, 0)
+    strategy = make_strategy("genetic", SPACE, budget, tables=[table], settings=SETTINGS["genetic"])
+    log = EvaluationLog(tmp_path / "e.jsonl")
+    run_search(strategy, landscape(), log, LADDER, checkpoint=checkpoint, on_progress=seen.append)
+    scores = strategy.state_dict()["screening"]["scores"]
+    assert seen[0].diagnostics == {}
+    assert [p.diagnostics["surrogate_correlation"] for p in seen[1:]] == [score["correlation"] for score in scores]
+    assert [p.diagnostics["surrogate_coverage"] for p in seen[1:]] == [score["coverage"] for score in scores]
 
 
 def test_the_order_of_answers_does_not_matter(tmp_path: Path) -> None:

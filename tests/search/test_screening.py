@@ -32,7 +32,9 @@ def reversed_table(table: SensitivityTable) -> SensitivityTable:
     least = np.array([loss[-1] for loss in table.loss])
     swapped = np.empty(len(least))
     swapped[np.argsort(least)] = np.sort(least)[::-1]
-    return SensitivityTable("kl", tuple(loss * new / old for loss, new, old in zip(table.loss, swapped, least)))
+    return SensitivityTable(
+        "kl", tuple(loss * new / old for loss, new, old in zip(table.loss, swapped, least, strict=True))
+    )
 
 
 def rough_table(table: SensitivityTable) -> SensitivityTable:
@@ -41,7 +43,7 @@ def rough_table(table: SensitivityTable) -> SensitivityTable:
     return SensitivityTable("kl", tuple(loss * np.exp(rng.normal()) for loss in table.loss))
 
 
-def finished(loss: Loss, table: SensitivityTable, brood: int, seed: int, generations: int = 7) -> GeneticStrategy:
+def finished(loss: Loss, table: SensitivityTable, brood: int, seed: int, generations: int = 6) -> GeneticStrategy:
     settings = GeneticSettings(population=16, generations=generations, brood=brood, seed=seed)
     strategy = GeneticStrategy(Repair(SPACE, BUDGET, table), seed_genomes(SPACE, BUDGET, [table]), table, settings)
     landscape = Landscape(SPACE, table)

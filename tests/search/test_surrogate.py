@@ -44,7 +44,9 @@ def test_it_ranks_neighbours_better_than_the_additive_table_alone(seed: int) -> 
     told, asked = genomes[:120], genomes[120:]
     truth = [landscape.loss(genome) for genome in asked]
     with_table = spearmanr(truth, [table.predict(genome) for genome in asked]).statistic
-    assert correlation(Surrogate(scored(told, landscape), table), asked, landscape) > with_table + 0.7 * (1 - with_table)
+    assert correlation(Surrogate(scored(told, landscape), table), asked, landscape) > with_table + 0.7 * (
+        1 - with_table
+    )
 
 
 def test_it_corrects_a_table_that_is_wrong_and_does_without_one() -> None:
