@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from bitgenome.config import TextConfig
+from bitgenome.memory import GENES_TOGETHER, heaviest_load
 from bitgenome.plan import Plan
 from bitgenome.run_directory import SENSITIVITY_FILE, WINDOWS_FILE, RunDirectory
 from evaluators import bank as banks
@@ -43,7 +44,6 @@ GROUPS_FILE = "groups.json"
 IMATRIX_FILE = "imatrix.gguf"
 SCALING_FILE = "scaling.json"
 COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
-GENES_TOGETHER = 8  # of neighbouring tensors, in one sweep: they branch off the full-precision model in the same blocks
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
@@ -230,9 +230,12 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
 def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup:
     fitness = FitnessSettings(**plan.config.fitness.model_dump())
     windows = (run.path / WINDOWS_FILE).resolve()
-    key = digest_of(str(bank), str(windows), plan.config.digest)
-    activations = plan.config.evaluation.activations
-    return EvaluatorSetup(plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key, activations)
+    evaluation = plan.config.evaluation
+    key = digest_of(str(bank), str(windows), plan.config.digest, evaluation.memory)
+    return EvaluatorSetup(
+        plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key,
+        activations=evaluation.activations, memory=evaluation.memory, load=heaviest_load(plan),
+    )  # fmt: skip
 
 
 def measure_sensitivities(

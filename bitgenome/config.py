@@ -15,6 +15,7 @@ from bitgenome.search_config import SearchConfig
 from evaluators.bank import Importance
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS, LEVEL_PRESETS
+from search.budget import parse_size
 from search.fitness import FitnessSettings
 from search.ladder import Ladder
 
@@ -112,6 +113,16 @@ class EvaluationConfig(Section):
     """How a genome is run: ``activations`` in floats, or q8, the 8-bit blocks that llama.cpp multiplies."""
 
     activations: Literal["float", "q8"] = "float"
+    memory: Annotated[int, Field(gt=0)] | None = Field(
+        None,
+        description='bytes or "6 GiB" for a worker\'s weights and hidden states, beside what its libraries take; by '
+        "default its share of what is free",
+    )
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def size(cls, value: Any) -> Any:
+        return parse_size(value) if isinstance(value, str) else value
 
 
 class FitnessConfig(Section):
@@ -231,8 +242,9 @@ class RunConfig(Section):
         """The settings that decide the result. Where it is computed and stored is not among them, nor where model and
         text lie: a run records digests of what it read there.
         """
-        places = {"workers": True, "storage_path": True, "name": True, "model": True}
-        return self.model_dump(mode="json", exclude={**places, "text": {"splits", "path", "files"}})
+        places: dict[str, Any] = {"workers": True, "storage_path": True, "name": True, "model": True}
+        parts = {"text": {"splits", "path", "files"}, "evaluation": {"memory"}}
+        return self.model_dump(mode="json", exclude=places | parts)
 
     @property
     def digest(self) -> str:

@@ -16,6 +16,7 @@ from bitgenome.artefacts import prepare, quantized_plan, read_windows
 from bitgenome.config import RunConfig
 from bitgenome.gene_groups import plan_of_run, with_gene_groups
 from bitgenome.healing import Healing, heal, shipped_healing
+from bitgenome.memory import check_memory
 from bitgenome.plan import Plan, make_plan
 from bitgenome.progress import track
 from bitgenome.proof import RECIPE_FILE, Proof, differing_floats, differing_tensors, export_winner, prove
@@ -72,6 +73,7 @@ class Outcome:
 def run(config: RunConfig, console: Console) -> Outcome:
     """Do all of ``config`` that is not done yet in its run directory."""
     plan = make_plan(config)
+    check_memory(plan)
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     plan.folder.check_finite()
     directory = RunDirectory.create(config)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitgenome.healing import verdict
+from bitgenome.memory import memory_line
 from bitgenome.pipeline import Outcome
 from bitgenome.plan import Plan, estimated_seconds
 from bitgenome.proof import Proof
@@ -103,6 +104,7 @@ def show_plan(plan: Plan, workers: int, console: Console) -> None:
     if plan.sparsity:
         counts = Counter(map(str, plan.sparsity.values()))
         console.print("pruned: " + ", ".join(f"{sparsity} of {count} tensors" for sparsity, count in counts.items()))
+    console.print(memory_line(plan))
     seconds = estimated_seconds(plan, workers, config.workers.cpus_per_worker)
     console.print(
         f"{plan.sensitivity_evaluations} sensitivities of {config.text.tokens.sensitivity:,} tokens, "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgenome.artefacts import Artefacts, Track
+from bitgenome.memory import KEPT_GENOMES, MOST_TOGETHER
 from bitgenome.plan import Plan
 from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
 from bitgenome.search_config import SearchConfig
@@ -26,8 +27,6 @@ from workers.pool import Pool
 
 log = logging.getLogger(__name__)
 
-MOST_TOGETHER = 32  # genomes of one task: what a lost worker costs, and how often there is progress to show
-KEPT_GENOMES = 4  # whose beginnings workers remember
 CHECKPOINT_FILE = "checkpoint.json"
 GENERATIONS_FILE = "generations.jsonl"
 TABLES = ("kl", "reconstruction")  # sensitivities that seed the search, the most trusted first

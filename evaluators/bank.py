@@ -6,7 +6,8 @@ One safetensors file a tensor, its header carrying the errors; ``manifest.json``
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,24 +184,26 @@ class Bank:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._open: dict[str, Any] = {}
         self._errors: dict[str, dict[str, BankEntry]] = {}
 
-    def _file(self, tensor: str) -> Any:
-        if tensor not in self._open:
-            path = tensor_file(self.directory, tensor)
-            try:
-                self._open[tensor] = safe_open(path, framework="pt").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise BankError(f"expected the bank file of {tensor}, found {error} at {path}") from None
-        return self._open[tensor]
+    @contextmanager
+    def _file(self, tensor: str) -> Iterator[Any]:
+        """The tensor's file, mapped only while it is read, so that what was read does not stay in memory."""
+        path = tensor_file(self.directory, tensor)
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise BankError(f"expected the bank file of {tensor}, found {error} at {path}") from None
+        with file:
+            yield file
 
     def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
         """uint8 (rows, row_bytes), the bytes that ship."""
-        file = self._file(tensor)
-        if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-            raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
-        return file.get_tensor(fmt.name)
+        with self._file(tensor) as file:
+            if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
+            found: Tensor = file.get_tensor(fmt.name)
+            return found
 
     def weights(self, tensor: str, fmt: QuantFormat, columns: int, device: torch.device) -> Tensor:
         """float32 (rows, columns) that the packed bytes decode to."""
@@ -213,7 +216,8 @@ class Bank:
     def entry(self, tensor: str, fmt: QuantFormat) -> BankEntry:
         """Errors of one tensor at one level."""
         if tensor not in self._errors:
-            records = json.loads(self._file(tensor).metadata()["errors"])
+            with self._file(tensor) as file:
+                records = json.loads(file.metadata()["errors"])
             self._errors[tensor] = {name: BankEntry(**record) for name, record in records.items()}
         return self._errors[tensor][fmt.name]
 

@@ -42,7 +42,12 @@ class Divergence:
 
 def chunk_positions(head: Head) -> int:
     """Positions of one chunk whose logits stay small."""
-    return max(MIN_CHUNK, CHUNK_LOGITS // len(head.weight))
+    return chunk_size(len(head.weight)) // len(head.weight)
+
+
+def chunk_size(vocabulary: int) -> int:
+    """Logits of one chunk."""
+    return max(MIN_CHUNK, CHUNK_LOGITS // vocabulary) * vocabulary
 
 
 class _Chunk(NamedTuple):

@@ -12,8 +12,9 @@ from torch import Tensor
 from evaluators.bank import Bank
 from evaluators.batches import BATCH_TOKENS, Batches
 from evaluators.block_model import BlockModel
-from evaluators.devices import best_device
+from evaluators.devices import best_device, worker_memory
 from evaluators.divergence import Divergence, Reference
+from evaluators.memory import FLOAT_BYTES, TYPICAL_LOAD, Load, sweep_memory
 from evaluators.model_folder import ModelFolder
 from evaluators.prefix_cache import PrefixCache
 from evaluators.simulated import genome_formats
@@ -26,8 +27,7 @@ from search.types import Evaluation, Fidelity, Genome, SearchSpace
 
 T = TypeVar("T")
 
-WEIGHT_BYTES = 1 << 32
-CACHE_BYTES = 1 << 30
+Text = tuple[Fidelity, int]  # and the first window, where it goes through in parts
 
 
 class NotFiniteError(FloatingPointError):
@@ -48,7 +48,9 @@ class EvaluatorSetup:
     space: SearchSpace
     fitness: FitnessSettings
     key: str  # digest of all else; a worker builds one evaluator for each
-    activations: str = "float"  # or q8; see SimulatedModel
+    activations: str = "float"  # or q8; see Sweep
+    memory: int | None = None  # bytes a worker may take; None: its share of what is free
+    load: Load = TYPICAL_LOAD
 
 
 class GenomeEvaluator:
@@ -59,11 +61,16 @@ class GenomeEvaluator:
         self.space = setup.space
         self.windows = TokenWindows.load(setup.windows)
         self.bank = Bank(setup.bank)
-        model = BlockModel(ModelFolder(setup.model), best_device())
+        folder, device = ModelFolder(setup.model), best_device()
+        formats = {name: gene.formats for gene in setup.space.genes for name in gene.tensors}
+        limit = setup.memory or worker_memory(device)
+        self.memory = sweep_memory(folder, formats, self.windows.window, setup.load, limit)
+        model = BlockModel(folder, device)
+        weights = ModelWeights(model, self.bank, self.memory.weights, self.memory.reserve)
         batches = Batches(max(1, BATCH_TOKENS // self.windows.window))
-        weights = ModelWeights(model, self.bank, WEIGHT_BYTES)
-        self.sweep = Sweep(weights, batches, PrefixCache(CACHE_BYTES), setup.activations)
-        self._references: dict[Fidelity, Reference] = {}
+        storage = device if self.memory.resident else torch.device("cpu")
+        self.sweep = Sweep(weights, batches, PrefixCache(self.memory.cache), setup.activations, storage)
+        self._full_states: dict[Text, Tensor] = {}  # final states of the full-precision model, for the last texts
 
     def ids(self, fidelity: Fidelity) -> Tensor:
         """(B, T) token ids of a fidelity."""
@@ -74,38 +81,46 @@ class GenomeEvaluator:
     ) -> list[Divergence]:
         """Of models with the tensors of a candidate quantized so, all others full precision; see Sweep for ``keep``.
 
-        Raises NotFiniteError for the first candidate whose outputs are not finite.
+        Text whose hidden states would take too much memory goes through in parts. Raises NotFiniteError for the first
+        candidate whose outputs are not finite.
         """
         ids = self.ids(fidelity)
-        full: list[Candidate] = [] if fidelity in self._references else [{}]
-        states = self.sweep.final_states(ids, fidelity, [*candidates, *full], keep)
-        if full:
-            self._refer(fidelity, Reference(states.pop(), self.sweep.head(None), ids))
-        errors = self._errors(candidates, states, self._references[fidelity])
-        try:
-            return [Divergence.of(error) for error in errors]
-        except FloatingPointError:
-            index = next(i for i, error in enumerate(errors) if not error.isfinite().all())
-            raise NotFiniteError(index, self.sweep.first_overflow(ids, candidates[index])) from None
-
-    def _refer(self, fidelity: Fidelity, reference: Reference) -> None:
-        """Keep full-precision outputs; those of the last two fidelities."""
-        while len(self._references) > 1:
-            del self._references[next(iter(self._references))]
-        self._references[fidelity] = reference
+        state = ids.shape[1] * self.sweep.model.config.hidden_size * FLOAT_BYTES
+        rows = max(1, self.memory.states // (state * (len(candidates) + 2)))
+        starts = range(0, len(ids), rows)
+        parts = [self._part(candidates, (fidelity, start), ids[start : start + rows], keep) for start in starts]
+        return [Divergence.of(torch.cat(errors)) for errors in zip(*parts, strict=True)]
 
     @torch.inference_mode()
-    def _errors(self, candidates: Sequence[Candidate], states: Sequence[Tensor], reference: Reference) -> list[Tensor]:
+    def _part(
+        self, candidates: Sequence[Candidate], text: Text, ids: Tensor, keep: Sequence[Candidate]
+    ) -> list[Tensor]:
         """Errors of windows (see Reference.errors) of each candidate; a head is decoded once for all that share it."""
-        head_name = self.sweep.model.head_name
+        full: list[Candidate] = [] if text in self._full_states else [{}]
+        states = self.sweep.final_states(ids, text, [*candidates, *full], keep)
+        if full:
+            self._keep_full(text, states.pop())
+        reference = Reference(self._full_states[text], self.sweep.head(None), ids)
         by_format: dict[QuantFormat | None, list[int]] = {}
         for index, candidate in enumerate(candidates):
-            by_format.setdefault(candidate.get(head_name), []).append(index)
+            by_format.setdefault(candidate.get(self.sweep.model.head_name), []).append(index)
         found: dict[int, Tensor] = {}
         for fmt, indices in by_format.items():
             hidden = [self.sweep.head_input(states[index], fmt) for index in indices]
             found.update(zip(indices, reference.errors(hidden, self.sweep.head(fmt)), strict=True))
+        self.sweep.weights.release()
+        for index in range(len(candidates)):
+            if not found[index].isfinite().all():
+                raise NotFiniteError(index, self.sweep.first_overflow(ids, candidates[index]))
         return [found[index] for index in range(len(candidates))]
+
+    def _keep_full(self, text: Text, states: Tensor) -> None:
+        """Keep those of the last two texts, in all of their parts."""
+        texts = dict.fromkeys(fidelity for fidelity, _ in [*self._full_states, text])
+        for kept in list(self._full_states):
+            if kept[0] not in list(texts)[-2:]:
+                del self._full_states[kept]
+        self._full_states[text] = states
 
     def reconstruction(self, formats: Candidate) -> float:
         """Sum of Hessian-weighted errors over the sum of the outputs' own power, over the given tensors."""

@@ -107,6 +107,12 @@ class ModelFolder:
         """Whether embedding and head are one tensor."""
         return "lm_head.weight" not in self.shapes
 
+    @property
+    def head_tensor(self) -> str:
+        """Name of the tensor that makes the logits."""
+        names = [name for name in self.shapes if name.endswith("embed_tokens.weight")] if self.tied else []
+        return names[0] if names else "lm_head.weight"
+
     @cached_property
     def digest(self) -> str:
         """sha256 over config.json, the tokenizer's files, the factors of a scaled view and every weights file."""

@@ -138,6 +138,7 @@ class Sweep:
                     behind += group
                 node.states = []
         self._unload(self._tensors[block])
+        self.weights.release()
         return behind
 
     def _children(self, block: int, node: Node) -> dict[Choice, list[Node]]:

@@ -12,33 +12,42 @@ WeightKey = tuple[str, QuantFormat | None]  # Hugging Face name and format; None
 class ModelWeights:
     """Weights by name and format on the model's device.
 
-    Up to ``capacity`` bytes stay once they were asked for, so a model that fits is resident; what does not fit is read
-    and decoded again each time, so a model that does not is streamed. The first to come stay: blocks are asked for in a
-    cycle, in which the least recently used one is always the next.
+    Up to ``capacity`` bytes stay once they were asked for, so a model that fits is resident. One that does not is
+    streamed: what was asked for since the last ``release`` stays as far as there is room beside the rest, which keeps
+    a ``reserve`` free for it. The first to come stay: blocks are asked for in a cycle, in which the least recently used
+    one is always the next.
     """
 
-    def __init__(self, model: BlockModel, bank: Bank, capacity: int):
+    def __init__(self, model: BlockModel, bank: Bank, capacity: int, reserve: int = 0):
         self.model = model
         self.bank = bank
         self.capacity = capacity
-        self.kept_bytes = 0
-        self._kept: dict[WeightKey, Tensor] = {}
+        self._stays = _Held(capacity - reserve)
+        self._passes = _Held(capacity)
+
+    @property
+    def held_bytes(self) -> int:
+        return self._stays.used + self._passes.used
 
     def get(self, name: str, fmt: QuantFormat | None) -> Tensor:
         """(rows, columns), or (columns,) of a norm or bias."""
         key = (name, fmt)
-        if (kept := self._kept.get(key)) is not None:
-            return kept
+        for held in (self._stays, self._passes):
+            if (weight := held.weights.get(key)) is not None:
+                return weight
         weight = self._make(name, fmt)
-        size = weight.numel() * weight.element_size()
-        if self.kept_bytes + size <= self.capacity:
-            self._kept[key] = weight
-            self.kept_bytes += size
+        if not self._stays.take(key, weight):
+            self._passes.room = self.capacity - self._stays.used
+            self._passes.take(key, weight)
         return weight
+
+    def release(self) -> None:
+        """Give up what does not stay."""
+        self._passes = _Held(self.capacity)
 
     def rows(self, name: str, fmt: QuantFormat | None, rows: Tensor) -> Tensor:
         """(len(rows), columns): some rows of a matrix that may be too large to be here whole."""
-        if (kept := self._kept.get((name, fmt))) is not None:
+        if (kept := self._stays.weights.get((name, fmt))) is not None:
             return kept[rows.to(kept.device)]
         if fmt is None:
             return self.model.as_computed(self.model.folder.read(name)[rows.cpu()])
@@ -48,3 +57,20 @@ class ModelWeights:
         if fmt is None:
             return self.model.as_computed(self.model.folder.read(name))
         return self.bank.weights(name, fmt, self.model.folder.shapes[name][-1], self.model.device)
+
+
+class _Held:
+    """Weights up to ``room`` bytes."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self.used = 0
+        self.weights: dict[WeightKey, Tensor] = {}
+
+    def take(self, key: WeightKey, weight: Tensor) -> bool:
+        """Whether there was room for it."""
+        size = weight.numel() * weight.element_size()
+        if fits := self.used + size <= self.room:
+            self.weights[key] = weight
+            self.used += size
+        return fits

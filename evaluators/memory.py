@@ -1,0 +1,108 @@
+"""How much memory a sweep takes, by what, and how a worker divides its own: what `bitgenome plan` and workers ask.
+
+Bytes throughout. B windows, T positions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from evaluators.batches import BATCH_TOKENS
+from evaluators.divergence import CACHE_BYTES as LOGIT_BYTES
+from evaluators.divergence import chunk_size
+from evaluators.model_folder import ModelFolder
+from quantizers.formats import QuantFormat
+from search.errors import UserError
+
+FLOAT_BYTES = 4
+STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep: longer text goes through in parts
+CACHE_SHARE = 0.125  # for the beginnings of elites
+DECODE_BYTES = 96 << 20  # while packed bytes become floats, some rows at a time (evaluators/bank.py)
+
+
+@dataclass(frozen=True)
+class Load:
+    """The largest sweep of a run: candidates at once, tokens of its text, and genomes whose beginnings are kept."""
+
+    candidates: int
+    tokens: int
+    kept: int
+
+
+TYPICAL_LOAD = Load(candidates=32, tokens=16384, kept=4)
+
+
+@dataclass(frozen=True)
+class SweepMemory:
+    """Shares of one worker's ``limit``."""
+
+    limit: int
+    states: int  # hidden states of the candidates
+    cache: int  # beginnings of elites
+    reference: int  # full-precision outputs of the last two texts, logits of one of them
+    work: int  # activations of a batch in a block, logits of a chunk, decoding
+    weights: int  # full-precision and decoded tensors: all of them, or what is left
+    reserve: int  # of the weights' share, for those of the block at work that do not stay
+    all_weights: int
+
+    @property
+    def resident(self) -> bool:
+        """Whether every tensor stays in every format."""
+        return self.weights >= self.all_weights
+
+    @property
+    def peak(self) -> int:
+        """Of everything, above what the process takes by itself."""
+        return self.states + self.cache + self.reference + self.work + self.weights
+
+
+def sweep_memory(
+    folder: ModelFolder, formats: Mapping[str, Sequence[QuantFormat]], window: int, load: Load, limit: int
+) -> SweepMemory:
+    """Shares of ``limit`` for a model whose tensors (Hugging Face names) may take ``formats``.
+
+    Raises UserError, with the least that would do, if not even one block fits.
+    """
+    D, layers = int(folder.config["hidden_size"]), int(folder.config["num_hidden_layers"])
+    state = D * FLOAT_BYTES  # of one position
+    floats = {name: prod(shape) * FLOAT_BYTES for name, shape in folder.shapes.items()}
+    head = folder.head_tensor
+    positions = max(window, load.tokens // window * window)
+    batch = max(window, BATCH_TOKENS // window * window)
+    vocabulary = folder.shapes[head][0]
+    work = batch * activations_of(folder) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + DECODE_BYTES
+    logits = 2 * positions * vocabulary * FLOAT_BYTES
+    reference = 2 * positions * state + (logits if logits <= LOGIT_BYTES else 0)
+    states = min((load.candidates + 2) * positions * state, int(limit * STATE_SHARE))
+    states = max(states, (load.candidates + 2) * window * state)
+    cache = min(load.kept * (layers + 1) * positions * state, int(limit * CACHE_SHARE))
+    everything = sum(size * (1 + len(formats.get(name, ()))) for name, size in floats.items())
+    block = largest_block(floats, layers)
+    least = max(block, 2 * floats[head])
+    left = limit - states - cache - reference - work
+    if left < min(least, everything):
+        needed = limit - left + min(least, everything)
+        raise UserError(
+            f"expected at least {needed / 2**30:.2f} GiB of memory for a worker, of which "
+            f"{least / 2**30:.2f} GiB are one block or the two heads, found {limit / 2**30:.2f} GiB: use fewer workers "
+            "on a machine, a shorter text.window, or less text"
+        )
+    levels = 1 + max(map(len, formats.values()), default=0)
+    reserve = 0 if everything <= left else min(left, max(block * levels, 2 * floats[head]))
+    return SweepMemory(limit, states, cache, reference, work, min(everything, left), reserve, everything)
+
+
+def largest_block(floats: Mapping[str, int], layers: int) -> int:
+    """Bytes of the decoder block with the most, from ``floats`` by name."""
+    blocks = [0] * layers
+    for name, size in floats.items():
+        _, found, rest = name.partition(".layers.")
+        if found:
+            blocks[int(rest.split(".")[0])] += size
+    return max(blocks)
+
+
+def activations_of(folder: ModelFolder) -> int:
+    """Floats of one position that are alive at once within a block: the MLP's three inner vectors, six of D beside."""
+    config = folder.config
+    return 6 * int(config["hidden_size"]) + 3 * int(config["intermediate_size"])
