@@ -16,7 +16,7 @@ CONFIG = REPOSITORY / "configs" / "stdlib-6m.yaml"
 def test_a_plan_tells_resident_from_streamed() -> None:
     assert memory_line(make_plan(load_config(CONFIG, ["evaluation.memory=2GiB"]))).endswith("resident")
     streamed = memory_line(make_plan(load_config(CONFIG, ["evaluation.memory=250 MiB"])))
-    assert streamed.endswith("streamed, of 0.15 GiB of weights in all formats")
+    assert streamed.endswith("streamed, 0.15 GiB of weights in all formats")
 
 
 def test_memory_that_cannot_hold_a_block_is_refused_with_what_would_do() -> None:
