@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from bitgenome.compute_floor import log_compute_floor
 from bitgenome.config import TextConfig
 from bitgenome.memory import GENES_TOGETHER, heaviest_load
 from bitgenome.plan import Plan
@@ -234,7 +235,7 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
     key = digest_of(str(bank), str(windows), plan.config.digest, evaluation.memory)
     return EvaluatorSetup(
         plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key,
-        activations=evaluation.activations, memory=evaluation.memory, load=heaviest_load(plan),
+        load=heaviest_load(plan), **evaluation.model_dump(),
     )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def measure_sensitivities(
     rows = windows.take(fidelity.split, fidelity.tokens)
     genes = [gene.tensors for gene in setup.space.genes]
     text = hashlib.sha256(rows.tobytes()).hexdigest()
-    digest = digest_of(setup.bank.name, text, rows.shape, setup.activations, genes)
+    digest = digest_of(setup.bank.name, text, rows.shape, setup.activations, setup.compute, genes)
     run.pin("sensitivity", digest)
     if own.is_file():  # what this run was begun with counts, whatever became of the shared one
         return pd.read_parquet(own)
@@ -291,6 +292,7 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
         bank = build_bank(plan, calibration, groups, pool, track)
     setup = evaluator_setup(plan, run, bank)
     with run.stage("sensitivity"):
+        log_compute_floor(setup, plan.config.text.tokens.sensitivity, pool)
         sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
     return Artefacts(plan, setup, sensitivities, mutation_prior(plan, calibration, groups, pool, track))
 

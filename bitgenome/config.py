@@ -13,6 +13,7 @@ from bitgenome.pruning_config import PruningConfig
 from bitgenome.scaling_config import ScalingConfig
 from bitgenome.search_config import SearchConfig
 from evaluators.bank import Importance
+from evaluators.devices import Compute
 from evaluators.stdlib_text import SPLITS
 from quantizers.formats import LEVEL_FORMATS, LEVEL_PRESETS
 from search.budget import parse_size
@@ -110,9 +111,12 @@ class QuantizationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How a genome is run: ``activations`` in floats, or q8, the 8-bit blocks that llama.cpp multiplies."""
+    """How a genome is run: ``activations`` in floats, or q8, the 8-bit blocks that llama.cpp multiplies; ``compute``,
+    the type that blocks multiply in while searching, auto for float32 on CPUs and bfloat16 on accelerators.
+    """
 
     activations: Literal["float", "q8"] = "float"
+    compute: Compute = "auto"
     memory: Annotated[int, Field(gt=0)] | None = Field(
         None,
         description='bytes or "6 GiB" for a worker\'s weights and hidden states, beside what its libraries take; by '

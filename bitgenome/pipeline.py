@@ -149,7 +149,7 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
         healing = heal(plan, artefacts.setup, winner, shape, directory, pool, tracked)
     shipped = healing if healing and healing.applied else None
     with directory.stage("test"):
-        evaluate = pool_evaluate(artefacts.setup, pool, tracked, "measuring on test text")
+        evaluate = pool_evaluate(artefacts.setup.in_float32, pool, tracked, "measuring on test text")
         with closing(EvaluationLog(directory.path / EVALUATIONS_FILE)) as archive:
             rows = comparison_rows(plan, result, shipped, evaluate, archive)
             evaluations = len(archive)

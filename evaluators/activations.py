@@ -12,7 +12,7 @@ from quantizers.formats import QuantFormat
 def straight_through(kind: str, x: Tensor) -> Tensor:
     """``x`` in 8-bit blocks of ``kind``; gradients pass as if it were not rounded (Bengio et al. 2013, section 2.3)."""
     if not x.requires_grad:
-        return quantized_input(kind, x)
+        return quantized_input(kind, x.float())
     return x + (quantized_input(kind, x.detach()) - x.detach())
 
 

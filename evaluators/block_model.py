@@ -4,6 +4,7 @@ Shapes: B windows, T positions, D hidden size, V vocabulary. The modules are tra
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,20 @@ from evaluators.model_folder import ModelFolder, ModelFolderError
 
 
 class BlockModel:
-    """Embedding, decoder blocks, final norm and head of a model folder, float32, loaded part by part.
+    """Embedding, decoder blocks, final norm and head of a model folder, loaded part by part.
+
+    The linear layers of blocks, and attention, multiply in the type ``compute``; hidden states, norms, embedding and
+    head are float32 always.
 
     Nothing is in memory until ``load_block`` or ``load_ends`` is called, so that a caller which keeps one block at a
     time needs the memory of one block. Raises ModelFolderError for a model type that does not run so (see
     ``evaluators.block_arguments``), or that transformers cannot build.
     """
 
-    def __init__(self, folder: ModelFolder, device: torch.device):
+    def __init__(self, folder: ModelFolder, device: torch.device, compute: torch.dtype = torch.float32):
         self.folder = folder
         self.device = device
+        self.compute = compute
         attention = attention_of(folder)
         try:
             self.config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
@@ -42,6 +47,7 @@ class BlockModel:
         if hasattr(embedding, "embed_scale"):  # Gemma's, a buffer that is not in the weights
             embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
         self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._multiplied = {name for block in range(len(self.blocks)) for name, _ in self.linears(block)}
 
     @property
     def embedding_name(self) -> str:
@@ -69,12 +75,13 @@ class BlockModel:
         missing = [prefix + name for name, _ in module.named_parameters() if prefix + name not in self.folder.shapes]
         if missing:
             raise ModelFolderError(f"expected tensor {missing[0]} in the weights, found none in {self.folder.path}")
-        state = {name: self.as_computed(self.folder.read(prefix + name)) for name, _ in module.named_parameters()}
+        names = [name for name, _ in module.named_parameters()]
+        state = {name: self.as_computed(prefix + name, self.folder.read(prefix + name)) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
 
-    def as_computed(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the model's device, in the type that it computes in."""
-        return tensor.to(device=self.device, dtype=torch.float32)
+    def as_computed(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor of that name, or rows of it, on the model's device in the type that it is computed with."""
+        return tensor.to(device=self.device, dtype=self.compute if name in self._multiplied else torch.float32)
 
     def load_block(self, block: int) -> None:
         self._load(self.blocks[block], self.block_prefix(block))
@@ -130,8 +137,13 @@ class BlockModel:
 
     def run_block(self, block: int, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D) through one block, over whole windows."""
-        output: Tensor = self.blocks[block](hidden, **self._arguments(block, hidden))
+        arguments = self._arguments(block, hidden)
+        with nullcontext() if self.compute == torch.float32 else self._autocast():
+            output: Tensor = self.blocks[block](hidden, **arguments)
         return output
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     def run_from(self, block: int, hidden: Tensor) -> Tensor:
         """(B, T, D) input of ``block`` -> (B, T, D) final hidden states after the output norm."""

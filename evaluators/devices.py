@@ -3,10 +3,12 @@
 import os
 import resource
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 
+Compute = Literal["auto", "float32", "bfloat16", "float16"]
 ACCELERATOR_SHARE = 0.9  # of an accelerator's free memory; the rest is fragments
 HOST_SHARE = 0.7  # of the host's free memory, divided among workers by their threads; the rest is everybody else's
 CGROUP_FILES = (  # limit and usage, version 2 and 1
@@ -18,6 +20,15 @@ CGROUP_FILES = (  # limit and usage, version 2 and 1
 def best_device() -> torch.device:
     """cuda where there is one, else cpu. Not mps yet: it has no float64, which Hessians are factored in."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_type(compute: Compute, device: torch.device) -> torch.dtype:
+    """Type that blocks multiply in; ``auto`` is float32 on a CPU, and bfloat16 on accelerators that have it."""
+    if compute == "auto":
+        fast = device.type != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    found: torch.dtype = getattr(torch, compute)
+    return found
 
 
 def worker_memory(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from evaluators.bank import Bank
 from evaluators.batches import BATCH_TOKENS, Batches
 from evaluators.block_model import BlockModel
-from evaluators.devices import best_device, worker_memory
+from evaluators.devices import Compute, best_device, compute_type, worker_memory
 from evaluators.divergence import Divergence, Reference
 from evaluators.memory import FLOAT_BYTES, TYPICAL_LOAD, Load, sweep_memory
 from evaluators.model_folder import ModelFolder
@@ -51,6 +51,14 @@ class EvaluatorSetup:
     activations: str = "float"  # or q8; see Sweep
     memory: int | None = None  # bytes a worker may take; None: its share of what is free
     load: Load = TYPICAL_LOAD
+    compute: Compute = "float32"  # of genomes; healing and all else is float32
+
+    @property
+    def in_float32(self) -> "EvaluatorSetup":
+        """The same, but exact, for figures that are reported."""
+        if self.compute == "float32":
+            return self
+        return replace(self, compute="float32", key=f"{self.key}, float32")
 
 
 class GenomeEvaluator:
@@ -65,7 +73,7 @@ class GenomeEvaluator:
         formats = {name: gene.formats for gene in setup.space.genes for name in gene.tensors}
         limit = setup.memory or worker_memory(device)
         self.memory = sweep_memory(folder, formats, self.windows.window, setup.load, limit)
-        model = BlockModel(folder, device)
+        model = BlockModel(folder, device, compute_type(setup.compute, device))
         weights = ModelWeights(model, self.bank, self.memory.weights, self.memory.reserve)
         batches = Batches(max(1, BATCH_TOKENS // self.windows.window))
         storage = device if self.memory.resident else torch.device("cpu")

@@ -50,13 +50,14 @@ class ModelWeights:
         if (kept := self._stays.weights.get((name, fmt))) is not None:
             return kept[rows.to(kept.device)]
         if fmt is None:
-            return self.model.as_computed(self.model.folder.read(name)[rows.cpu()])
+            return self.model.as_computed(name, self.model.folder.read(name)[rows.cpu()])
         return self.bank.rows(name, fmt, rows, self.model.folder.shapes[name][-1], self.model.device)
 
     def _make(self, name: str, fmt: QuantFormat | None) -> Tensor:
         if fmt is None:
-            return self.model.as_computed(self.model.folder.read(name))
-        return self.bank.weights(name, fmt, self.model.folder.shapes[name][-1], self.model.device)
+            return self.model.as_computed(name, self.model.folder.read(name))
+        columns = self.model.folder.shapes[name][-1]
+        return self.model.as_computed(name, self.bank.weights(name, fmt, columns, self.model.device))
 
 
 class _Held:

@@ -87,6 +87,20 @@ def test_windows_ropes_and_caps_are_those_of_transformers(
         assert not torch.allclose(ours, logits_of(plain, IDS), atol=1e-3)
 
 
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_blocks_that_multiply_in_bfloat16_stay_near_and_keep_hidden_states_in_float32(
+    model_type: str, tmp_path: Path
+) -> None:
+    folder = ModelFolder(save_small_model(tmp_path, model_type, tokenizer=False))
+    exact, rounded = BlockModel(folder, CPU), BlockModel(folder, CPU, torch.bfloat16)
+    with torch.inference_mode():
+        for model in (exact, rounded):
+            model.load_all()
+        expected, found = (model.run_from(0, model.embed(IDS)) for model in (exact, rounded))
+    assert found.dtype == torch.float32
+    assert 1e-5 < float((found - expected).norm() / expected.norm()) < 3e-2
+
+
 def test_lengths_asked_before_change_nothing(tmp_path: Path) -> None:
     """Dynamic frequencies grow with the longest text seen; masks have the text's length."""
     dynamic = {**ROPE, "rope_type": "dynamic", "factor": 4.0}
