@@ -28,6 +28,13 @@ class Estimate:
     standard_error: float
     windows: int
 
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Estimate":
+        """Mean of independent ``values`` (n,), at least one."""
+        n = len(values)
+        error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else inf
+        return cls(float(values.mean()), error, n)
+
     def margin(self, confidence: float = ONE_SIGMA) -> float:
         """Half of the interval that holds the mean over all text with ``confidence``: t_{n-1} standard errors."""
         if self.windows < 2:
@@ -37,7 +44,7 @@ class Estimate:
 
 def kl_estimate(evaluation: Evaluation) -> Estimate:
     """KL of one evaluation. Raises ValueError if it holds no KL by window."""
-    return _estimate(_windows(evaluation))
+    return Estimate.of(_windows(evaluation))
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
@@ -48,7 +55,7 @@ def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
     if (a.split, a.draw) != (b.split, b.draw):
         raise ValueError(f"expected two evaluations of the same text, found {a.fidelity} and {b.fidelity}")
     windows = min(len(a.window_kl), len(b.window_kl))
-    return _estimate(_windows(a)[:windows] - _windows(b)[:windows])
+    return Estimate.of(_windows(a)[:windows] - _windows(b)[:windows])
 
 
 def _windows(evaluation: Evaluation) -> np.ndarray:
@@ -56,10 +63,3 @@ def _windows(evaluation: Evaluation) -> np.ndarray:
     if not evaluation.window_kl:
         raise ValueError(f"expected an evaluation with its KL by window, found none at {evaluation.fidelity}")
     return np.array(evaluation.window_kl)
-
-
-def _estimate(values: np.ndarray) -> Estimate:
-    """Of the mean of ``values`` (n,)."""
-    n = len(values)
-    error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else inf
-    return Estimate(float(values.mean()), error, n)

@@ -55,6 +55,22 @@ def test_a_run_killed_three_times_ends_as_if_undisturbed(runs: Runs, finished: F
     assert runs.best("killed")["winner"]["genome"] == runs.best("base")["winner"]["genome"]
 
 
+def test_a_ladder_of_new_text_killed_on_two_workers_ends_as_undisturbed_in_one_process(runs: Runs) -> None:
+    search = {"ladder": [0, 256], "refresh": 1}
+    calm = runs.call("run", runs.write("calm-ladder", search=search, workers={"ray": "off"}))
+    assert calm.returncode == 0, calm.stderr
+    log = runs.storage / "killed-ladder" / "evaluations.jsonl"
+    driver = start(runs, "run", runs.write("killed-ladder", search=search))
+    wait_for_lines(log, 20, driver)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    resumed = runs.call("resume", runs.storage / "killed-ladder")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len({evaluation["draw"] for evaluation in runs.evaluations("calm-ladder")}) == 4  # three texts, and none
+    assert runs.evaluations("killed-ladder") == runs.evaluations("calm-ladder")
+    assert runs.best("killed-ladder")["validation"] == runs.best("calm-ladder")["validation"]
+
+
 def test_a_worker_killed_in_the_middle_changes_nothing(runs: Runs, finished: Finished) -> None:
     driver = start(runs, "run", runs.write("bereaved"))
     wait_for_lines(runs.storage / "bereaved" / "evaluations.jsonl", 3, driver)
