@@ -185,7 +185,7 @@ def main() -> None:
     folder = args.storage / "ablation" / f"{setup.key[:12]}-{args.tokens}"
     results: dict[str, dict[int, dict[str, float]]] = {}
     with closing(EvaluationLog(folder.parent / f"{setup.key[:12]}.jsonl")) as archive:
-        evaluate = pool_evaluate(setup, pool, no_bar, "")
+        evaluate = pool_evaluate(setup, pool, no_bar, "", archive)
         runs = [(seed, name) for seed in range(args.seeds) for name in args.variants]
         for seed, name in track(runs, len(runs), "ablation", console):
             file = folder / f"{name.replace(' ', '-')}-{seed}.json"
