@@ -5,7 +5,7 @@ as much as finalists), the refresh of text (one draw a search seed) or the surro
 neither ladder nor refresh. All stop at the same number of tokens, on one bank and one evaluator. Sensitivities, which
 the seeds, repairs and the surrogate's mean take, are measured once and not counted.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.ablation [--seeds 5] [--tokens 160000] [--variants everything "no seeds" ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.ablation [--seeds 5] [--bits 3.5] [--tokens 320000] [--variants "no seeds" ...]
 
 Every evaluation goes to an archive under ``--storage``, and every finished run to a file there: stop it at any point
 and start it again.
@@ -44,7 +44,6 @@ from workers.pool import SerialPool
 
 CONFIG = {
     "model": "models/stdlib-6m",
-    "budget": {"bits_per_weight": 3.0},
     "levels": "fine",
     "text": {
         "window": 256,
@@ -135,9 +134,10 @@ def measured(found: dict[str, Genome], test: Fidelity, meter: Meter) -> dict[str
     return {mark: kl[genome] for mark, genome in found.items()}
 
 
-def prepared(storage: Path) -> Artefacts:
-    """Bank and sensitivities, made once."""
-    config: RunConfig = absolute_paths(parse_config({**CONFIG, "name": "ablation", "storage_path": str(storage)}, ""))
+def prepared(storage: Path, bits: float) -> Artefacts:
+    """Bank and sensitivities, made once for all budgets."""
+    own = {"name": f"ablation-{bits:g}", "storage_path": str(storage), "budget": {"bits_per_weight": bits}}
+    config: RunConfig = absolute_paths(parse_config({**CONFIG, **own}, "the ablation"))
     plan = make_plan(config)
     return prepare(plan, read_windows(plan), RunDirectory.create(config), SerialPool(), no_bar)
 
@@ -150,7 +150,7 @@ def table_of(results: dict[str, dict[int, dict[str, float]]], exact: float, titl
     """Mean KL at each mark, and the chosen genome's difference to ``everything`` of the same seeds, with intervals."""
     marks = [f"{share:.0%}" for share in MARKS] + ["chosen"]
     table = Table(title=title, title_justify="left")
-    for column in ("variant", "seeds", *marks, "chosen / everything", "chosen / exact seed"):
+    for column in ("variant", "seeds", *marks, "to everything", "to exact"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     base = results.get("everything", {})
     for name, runs in results.items():
@@ -174,12 +174,13 @@ def interval(values: Sequence[float], unit: float, suffix: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=160_000, help="that the candidates of one run read")
+    parser.add_argument("--bits", type=float, default=3.5, help="per weight of the whole file")
+    parser.add_argument("--tokens", type=int, default=320_000, help="that the candidates of one run read")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--storage", type=Path, default=Path("runs"))
     args = parser.parse_args()
     console = Console()
-    artefacts = prepared(args.storage)
+    artefacts = prepared(args.storage, args.bits)
     setup, pool = artefacts.setup, SerialPool()
     test = Fidelity("test", artefacts.plan.config.text.tokens.test)
     folder = args.storage / "ablation" / f"{setup.key[:12]}-{args.tokens}"
@@ -198,8 +199,8 @@ def main() -> None:
         seeds = seed_genomes(setup.space, artefacts.plan.budget, [artefacts.table(TABLES[0])])
         exact = measured({"exact": seeds["exact kl"]}, test, Meter(evaluate, archive))["exact"]
     title = (
-        f"KL x 1000 on {test.tokens:,} tokens of test text (± {CONFIDENCE:.0%} over search seeds), at shares of "
-        f"{args.tokens:,} tokens; exact seed {1e3 * exact:.2f}"
+        f"{args.bits:g} bits per weight: KL x 1000 on {test.tokens:,} tokens of test text (± {CONFIDENCE:.0%} over "
+        f"search seeds), at shares of {args.tokens:,} tokens; exact seed {1e3 * exact:.2f}"
     )
     console.print(table_of(results, exact, title))
 
