@@ -5,7 +5,7 @@ as much as finalists), the refresh of text (one draw a search seed) or the surro
 neither ladder nor refresh. All stop at the same number of tokens, on one bank and one evaluator. Sensitivities, which
 the seeds, repairs and the surrogate's mean take, are measured once and not counted.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.ablation [--seeds 5] [--bits 3.5] [--tokens 320000] [--variants "no seeds" ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.ablation [--seeds 5] [--bits 3.5] [--tokens 320000] [--variants default ...]
 
 Every evaluation goes to an archive under ``--storage``, and every finished run to a file there: stop it at any point
 and start it again.
