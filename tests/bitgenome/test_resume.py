@@ -53,6 +53,8 @@ def test_a_run_killed_three_times_ends_as_if_undisturbed(runs: Runs, finished: F
     assert resumed.returncode == 0, resumed.stderr
     assert runs.evaluations("killed") == runs.evaluations("base")
     assert runs.best("killed")["winner"]["genome"] == runs.best("base")["winner"]["genome"]
+    killed, base = ((runs.storage / name / "generations.jsonl").read_bytes() for name in ("killed", "base"))
+    assert killed == base
 
 
 def test_a_ladder_of_new_text_killed_on_two_workers_ends_as_undisturbed_in_one_process(runs: Runs) -> None:

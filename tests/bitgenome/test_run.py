@@ -1,5 +1,7 @@
 """A run from YAML to a GGUF that llama.cpp runs: the promises of the README."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,18 @@ def test_the_closing_table_names_files_figures_and_baselines(runs: Runs, finishe
     for words in ("searched", "exact kl", "uniform W3", "uniform W6", "llama.cpp", "recipe.txt", ".gguf", "under"):
         assert words in finished.stdout, words
     assert "Traceback" not in finished.stderr
+
+
+def test_every_generation_has_a_line_that_says_how_it_was_predicted(runs: Runs, finished: Finished) -> None:
+    lines = (runs.storage / "base" / "generations.jsonl").read_text().splitlines()
+    first, *others = [json.loads(line) for line in lines]
+    assert [record["generation"] for record in (first, *others)] == [1, 2, 3]
+    assert "screened" not in first
+    for record in others:
+        assert abs(record["surrogate_correlation"]) <= 1
+        assert 0 <= record["surrogate_coverage"] <= 1
+        said = f"rank correlation {record['surrogate_correlation']:.2f}, coverage {record['surrogate_coverage']:.2f}"
+        assert said in " ".join(finished.stderr.split())
 
 
 def test_no_genome_is_evaluated_twice(runs: Runs, finished: Finished) -> None:

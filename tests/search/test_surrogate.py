@@ -88,6 +88,19 @@ def test_a_text_of_another_level_does_not_disturb_the_ranking() -> None:
     np.testing.assert_allclose(np.ptp(unknown.mean - found(asked, SEARCH).mean), 0, atol=1e-9)
 
 
+def test_each_text_may_have_its_own_opinion_of_a_choice() -> None:
+    genomes, landscape, table = neighbourhood(2, 0.0)
+    rng = np.random.default_rng(0)
+    own = SensitivityTable("kl", tuple(loss * np.exp(0.5 * rng.normal()) for loss in table.loss))
+    told, asked = genomes[:120], genomes[120:]
+    there = [Scored(genome, own.predict(genome), OTHER) for genome in told[::2]]
+    found = Surrogate([*there, *scored(told[1::2], landscape)], table)
+    here, elsewhere = found(asked, SEARCH).mean, found(asked, OTHER).mean
+    for truth, mine, others in ((landscape.loss, here, elsewhere), (own.predict, elsewhere, here)):
+        losses = [truth(genome) for genome in asked]
+        assert spearmanr(losses, mine).statistic > max(0.95, spearmanr(losses, others).statistic)
+
+
 def test_genomes_that_read_less_text_stay_less_certain() -> None:
     genomes, landscape, table = neighbourhood(0, 1.0, 120)
     rng = np.random.default_rng(0)
@@ -128,25 +141,25 @@ def test_the_rounding_of_losses_does_not_change_what_was_fitted() -> None:
 def test_the_parts_are_the_sums_they_stand_for() -> None:
     genomes, landscape, table = neighbourhood(0, 0.0, 12)
     found = Surrogate(scored(genomes[:7], landscape), table)
-    a, b = found._features_of(genomes[7:]), found._features
+    a, b = found._features_of(genomes[7:], [SEARCH] * 5), found._features
     for i, j in itertools.product(range(len(a.shares)), range(7)):
         same = a.genomes[i] == b.genomes[j]
         power = (a.shares[i] * b.shares[j]) ** surrogate.CHOICE_POWER
         roots = np.sqrt(a.shares[i] * b.shares[j])
         pairs = sum(roots[k] * roots[m] for k, m in itertools.combinations(range(len(roots)), 2))
-        expected = (power[same].sum(), np.exp(-np.count_nonzero(~same) / surrogate.LENGTH), pairs)
-        for part, value in zip(surrogate.PARTS.values(), expected, strict=True):
-            assert part.covariance(a, b)[i, j] == pytest.approx(value, rel=1e-6)
-    for part in surrogate.PARTS.values():
-        np.testing.assert_allclose(part.own(a), np.diag(part.covariance(a, a)), rtol=1e-6)
+        expected = (power[same].sum(), power[same].sum(), np.exp(-np.count_nonzero(~same) / surrogate.LENGTH), pairs)
+        for part, value in zip(surrogate._parts(a, b), expected, strict=True):
+            assert part[i, j] == pytest.approx(value, rel=1e-6)
+    for own, part in zip(surrogate._own(a), surrogate._parts(a, a), strict=True):
+        np.testing.assert_allclose(own, np.diag(part), rtol=1e-6)
 
 
 def test_leaving_one_out_by_formula_is_leaving_it_out() -> None:
     rng = np.random.default_rng(0)
     root, y = rng.normal(size=(8, 8)), rng.normal(size=8)
     kernel, noise = root @ root.T, np.ones(8)
-    variances = (0.3, 0.0, 0.0, 0.1)
-    fit = surrogate._LeaveOneOut(np.ones((8, 8)), [kernel, kernel, kernel], noise, y)
+    variances = (0.3, 0.0, 0.0, 0.0, 0.1)
+    fit = surrogate._LeaveOneOut(np.ones((8, 8)), [kernel] * 4, noise, y)
     covariance = 1 + 0.3 * kernel + 0.1 * np.eye(8)
     errors, left_out = [], []
     for i in range(8):
