@@ -7,24 +7,27 @@ stage whose artefact is there and whole is skipped.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pandas as pd
 
 from bitgenome.compute_floor import log_compute_floor
 from bitgenome.config import TextConfig
-from bitgenome.memory import GENES_TOGETHER, heaviest_load
+from bitgenome.memory import heaviest_load
 from bitgenome.plan import Plan
-from bitgenome.run_directory import SENSITIVITY_FILE, WINDOWS_FILE, RunDirectory
+from bitgenome.progress import Track
+from bitgenome.run_directory import WINDOWS_FILE, RunDirectory
+from bitgenome.sensitivities import measure_sensitivities, table_of
+from bitgenome.shared_storage import Storage, digest_of, shared_directory
 from evaluators import bank as banks
 from evaluators import scaling
 from evaluators.activation_samples import SampleActivations
 from evaluators.activation_samples import readable as samples_readable
 from evaluators.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable, mean_squares
-from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
+from evaluators.evaluator import EvaluatorSetup
 from evaluators.model_folder import ModelFolder
 from evaluators.stdlib_text import SPLITS, load_held_out
 from evaluators.tensor_importance import MeasureImportance, gene_importance
@@ -32,15 +35,13 @@ from evaluators.text import TokenWindows, divide_file, file_documents, load_toke
 from exporters.imatrix import write_imatrix
 from exporters.tensor_names import tensor_table
 from quantizers.sparsegpt import CompensationSettings
-from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail
+from search.files import atomic_write_bytes, atomic_write_text
 from search.fitness import FitnessSettings
 from search.sensitivity import SensitivityTable
-from search.types import Fidelity
 from workers.pool import Pool
 
 log = logging.getLogger(__name__)
 
-Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
 GROUPS_FILE = "groups.json"
 IMATRIX_FILE = "imatrix.gguf"
 SCALING_FILE = "scaling.json"
@@ -48,14 +49,11 @@ COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
-class StorageAndText(Protocol):
+class StorageAndText(Storage, Protocol):
     """The settings that text and calibration depend on."""
 
     @property
     def text(self) -> TextConfig: ...
-
-    @property
-    def storage_path(self) -> Path: ...
 
 
 class ModelAndText(Protocol):
@@ -74,23 +72,12 @@ class Artefacts:
 
     plan: Plan  # of the model that is quantized: the scaled one, where channels are scaled
     setup: EvaluatorSetup
-    sensitivities: pd.DataFrame  # a record a gene and choice: kl, logit_mse, reconstruction, relative
+    sensitivities: pd.DataFrame  # a record a gene and choice: the configured measure, reconstruction, relative
     prior: tuple[float, ...] | None = None  # a value a gene, where the configuration asks for one
 
     def table(self, measure: str) -> SensitivityTable:
         """The additive table of one measure."""
-        records = [{str(key): value for key, value in row.items()} for row in self.sensitivities.to_dict("records")]
-        return SensitivityTable.from_records(self.setup.space, records, measure)
-
-
-def digest_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def shared_directory(config: StorageAndText, kind: str, digest: str) -> Path:
-    directory = config.storage_path / "shared" / kind / digest[:16]
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory.resolve()  # workers have a working directory of their own
+        return table_of(self.setup.space, self.sensitivities, measure)
 
 
 def read_windows(plan: ModelAndText) -> TokenWindows:
@@ -237,46 +224,6 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
         plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key,
         load=heaviest_load(plan), **evaluation.model_dump(),
     )  # fmt: skip
-
-
-def measure_sensitivities(
-    plan: Plan, setup: EvaluatorSetup, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track
-) -> pd.DataFrame:
-    """What each choice of each gene costs alone, a record each, measured once for a bank and text."""
-    fidelity = Fidelity("search", plan.config.text.tokens.sensitivity)
-    own = run.path / SENSITIVITY_FILE
-    rows = windows.take(fidelity.split, fidelity.tokens)
-    genes = [gene.tensors for gene in setup.space.genes]
-    text = hashlib.sha256(rows.tobytes()).hexdigest()
-    digest = digest_of(setup.bank.name, text, rows.shape, setup.activations, setup.compute, genes)
-    run.pin("sensitivity", digest)
-    if own.is_file():  # what this run was begun with counts, whatever became of the shared one
-        return pd.read_parquet(own)
-    directory = shared_directory(plan.config, "sensitivity", digest)
-    file = directory / SENSITIVITY_FILE
-    if not file.is_file():
-        frame = pd.DataFrame(measured_records(plan, setup, fidelity, directory / "sensitivity.jsonl", pool, track))
-        atomic_write_bytes(file, frame.to_parquet(index=False))
-    atomic_write_bytes(own, file.read_bytes())
-    return pd.read_parquet(own)
-
-
-def measured_records(
-    plan: Plan, setup: EvaluatorSetup, fidelity: Fidelity, partial: Path, pool: Pool, track: Track
-) -> list[dict[str, Any]]:
-    """Records of all genes in order; each gene's go to ``partial`` as they come, and are not measured again."""
-    cut_torn_tail(partial)
-    lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
-    missing = tuple(range(len(lines), len(plan.space.genes)))
-    parts = [missing[start : start + GENES_TOGETHER] for start in range(0, len(missing), GENES_TOGETHER)]
-    tasks = [MeasureSensitivity(setup, part, fidelity) for part in parts]
-    with partial.open("a", encoding="utf-8") as stream:
-        for found in track(pool.map(tasks), len(tasks), "measuring sensitivities"):
-            new = [json.dumps(records) for records in found]
-            stream.write("".join(f"{line}\n" for line in new))
-            stream.flush()
-            lines += new
-    return [record for line in lines for record in json.loads(line)]
 
 
 def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:

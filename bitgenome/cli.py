@@ -110,6 +110,26 @@ def study(
     show_results(results, path, console)
 
 
+@app.command()
+def sensitivity(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    genomes: Annotated[int, typer.Option(min=3, help="Random genomes that each measure is held against")] = 60,
+    bits: Annotated[list[float] | None, typer.Option(help="Budget of the exact solver, bits per weight")] = None,
+) -> None:
+    """Compare sensitivity measures: what each costs, how it ranks genomes, and the KL that its exact solution has."""
+    from bitgenome.sensitivity_comparison import compare_sensitivities, show_comparison  # noqa: PLC0415
+
+    try:
+        path, frame = compare_sensitivities(load_config(config, overrides or ()), genomes, bits or (), console)
+    except KeyboardInterrupt:
+        errors.print(
+            f"interrupted; what is measured is kept. Continue with: bitgenome sensitivity {config}", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+    show_comparison(frame, path, console)
+
+
 def execute(config: RunConfig) -> None:
     from bitgenome.pipeline import run as run_pipeline  # noqa: PLC0415
     from bitgenome.report import show_outcome  # noqa: PLC0415

@@ -12,6 +12,7 @@ from bitgenome.config_file import Section, parse_section, read_settings
 from bitgenome.pruning_config import PruningConfig
 from bitgenome.scaling_config import ScalingConfig
 from bitgenome.search_config import SearchConfig
+from bitgenome.sensitivity_config import SensitivityConfig
 from evaluators.bank import Importance
 from evaluators.devices import Compute
 from evaluators.stdlib_text import SPLITS
@@ -208,6 +209,7 @@ class RunConfig(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     fitness: FitnessConfig = FitnessConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
     search: SearchConfig = SearchConfig()
     healing: HealingConfig = HealingConfig()
     workers: WorkersConfig = WorkersConfig()

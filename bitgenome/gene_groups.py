@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bitgenome.artefacts import Track, calibrate, record_inputs, sample_activations
+from bitgenome.artefacts import calibrate, record_inputs, sample_activations
 from bitgenome.plan import Plan, make_plan, tied_space
+from bitgenome.progress import Track
 from bitgenome.run_directory import GENE_GROUPS_FILE, WINDOWS_FILE, RunDirectory
 from bitgenome.search_config import GeneGroupsConfig
 from evaluators.activation_samples import layer_series

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from bitgenome.artefacts import Track, digest_of
 from bitgenome.config import HealingConfig
 from bitgenome.plan import Plan
+from bitgenome.progress import Track
 from bitgenome.run_directory import RunDirectory
+from bitgenome.shared_storage import digest_of
 from evaluators.evaluator import EvaluatorSetup
 from evaluators.healing import Healed, MeasureHealing, WholeHealing
 from evaluators.healing_blocks import HealBlock

@@ -54,6 +54,17 @@ class Plan:
     def sensitivity_evaluations(self) -> int:
         return sum(len(gene.formats) for gene in self.space.genes)
 
+    @property
+    def sensitivity_passes(self) -> float:
+        """The work of the sensitivities in forward passes over their text.
+
+        Genes branch off one model in their own blocks, which leaves half of each pass. Gradients take two passes
+        forward, one backward, and a product of every tensor at every level.
+        """
+        if self.config.sensitivity.measure == "gradient":
+            return 3 + self.sensitivity_evaluations / len(self.space.genes)
+        return self.sensitivity_evaluations / 2
+
 
 def make_plan(config: RunConfig) -> Plan:
     """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
@@ -133,16 +144,13 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def estimated_seconds(plan: Plan, workers: int, cpus_per_worker: int) -> float:
-    """Seconds of sensitivities and search: two operations a weight and token, at half the rate of a bare product.
-
-    Sensitivities skip the blocks below their gene, half of the work on average.
-    """
+    """Seconds of sensitivities and search: two operations a weight and token, at half the rate of a bare product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cpus_per_worker)
     try:
         rate = workers * matmul_flops(best_device()) / 2
     finally:
         torch.set_num_threads(threads)
-    read = plan.sensitivity_evaluations * plan.config.text.tokens.sensitivity / 2
+    read = plan.sensitivity_passes * plan.config.text.tokens.sensitivity
     read += sum(tokens * evaluations for tokens, evaluations in plan.search_rungs)
     return 2 * plan.space.weights * read / rate

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 T = TypeVar("T")
+Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress over an iterable
 
 
 def track(items: Iterable[T], total: int, what: str, console: Console) -> Iterator[T]:

@@ -107,7 +107,8 @@ def show_plan(plan: Plan, workers: int, console: Console) -> None:
     console.print(memory_line(plan))
     seconds = estimated_seconds(plan, workers, config.workers.cpus_per_worker)
     console.print(
-        f"{plan.sensitivity_evaluations} sensitivities of {config.text.tokens.sensitivity:,} tokens, "
+        f"{plan.sensitivity_evaluations} sensitivities ({config.sensitivity.measure}) of "
+        f"{config.text.tokens.sensitivity:,} tokens, "
         f"{searched(plan.search_rungs)} ({config.search.strategy}); "
         f"about {seconds / 60:.1f} minutes on {workers} workers like this machine's"
     )

@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bitgenome.artefacts import Artefacts, Track
+from bitgenome.artefacts import Artefacts
 from bitgenome.memory import KEPT_GENOMES, MOST_TOGETHER
 from bitgenome.plan import Plan
+from bitgenome.progress import Track
 from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
 from bitgenome.search_config import SearchConfig
 from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.json"
 GENERATIONS_FILE = "generations.jsonl"
-TABLES = ("kl", "reconstruction")  # sensitivities that seed the search, the most trusted first
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def strategy_settings(config: SearchConfig) -> Any:
 def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, track: Track) -> SearchResult:
     """Run or continue the search, then choose the winner on validation text."""
     config, space = plan.config, plan.space
-    tables = [artefacts.table(measure) for measure in TABLES]
+    measures = (config.sensitivity.measure, "reconstruction")  # the most trusted first
+    tables = [artefacts.table(measure) for measure in measures]
     seeds = seed_genomes(space, plan.budget, tables)
     strategy = make_strategy(
         config.search.strategy,

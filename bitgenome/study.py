@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bitgenome.artefacts import calibrate, digest_of, read_windows, sample_activations
+from bitgenome.artefacts import calibrate, read_windows, sample_activations
 from bitgenome.grouping_report import costs, write_grouping_report
 from bitgenome.pipeline import log_file
 from bitgenome.plan import check_text
 from bitgenome.progress import track
 from bitgenome.run_directory import WINDOWS_FILE
+from bitgenome.shared_storage import digest_of
 from bitgenome.study_config import Study, StudyConfig
 from bitgenome.study_report import write_report
 from evaluators.activation_samples import sample_positions

@@ -221,6 +221,12 @@ class Bank:
             self._errors[tensor] = {name: BankEntry(**record) for name, record in records.items()}
         return self._errors[tensor][fmt.name]
 
+    def errors(self, tensors: Sequence[str], fmt: QuantFormat) -> dict[str, float]:
+        """Errors of tensors that take one level together: ``reconstruction``, and ``relative`` to zeroing them."""
+        entries = [self.entry(name, fmt) for name in tensors]
+        error, power = sum(e.error for e in entries), sum(e.power for e in entries)
+        return {"reconstruction": error, "relative": error / power if power else 0.0}
+
 
 def decoded(fmt: QuantFormat, packed: Tensor, columns: int, device: torch.device) -> Tensor:
     """float32 (rows, columns) of packed rows, some at a time: decoding takes several times their memory."""

@@ -178,32 +178,29 @@ class GenomeEvaluator:
             seconds=seconds,
         )
 
-    def sensitivity(self, genes: Sequence[int], fidelity: Fidelity) -> list[list[dict[str, Any]]]:
-        """What quantizing one gene alone costs: for each of ``genes`` a record a choice, the rest at full precision.
+    def sensitivity(
+        self, genes: Sequence[int], fidelity: Fidelity, base: Genome | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """What one choice of one gene costs, for each of ``genes`` a record a choice.
 
-        Every candidate branches off the full-precision model in the gene's own block.
+        Every candidate branches off one model in the gene's own block: off the full-precision one, or off ``base``. Of
+        ``base`` the records hold what the choice adds to its KL and logit error, which may be negative, and is 0 at
+        the base's own choice.
         """
+        around = {} if base is None else genome_formats(self.space, base)
         cases = [
             (gene, choice, dict.fromkeys(self.space.genes[gene].tensors, fmt))
             for gene in genes
             for choice, fmt in enumerate(self.space.genes[gene].formats)
         ]
-        measured = self.divergences([formats for _, _, formats in cases], fidelity, keep=[{}])
+        candidates = [{**around, **formats} for _, _, formats in cases]
+        *measured, start = self.divergences([*candidates, around], fidelity, keep=[around])
         records: dict[int, list[dict[str, Any]]] = {gene: [] for gene in genes}
-        for (gene, choice, formats), found in zip(cases, measured, strict=True):
-            entries = [self.bank.entry(name, fmt) for name, fmt in formats.items()]
-            error, power = sum(e.error for e in entries), sum(e.power for e in entries)
-            records[gene].append(
-                {
-                    "gene": self.space.genes[gene].name,
-                    "choice": choice,
-                    "format": self.space.genes[gene].formats[choice].name,
-                    "kl": found.kl,
-                    "logit_mse": found.logit_mse,
-                    "reconstruction": error,
-                    "relative": error / power if power else 0.0,
-                }
-            )
+        for (gene, choice, _), found in zip(cases, measured, strict=True):
+            target = self.space.genes[gene]
+            place = {"gene": target.name, "choice": choice, "format": target.formats[choice].name}
+            added = {"kl": found.kl - start.kl, "logit_mse": found.logit_mse - start.logit_mse}
+            records[gene].append(place | added | self.bank.errors(target.tensors, target.formats[choice]))
         return list(records.values())
 
 
@@ -237,11 +234,12 @@ class EvaluateGenomes:
 
 @dataclass(frozen=True)
 class MeasureSensitivity:
-    """Pool task: every choice of some genes."""
+    """Pool task: every choice of some genes, alone or in place of ``base``'s."""
 
     setup: EvaluatorSetup
     genes: tuple[int, ...]
     fidelity: Fidelity
+    base: Genome | None = None
 
     @property
     def label(self) -> str:
@@ -249,4 +247,4 @@ class MeasureSensitivity:
         return f"sensitivity[{names[0]}]" if len(self.genes) == 1 else f"sensitivity[{names[0]} to {names[-1]}]"
 
     def run(self, state: dict[Any, Any]) -> list[list[dict[str, Any]]]:
-        return warm_evaluator(self.setup, state).sensitivity(self.genes, self.fidelity)
+        return warm_evaluator(self.setup, state).sensitivity(self.genes, self.fidelity, self.base)

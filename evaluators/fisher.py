@@ -27,7 +27,7 @@ from torch import Tensor
 from evaluators.bank import Bank
 from evaluators.block_model import BlockModel
 from evaluators.devices import best_device
-from evaluators.evaluator import EvaluatorSetup
+from evaluators.evaluator import EvaluatorSetup, warm
 from evaluators.model_folder import ModelFolder
 from evaluators.scores import Use, model_scores
 from evaluators.text import TokenWindows
@@ -109,11 +109,7 @@ class EstimateSquares:
         return f"gradient[{self.first + 1}-{self.first + self.windows}]"
 
     def run(self, state: dict[Any, Any]) -> list[list[float]]:
-        key = GradientEvaluator, self.setup.key
-        if key not in state:
-            state.clear()
-            state[key] = GradientEvaluator(self.setup)
-        evaluator: GradientEvaluator = state[key]
+        evaluator = warm(GradientEvaluator, self.setup, state)
         text = evaluator.windows.take(self.fidelity.split, self.fidelity.tokens, self.fidelity.draw)
         ids = torch.from_numpy(text[self.first : self.first + self.windows])
         return evaluator.squares(ids, label_draws(self.first, *ids.shape), ESTIMATORS[self.estimator])

@@ -16,10 +16,13 @@ def pure_uniform(space: SearchSpace, budget: Budget) -> dict[str, Genome]:
     A gene without the level takes its next larger one, as llama.cpp does for rows that do not divide into blocks, or
     its largest. These may leave much of the budget unused.
     """
-    found = {quant_format.level for gene in space.genes for quant_format in gene.formats}
-    levels = sorted(found, key=lambda level: (_bits(level), level))
-    genomes = {level: tuple(_choice_at(gene, level) for gene in space.genes) for level in levels}
+    genomes = _all_uniform(space)
     return {level: genome for level, genome in genomes.items() if space.file_bytes(genome) <= budget.file_bytes}
+
+
+def nearest_uniform(space: SearchSpace, budget: Budget) -> Genome:
+    """The genome with every gene at one level, as in pure_uniform, whose file is nearest to the budget, or over it."""
+    return min(_all_uniform(space).values(), key=lambda genome: abs(space.file_bytes(genome) - budget.file_bytes))
 
 
 def uniform(space: SearchSpace, budget: Budget, table: SensitivityTable | None = None) -> Genome:
@@ -43,6 +46,12 @@ def seed_genomes(space: SearchSpace, budget: Budget, tables: Sequence[Sensitivit
 def reference_genomes(space: SearchSpace, budget: Budget, seeds: dict[str, Genome]) -> dict[str, Genome]:
     """``seeds`` and the pure uniform genomes that fit: what choose_winner holds the winner against."""
     return seeds | {f"uniform {level}": genome for level, genome in pure_uniform(space, budget).items()}
+
+
+def _all_uniform(space: SearchSpace) -> dict[str, Genome]:
+    found = {quant_format.level for gene in space.genes for quant_format in gene.formats}
+    levels = sorted(found, key=lambda level: (_bits(level), level))
+    return {level: tuple(_choice_at(gene, level) for gene in space.genes) for level in levels}
 
 
 def _bits(level: str) -> float:

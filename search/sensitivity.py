@@ -14,7 +14,8 @@ from scipy.optimize import isotonic_regression
 from search.types import Genome, SearchSpace
 
 MEASURES = ("kl", "logit_mse", "reconstruction", "relative")
-RECORD_FIELDS = ("gene", "choice", "format", *MEASURES)
+PLACE_FIELDS = ("gene", "choice", "format")
+RECORD_FIELDS = (*PLACE_FIELDS, *MEASURES)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SensitivityTable:
     def from_records(
         cls, space: SearchSpace, records: Iterable[Mapping[str, Any]], measure: str = "kl", smooth: bool = True
     ) -> "SensitivityTable":
-        """The table of one ``measure`` out of records with the fields RECORD_FIELDS.
+        """The table of one ``measure`` out of records with the fields PLACE_FIELDS and measures.
 
         A pandas DataFrame goes in as ``frame.to_dict("records")``. ``smooth`` replaces each gene's losses by their
         non-increasing least-squares fit (isotonic regression) over sizes: a larger type of a tensor does not lose more
@@ -36,8 +37,9 @@ class SensitivityTable:
         larger type truly is worse the fit makes the two equal, and every solver then takes the smaller.
         Raises ValueError for unknown measures, genes or formats, and for records missing, repeated or not finite.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"unknown sensitivity measure {measure!r}: expected one of {', '.join(MEASURES)}")
+        records = list(records)
+        if records and measure not in (known := [key for key in records[0] if key not in PLACE_FIELDS]):
+            raise ValueError(f"unknown sensitivity measure {measure!r}: expected one of {', '.join(known)}")
         loss = [np.full(len(gene.formats), np.nan) for gene in space.genes]
         position = {gene.name: g for g, gene in enumerate(space.genes)}
         for record in records:
@@ -56,6 +58,10 @@ class SensitivityTable:
     def predict(self, genome: Genome) -> float:
         """Loss of ``genome`` if the genes did not interact."""
         return float(sum(values[choice] for values, choice in zip(self.loss, genome, strict=True)))
+
+    def from_least(self) -> "SensitivityTable":
+        """Every gene's losses counted from its least: the same order of genomes, and no loss below 0."""
+        return SensitivityTable(self.measure, tuple(values - values.min() for values in self.loss))
 
     def check(self, space: SearchSpace) -> None:
         """Raises ValueError unless the table has one loss for every gene and choice of ``space``."""

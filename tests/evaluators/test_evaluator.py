@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from evaluators.bank import Bank
 from evaluators.evaluator import EvaluateGenomes, GenomeEvaluator
 from evaluators.simulated import genome_formats
+from search.sensitivity import RECORD_FIELDS
 from search.types import Evaluation, Fidelity, Genome
 from tests.conftest import EMBEDDED, SmallBank
 from workers.pool import SerialPool
@@ -70,6 +71,20 @@ def test_sensitivity_of_a_gene_is_the_divergence_with_that_gene_alone(
             (alone,) = evaluator.divergences([{target.name: fmt}], FIDELITY)
             assert record["kl"] == alone.kl
             assert (record["gene"], record["format"]) == (target.name, fmt.name)
+
+
+def test_around_a_base_a_choice_costs_what_it_adds_to_the_bases_divergence(
+    small_bank: SmallBank, evaluator: GenomeEvaluator
+) -> None:
+    (base,) = random_genomes(small_bank, 1)
+    start = evaluator.evaluate([base], FIDELITY)[0].kl
+    genes = (0, 20)
+    for gene, records in zip(genes, evaluator.sensitivity(genes, FIDELITY, base), strict=True):
+        for choice, record in enumerate(records):
+            (moved,) = evaluator.evaluate([(*base[:gene], choice, *base[gene + 1 :])], FIDELITY)
+            assert record["kl"] == moved.kl - start
+            assert tuple(record) == RECORD_FIELDS
+        assert records[base[gene]]["kl"] == 0
 
 
 def test_more_bits_everywhere_diverge_less(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:

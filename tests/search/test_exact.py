@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from search.budget import Budget
 from search.exact import exact, greedy, lagrangian
-from search.seeds import pure_uniform, reference_genomes, seed_genomes, uniform
+from search.seeds import nearest_uniform, pure_uniform, reference_genomes, seed_genomes, uniform
 from search.sensitivity import SensitivityTable
 from search.types import SearchSpace
 from tests.search.synthetic import all_genomes, middle_budget, odd_space, random_table, transformer_space
@@ -97,6 +97,14 @@ def test_uniform_starts_from_the_largest_level_that_fits() -> None:
         filled = uniform(space, roomier)
         assert min(filled) == choice
         assert 0.995 * roomier.file_bytes <= space.file_bytes(filled) <= roomier.file_bytes
+
+
+def test_the_nearest_uniform_genome_may_be_under_the_budget_or_over_it() -> None:
+    space = transformer_space(3)
+    three, four = (space.file_bytes((choice,) * len(space.genes)) for choice in (1, 2))
+    for share, choice in ((0.4, 1), (0.6, 2)):
+        budget = Budget(int(three + share * (four - three)))
+        assert nearest_uniform(space, budget) == (choice,) * len(space.genes)
 
 
 def test_a_uniform_level_takes_the_row_fallback_where_a_tensor_lacks_it() -> None:

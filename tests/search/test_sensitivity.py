@@ -45,6 +45,13 @@ def test_an_inversion_becomes_the_mean_of_the_inverted_pair() -> None:
     assert SensitivityTable.from_records(SPACE, noisy, smooth=False).loss[0].tolist() == [9.0, 1.0, 3.0]
 
 
+def test_losses_from_each_genes_least_keep_the_order_of_genomes() -> None:
+    table = SensitivityTable("around_base", (np.array([0.5, 0.0, -0.25]), np.array([0.0, -1.0, -2.0])))
+    counted = table.from_least()
+    assert [values.min() for values in counted.loss] == [0.0, 0.0]
+    assert {counted.predict((a, b)) - table.predict((a, b)) for a in range(3) for b in range(3)} == {2.25}
+
+
 def test_records_that_do_not_fit_are_refused() -> None:
     refused = {
         "missing": RECORDS[:-1],
