@@ -29,7 +29,7 @@ from bitgenome.config import RunConfig, absolute_paths, parse_config
 from bitgenome.plan import make_plan
 from bitgenome.progress import track
 from bitgenome.run_directory import RunDirectory
-from bitgenome.searching import TABLES, pool_evaluate
+from bitgenome.searching import pool_evaluate
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
 from search.files import atomic_write_json
@@ -97,7 +97,7 @@ class Meter:
 def incumbents(variant: Variant, seed: int, limit: int, artefacts: Artefacts, meter: Meter) -> dict[str, Genome]:
     """The best genome on the search's own text at each mark, and the one that validation text chooses at the end."""
     config, space, budget = artefacts.plan.config, artefacts.plan.space, artefacts.plan.budget
-    tables = [artefacts.table(measure) for measure in TABLES]
+    tables = artefacts.tables
     seeds = seed_genomes(space, budget, tables)
     settings = GeneticSettings(POPULATION, ENDLESS, brood=BROOD if variant.surrogate else 1, seed=seed)
     strategy = make_strategy(
@@ -196,7 +196,7 @@ def main() -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_json(file, measured(found, test, meter))
             results.setdefault(name, {})[seed] = json.loads(file.read_text(encoding="utf-8"))
-        seeds = seed_genomes(setup.space, artefacts.plan.budget, [artefacts.table(TABLES[0])])
+        seeds = seed_genomes(setup.space, artefacts.plan.budget, artefacts.tables[:1])
         exact = measured({"exact": seeds["exact kl"]}, test, Meter(evaluate, archive))["exact"]
     title = (
         f"{args.bits:g} bits per weight: KL x 1000 on {test.tokens:,} tokens of test text (± {CONFIDENCE:.0%} over "

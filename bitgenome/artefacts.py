@@ -79,6 +79,11 @@ class Artefacts:
         """The additive table of one measure."""
         return table_of(self.setup.space, self.sensitivities, measure)
 
+    @property
+    def tables(self) -> list[SensitivityTable]:
+        """Those that seed the search, the most trusted first."""
+        return [self.table(measure) for measure in (self.plan.config.sensitivity.measure, "reconstruction")]
+
 
 def read_windows(plan: ModelAndText) -> TokenWindows:
     """Token windows of all splits. Raises TextError if a split is too short."""

@@ -78,8 +78,7 @@ def strategy_settings(config: SearchConfig) -> Any:
 def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, track: Track) -> SearchResult:
     """Run or continue the search, then choose the winner on validation text."""
     config, space = plan.config, plan.space
-    measures = (config.sensitivity.measure, "reconstruction")  # the most trusted first
-    tables = [artefacts.table(measure) for measure in measures]
+    tables = artefacts.tables
     seeds = seed_genomes(space, plan.budget, tables)
     strategy = make_strategy(
         config.search.strategy,
