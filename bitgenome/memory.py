@@ -57,7 +57,7 @@ def memory_line(plan: Plan) -> str:
     parts = {
         "weights": memory.weights,
         "hidden states": memory.states + memory.cache,
-        "reference": memory.reference,
+        "reference": memory.reference + memory.logits,
         "work": memory.work,
     }
     host = best_device().type == "cpu"

@@ -33,7 +33,7 @@ from search.files import atomic_write_bytes, atomic_write_text
 log = logging.getLogger(__name__)
 
 Importance = Literal["conditional", "hessian", "five_dimensional"]  # of an input's columns, when scales are fitted
-DECODED_WEIGHTS = 1 << 22  # decoded at once
+DECODED_WEIGHTS = 1 << 20  # decoded at once
 MANIFEST = "manifest.json"
 SCHEMA = 1  # raise when packed bytes or file layout change meaning
 

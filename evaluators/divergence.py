@@ -61,17 +61,17 @@ class _Chunk(NamedTuple):
 class Reference:
     """Final hidden states (P, D) and head of the full-precision model, and the token that follows each position.
 
-    ``targets`` (P,) holds -1 where nothing follows.
+    ``targets`` (P,) holds -1 where nothing follows. Logits and probabilities stay if they take ``cache_bytes`` or less.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, ids: Tensor):
+    def __init__(self, hidden: Tensor, head: Head, ids: Tensor, cache_bytes: int = CACHE_BYTES):
         self.hidden = hidden.flatten(0, 1)
         self.head = head
         self.targets = torch.full_like(ids, -1)
         self.targets[:, :-1] = ids[:, 1:]
         self.targets = self.targets.flatten().to(hidden.device)
         self._step = chunk_positions(head)
-        cached = 2 * len(self.hidden) * len(head.weight) * head.weight.element_size() <= CACHE_BYTES
+        cached = 2 * len(self.hidden) * len(head.weight) * head.weight.element_size() <= cache_bytes
         self._cache = list(self._compute()) if cached else None
 
     @torch.inference_mode()

@@ -108,7 +108,7 @@ class GenomeEvaluator:
         states = self.sweep.final_states(ids, text, [*candidates, *full], keep)
         if full:
             self._keep_full(text, states.pop())
-        reference = Reference(self._full_states[text], self.sweep.head(None), ids)
+        reference = Reference(self._full_states[text], self.sweep.head(None), ids, self.memory.logits)
         by_format: dict[QuantFormat | None, list[int]] = {}
         for index, candidate in enumerate(candidates):
             by_format.setdefault(candidate.get(self.sweep.model.head_name), []).append(index)

@@ -16,8 +16,8 @@ from search.errors import UserError
 
 FLOAT_BYTES = 4
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep: longer text goes through in parts
-CACHE_SHARE = 0.125  # for the beginnings of elites
-DECODE_BYTES = 96 << 20  # while packed bytes become floats, some rows at a time (evaluators/bank.py)
+CACHE_SHARE = 0.125  # for the beginnings of elites, and as much for logits
+DECODE_BYTES = 32 << 20  # while packed bytes become floats, some rows at a time (evaluators/bank.py)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class SweepMemory:
     limit: int
     states: int  # hidden states of the candidates
     cache: int  # beginnings of elites
-    reference: int  # full-precision outputs of the last two texts, logits of one of them
+    reference: int  # full-precision outputs of the last two texts
+    logits: int  # of the full-precision model, where there is room to keep them for all candidates
     work: int  # activations of a batch in a block, logits of a chunk, decoding
     weights: int  # full-precision and decoded tensors: all of them, or what is left
     reserve: int  # of the weights' share, for those of the block at work that do not stay
@@ -53,7 +54,7 @@ class SweepMemory:
     @property
     def peak(self) -> int:
         """Of everything, above what the process takes by itself."""
-        return self.states + self.cache + self.reference + self.work + self.weights
+        return self.states + self.cache + self.reference + self.logits + self.work + self.weights
 
 
 def sweep_memory(
@@ -71,15 +72,16 @@ def sweep_memory(
     batch = max(window, BATCH_TOKENS // window * window)
     vocabulary = folder.shapes[head][0]
     work = batch * activations_of(folder) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + DECODE_BYTES
+    reference = 2 * positions * state
     logits = 2 * positions * vocabulary * FLOAT_BYTES
-    reference = 2 * positions * state + (logits if logits <= LOGIT_BYTES else 0)
+    logits = logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0
     states = min((load.candidates + 2) * positions * state, int(limit * STATE_SHARE))
     states = max(states, (load.candidates + 2) * window * state)
     cache = min(load.kept * (layers + 1) * positions * state, int(limit * CACHE_SHARE))
     everything = sum(size * (1 + len(formats.get(name, ()))) for name, size in floats.items())
     block = largest_block(floats, layers)
     least = max(block, 2 * floats[head])
-    left = limit - states - cache - reference - work
+    left = limit - states - cache - reference - logits - work
     if left < min(least, everything):
         needed = limit - left + min(least, everything)
         raise UserError(
@@ -89,7 +91,7 @@ def sweep_memory(
         )
     levels = 1 + max(map(len, formats.values()), default=0)
     reserve = 0 if everything <= left else min(left, max(block * levels, 2 * floats[head]))
-    return SweepMemory(limit, states, cache, reference, work, min(everything, left), reserve, everything)
+    return SweepMemory(limit, states, cache, reference, logits, work, min(everything, left), reserve, everything)
 
 
 def largest_block(floats: Mapping[str, int], layers: int) -> int:

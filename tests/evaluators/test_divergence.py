@@ -48,11 +48,10 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     assert (found.kl, found.logit_mse) == (0.0, 0.0)
 
 
-def test_references_too_large_to_keep_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_too_large_to_keep_give_the_same() -> None:
     hidden, head, other, ids = case(0.1)
     kept = Reference(hidden, head, ids).compare(other, head)
-    monkeypatch.setattr("evaluators.divergence.CACHE_BYTES", 0)
-    assert Reference(hidden, head, ids).compare(other, head) == kept
+    assert Reference(hidden, head, ids, cache_bytes=0).compare(other, head) == kept
 
 
 def test_logits_far_apart_neither_overflow_nor_lose_the_divergence() -> None:
