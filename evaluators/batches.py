@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evaluators.devices import release_memory
+
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 2048  # positions at once on a CPU, where more do not run faster
@@ -45,9 +47,3 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(message in str(error) for message in CPU_MESSAGES)
-
-
-def release_memory() -> None:
-    """Give what torch's allocator holds in reserve back to the device."""
-    if torch.accelerator.is_available():
-        torch.accelerator.memory.empty_cache()

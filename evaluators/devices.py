@@ -1,5 +1,6 @@
 """The only place that names accelerators, and what a worker may take of a machine."""
 
+import ctypes
 import os
 import resource
 from pathlib import Path
@@ -55,3 +56,11 @@ def free_host_memory() -> int:
         if soft != resource.RLIM_INFINITY:
             free.append(soft - taken)
     return max(0, min(free))
+
+
+def release_memory() -> None:
+    """Give what allocators hold in reserve back: torch's to the device, the C library's (glibc) to the system."""
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

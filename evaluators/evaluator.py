@@ -14,7 +14,7 @@ from evaluators.batches import BATCH_TOKENS, Batches
 from evaluators.block_model import BlockModel
 from evaluators.devices import Compute, best_device, compute_type, worker_memory
 from evaluators.divergence import Divergence, Reference
-from evaluators.memory import FLOAT_BYTES, TYPICAL_LOAD, Load, sweep_memory
+from evaluators.memory import FLOAT_BYTES, KEPT_TEXTS, TYPICAL_LOAD, Load, sweep_memory
 from evaluators.model_folder import ModelFolder
 from evaluators.prefix_cache import PrefixCache
 from evaluators.simulated import genome_formats
@@ -27,7 +27,7 @@ from search.types import Evaluation, Fidelity, Genome, SearchSpace
 
 T = TypeVar("T")
 
-Text = tuple[Fidelity, int]  # and the first window, where it goes through in parts
+Text = tuple[Fidelity, int, int]  # and the windows, first to last, that go through together
 
 
 class NotFiniteError(FloatingPointError):
@@ -94,9 +94,10 @@ class GenomeEvaluator:
         """
         ids = self.ids(fidelity)
         state = ids.shape[1] * self.sweep.model.config.hidden_size * FLOAT_BYTES
-        rows = max(1, self.memory.states // (state * (len(candidates) + 2)))
+        most = max(len(candidates), self.setup.load.candidates)
+        rows = min(len(ids), max(1, self.memory.states // (state * (most + 2))))
         starts = range(0, len(ids), rows)
-        parts = [self._part(candidates, (fidelity, start), ids[start : start + rows], keep) for start in starts]
+        parts = [self._part(candidates, (fidelity, i, i + rows), ids[i : i + rows], keep) for i in starts]
         return [Divergence.of(torch.cat(errors)) for errors in zip(*parts, strict=True)]
 
     @torch.inference_mode()
@@ -123,10 +124,10 @@ class GenomeEvaluator:
         return [found[index] for index in range(len(candidates))]
 
     def _keep_full(self, text: Text, states: Tensor) -> None:
-        """Keep those of the last two texts, in all of their parts."""
-        texts = dict.fromkeys(fidelity for fidelity, _ in [*self._full_states, text])
+        """Keep those of the last texts, in all of their parts."""
+        texts = list(dict.fromkeys(fidelity for fidelity, *_ in [*self._full_states, text]))
         for kept in list(self._full_states):
-            if kept[0] not in list(texts)[-2:]:
+            if kept[0] not in texts[-KEPT_TEXTS:]:
                 del self._full_states[kept]
         self._full_states[text] = states
 

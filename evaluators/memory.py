@@ -15,9 +15,10 @@ from quantizers.formats import QuantFormat
 from search.errors import UserError
 
 FLOAT_BYTES = 4
+KEPT_TEXTS = 3  # whose full-precision outputs stay: the rungs of a ladder
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep: longer text goes through in parts
 CACHE_SHARE = 0.125  # for the beginnings of elites, and as much for logits
-DECODE_BYTES = 32 << 20  # while packed bytes become floats, some rows at a time (evaluators/bank.py)
+FIXED_BYTES = 64 << 20  # decoding, some rows at a time (evaluators/bank.py), and what matrix libraries keep
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SweepMemory:
     limit: int
     states: int  # hidden states of the candidates
     cache: int  # beginnings of elites
-    reference: int  # full-precision outputs of the last two texts
+    reference: int  # full-precision outputs of the last texts
     logits: int  # of the full-precision model, where there is room to keep them for all candidates
     work: int  # activations of a batch in a block, logits of a chunk, decoding
     weights: int  # full-precision and decoded tensors: all of them, or what is left
@@ -71,8 +72,8 @@ def sweep_memory(
     positions = max(window, load.tokens // window * window)
     batch = max(window, BATCH_TOKENS // window * window)
     vocabulary = folder.shapes[head][0]
-    work = batch * activations_of(folder) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + DECODE_BYTES
-    reference = 2 * positions * state
+    work = batch * activations_of(folder) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
+    reference = KEPT_TEXTS * positions * state
     logits = 2 * positions * vocabulary * FLOAT_BYTES
     logits = logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0
     states = min((load.candidates + 2) * positions * state, int(limit * STATE_SHARE))

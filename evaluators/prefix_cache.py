@@ -16,6 +16,10 @@ class PrefixCache:
         self.used = 0
         self._states: OrderedDict[Hashable, Chunks] = OrderedDict()
 
+    def clear(self) -> None:
+        self._states.clear()
+        self.used = 0
+
     def get(self, key: Hashable) -> Chunks | None:
         if key in self._states:
             self._states.move_to_end(key)

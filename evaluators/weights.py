@@ -4,6 +4,7 @@ from torch import Tensor
 
 from evaluators.bank import Bank
 from evaluators.block_model import BlockModel
+from evaluators.devices import release_memory
 from quantizers.formats import QuantFormat
 
 WeightKey = tuple[str, QuantFormat | None]  # Hugging Face name and format; None: full precision
@@ -42,8 +43,10 @@ class ModelWeights:
         return weight
 
     def release(self) -> None:
-        """Give up what does not stay."""
+        """Give up what does not stay, and with it what allocators keep of other blocks."""
         self._passes = _Held(self.capacity)
+        if self._stays.room < self.capacity:
+            release_memory()
 
     def rows(self, name: str, fmt: QuantFormat | None, rows: Tensor) -> Tensor:
         """(len(rows), columns): some rows of a matrix that may be too large to be here whole."""

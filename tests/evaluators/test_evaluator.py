@@ -1,6 +1,7 @@
 """An evaluation is a plain load-and-forward of the decoded bytes, whatever ran on the worker before."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from evaluators.bank import Bank
 from evaluators.evaluator import EvaluateGenomes, GenomeEvaluator
+from evaluators.memory import Load
 from evaluators.simulated import genome_formats
 from search.sensitivity import RECORD_FIELDS
 from search.types import Evaluation, Fidelity, Genome
@@ -105,3 +107,13 @@ def test_the_weighted_fitness_of_the_original_is_a_choice(small_bank: SmallBank)
     ((result,),) = SerialPool().map([EvaluateGenomes(setup, (small_bank.space.smallest(),), FIDELITY, "eval")])
     compression = 2 * small_bank.space.weights / result.file_bytes
     assert result.loss == pytest.approx(-(0.5 / result.logit_mse + 2 * compression))
+
+
+def test_text_that_goes_through_in_parts_gives_the_same(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:
+    genomes = random_genomes(small_bank, 5)
+    crowded = GenomeEvaluator(replace(small_bank.setup(), load=Load(candidates=3, tokens=512, kept=0), key="parts"))
+    crowded.memory = replace(crowded.memory, states=0)
+    for fidelity in (FIDELITY, Fidelity("search", 1536), Fidelity("search", 1024, 7), FIDELITY):
+        for part in (genomes, genomes[:2]):  # other numbers of candidates leave room for other numbers of windows
+            found = [figures(e) for e in crowded.evaluate(part, fidelity)]
+            assert found == [figures(e) for e in evaluator.evaluate(part, fidelity)]
