@@ -56,9 +56,7 @@ class EvaluatorSetup:
     @property
     def in_float32(self) -> "EvaluatorSetup":
         """The same, but exact, for figures that are reported."""
-        if self.compute == "float32":
-            return self
-        return replace(self, compute="float32", key=f"{self.key}, float32")
+        return replace(self, compute="float32")
 
 
 class GenomeEvaluator:
@@ -207,7 +205,7 @@ class GenomeEvaluator:
 
 def warm(kind: Callable[[EvaluatorSetup], T], setup: EvaluatorSetup, state: dict[Any, Any]) -> T:
     """The worker's ``kind`` of this setup; another one, or that of another setup, is dropped first."""
-    key = (kind, setup.key)
+    key = (kind, setup.key, compute_type(setup.compute, best_device()))
     if key not in state:
         state.clear()
         state[key] = kind(setup)
