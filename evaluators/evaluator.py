@@ -76,6 +76,7 @@ class GenomeEvaluator:
         batches = Batches(max(1, BATCH_TOKENS // self.windows.window))
         storage = device if self.memory.resident else torch.device("cpu")
         self.sweep = Sweep(weights, batches, PrefixCache(self.memory.cache), setup.activations, storage)
+        self._last: tuple[Text, Reference] | None = None
         self._full_states: dict[Text, Tensor] = {}  # final states of the full-precision model, for the last texts
 
     def ids(self, fidelity: Fidelity) -> Tensor:
@@ -107,7 +108,7 @@ class GenomeEvaluator:
         states = self.sweep.final_states(ids, text, [*candidates, *full], keep)
         if full:
             self._keep_full(text, states.pop())
-        reference = Reference(self._full_states[text], self.sweep.head(None), ids, self.memory.logits)
+        reference = self._reference(text, ids)
         by_format: dict[QuantFormat | None, list[int]] = {}
         for index, candidate in enumerate(candidates):
             by_format.setdefault(candidate.get(self.sweep.model.head_name), []).append(index)
@@ -120,6 +121,16 @@ class GenomeEvaluator:
             if not found[index].isfinite().all():
                 raise NotFiniteError(index, self.sweep.first_overflow(ids, candidates[index]))
         return [found[index] for index in range(len(candidates))]
+
+    def _reference(self, text: Text, ids: Tensor) -> Reference:
+        """The full-precision model's outputs; with their logits, where there is room, for the last text."""
+        if self._last is not None and self._last[0] == text:
+            return self._last[1]
+        self._last = None
+        reference = Reference(self._full_states[text], self.sweep.head(None), ids, self.memory.logits)
+        if self.memory.logits:  # without them it would hold the head, which may not stay
+            self._last = (text, reference)
+        return reference
 
     def _keep_full(self, text: Text, states: Tensor) -> None:
         """Keep those of the last texts, in all of their parts."""

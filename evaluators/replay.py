@@ -1,38 +1,49 @@
-"""A module that answers with what it computed last."""
+"""Modules that answer with what they computed last, as long as nothing that they depend on has changed."""
 
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Hashable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Replay:
-    """While open, ``module`` computes once and then answers the same, whatever it is asked, until ``forget``.
+    """From now on ``module`` computes only if ``state()`` is another than when it computed last, or behind ``forget``.
 
-    None stands for no module at all.
+    Its inputs must depend on nothing else.
     """
 
-    def __init__(self, module: nn.Module | None):
-        self._module = module
+    def __init__(self, module: nn.Module, state: Callable[[], Hashable]):
+        self._state = state
+        self._compute = module.forward
         self._answer: Any = None
-
-    def __enter__(self) -> Self:
-        if self._module is not None:
-            self._compute = self._module.forward
-            self._module.forward = self._forward
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.forget()
-        if self._module is not None:
-            del self._module.forward
+        self._last: Hashable = None
+        module.forward = self._forward
 
     def forget(self) -> None:
         self._answer = None
 
     def _forward(self, *arguments: Any, **named: Any) -> Any:
-        if self._answer is None:
+        state = self._state()
+        if self._answer is None or state != self._last:
             self._answer = self._compute(*arguments, **named)
+            self._last = state
         return self._answer
+
+
+def input_groups(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[list[str]]:
+    """Names of the linear layers that read one tensor, group by group in the order that ``run`` calls them in."""
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not groups or groups[-1][0] is not inputs[0]:
+                groups.append((inputs[0], []))
+            groups[-1][1].append(name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
+    run()
+    for handle in handles:
+        handle.remove()
+    return [names for _, names in groups]

@@ -2,8 +2,8 @@
 
 A candidate says which tensors are quantized, and how; the others keep full precision. Candidates that agree in the
 embedding and the first blocks have the same hidden states there: the distinct beginnings form a trie, of which every
-node is computed once. Within a block, candidates that agree in attention share its output too, and a tensor is decoded
-once for all that hold it at one level.
+node is computed once. Within a block, candidates share attention and products that depend on nothing in which they
+differ, and a tensor is decoded once for all that hold it at one level.
 
 Results are those of a plain forward of each candidate alone, bit for bit on a CPU: the same operations on the same
 numbers, in chunks of whole windows, whose number does not change a window's result there (tests/evaluators/
@@ -14,6 +14,7 @@ Shapes: B windows, T positions, D hidden size.
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from evaluators.activations import EightBitInputs
 from evaluators.batches import Batches
 from evaluators.head import Head
 from evaluators.prefix_cache import Chunks, PrefixCache
-from evaluators.replay import Replay
+from evaluators.replay import Replay, input_groups
 from evaluators.weights import ModelWeights
 from quantizers.formats import QuantFormat
 
@@ -71,6 +72,7 @@ class Sweep:
         self._tensors = [self.model.parameters_of(block) for block in range(len(self.model.blocks))]
         self._numbers: dict[Choice, int] = {}
         self._placed: dict[str, QuantFormat | None] = {}  # of the block at work; the head's, when it is read
+        self._replays: dict[int, list[Replay]] = {}  # by block, from its first pass on
         self._inputs = EightBitInputs(self.model, self._placed) if activations == "q8" else None
 
     @torch.inference_mode()
@@ -130,43 +132,62 @@ class Sweep:
     def _through_block(self, block: int, nodes: Sequence[Node]) -> list[Node]:
         """The nodes behind ``block``; those in front of it give up their states one by one."""
         behind = []
-        with Replay(getattr(self.model.blocks[block], "self_attn", None)) as attention:
-            for node in nodes:
-                children = self._children(block, node)
-                for group in children.values():
-                    self._run(block, node.states, group, attention)
-                    behind += group
-                node.states = []
+        for node in nodes:
+            children = self._children(block, node)
+            self._run(block, node.states, children)
+            behind += children
+            node.states = []
         self._unload(self._tensors[block])
         self.weights.release()
         return behind
 
-    def _children(self, block: int, node: Node) -> dict[Choice, list[Node]]:
-        """The distinct continuations of a node, by their choices in attention."""
-        names = self._tensors[block]
+    def _children(self, block: int, node: Node) -> list[Node]:
+        """The distinct continuations of a node, those that agree in the first tensors side by side."""
         children: dict[Choice, Node] = {}
         for member in node.members:
             children.setdefault(member.choices[block + 1], Node([])).members.append(member)
-        groups: dict[Choice, list[Node]] = {}
-        for choice, child in children.items():
-            shared = tuple(fmt for name, fmt in zip(names, choice, strict=True) if ATTENTION in name)
-            groups.setdefault(shared, []).append(child)
-        return groups
+        names = [[fmt.name if fmt else "" for fmt in choice] for choice in children]
+        return [child for _, child in sorted(zip(names, children.values(), strict=True), key=lambda pair: pair[0])]
 
-    def _run(self, block: int, states: Chunks, children: Sequence[Node], attention: Replay) -> None:
-        """States of ``children``, which agree in attention, behind ``block``."""
+    def _run(self, block: int, states: Chunks, children: Sequence[Node]) -> None:
+        """States of ``children`` behind ``block``."""
 
         def forward(chunk: Tensor) -> Tensor:
-            if len(chunk) < whole:  # memory ran out: what attention answered was for more windows
-                attention.forget()
+            if len(chunk) < whole:  # memory ran out: what modules would answer is for more windows
+                self._forget(block)
             return self.model.run_block(block, chunk)
 
         for chunk in states:
-            attention.forget()
             whole, rows = len(chunk), chunk.to(self.model.device)
             for child in children:
                 self._place(block, child.members[0].choices[block + 1])
+                if block not in self._replays:
+                    self._replays[block] = self._replay(block, rows[:1])
                 child.states.append(self.batches.run(forward, rows).to(self.storage))
+            self._forget(block)
+
+    def _replay(self, block: int, rows: Tensor) -> list[Replay]:
+        """Replays of a loaded block's linear layers and of its attention.
+
+        A linear layer depends on its own format and on those of all whose output is made before its input.
+        """
+        linears = dict(self.model.linears(block))
+        groups = input_groups(linears, lambda: self.model.run_block(block, rows))
+        found: list[Replay] = []
+        before: list[str] = []
+        for group in groups:
+            found += [Replay(linears[name], partial(self._formats, (*before, name))) for name in group]
+            before += group
+        attention = tuple(name for name in before if ATTENTION in name)
+        module = getattr(self.model.blocks[block], ATTENTION.strip("."), None)
+        return found if module is None else [*found, Replay(module, partial(self._formats, attention))]
+
+    def _formats(self, names: tuple[str, ...]) -> Choice:
+        return tuple(self._placed[name] for name in names)
+
+    def _forget(self, block: int) -> None:
+        for replay in self._replays[block]:
+            replay.forget()
 
     def _place(self, block: int, choice: Choice) -> None:
         for name, fmt in zip(self._tensors[block], choice, strict=True):

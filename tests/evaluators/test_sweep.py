@@ -110,12 +110,34 @@ def test_what_candidates_share_is_computed_once(small_bank: SmallBank) -> None:
     name = "model.layers.4.mlp.up_proj.weight"
     children = [{**parent, name: fmt} for fmt in small_bank.space.genes[0].formats]  # the parent is one of them
     windows, blocks = len(ids), len(sweep.model.blocks)
+    sweep.final_states(ids[:1], "first", [{}])  # the first pass through a block looks at how it is made
     together = blocks_run(sweep, lambda: sweep.final_states(ids, "a", children, keep=[parent]))
     assert together == windows * (4 + 2 * len(children))
     remembered = blocks_run(sweep, lambda: sweep.final_states(ids, "a", children))
     assert remembered == windows * 2 * (len(children) - 1)
     elsewhere = blocks_run(sweep, lambda: sweep.final_states(ids, "b", [parent]))
     assert elsewhere == windows * blocks
+
+
+def test_products_that_depend_on_nothing_changed_are_not_made_again(
+    small_bank: SmallBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, ids = sweep_of(small_bank), ids_of(small_bank)[:1]
+    sweep.final_states(ids, "first", [{}])
+    made: list[tuple[int, ...]] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        made.append(tuple(weight.shape))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr("torch.nn.functional.linear", counted)
+    prefix, fmt = "model.layers.5.", small_bank.space.genes[-1].formats[0]
+    names = [f"{prefix}self_attn.o_proj.weight", f"{prefix}mlp.up_proj.weight", f"{prefix}mlp.down_proj.weight"]
+    sweep.final_states(ids, "text", [{}, *({name: fmt} for name in names)])
+    once = [(256, 256), (128, 256), (128, 256), (256, 256), (768, 256), (768, 256), (256, 768)]
+    again = [(256, 256), (768, 256), (768, 256), (256, 768), (768, 256), (256, 768), (256, 768)]
+    assert sorted(made) == sorted(once * 6 + again)
 
 
 def test_tensors_are_kept_up_to_the_bound_and_no_block_stays_loaded(small_bank: SmallBank) -> None:
