@@ -1,67 +1,98 @@
-"""Peak memory of a sweep against what is predicted for it, resident and streamed, by depth; and its time.
+"""Peak memory of a search against what is predicted for it, resident and streamed, by depth; and its time.
 
-Each case runs in a process of its own. A streamed one is held by a limit on the process's address space (ulimit -v),
-which its weights, decoded, exceed: what fits not would fail.
+Each case is a genetic search of two generations over a random model, in a process of its own. A streamed one runs under
+a limit on the memory that the process may write to (ulimit -d), which its decoded weights exceed: what does not fit
+would fail.
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory [--layers 4 8 16 32] [--genomes 8] [--tokens 4096] [--limit-mib 320]
 """
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.synthetic import WINDOW, synthetic_setup
 from evaluators.evaluator import GenomeEvaluator
 from evaluators.memory import Load
-from search.types import Fidelity
+from search.archive import EvaluationLog
+from search.budget import Budget
+from search.checkpoint import Checkpoint
+from search.ladder import Ladder
+from search.loop import run_search
+from search.strategies.factory import make_strategy
+from search.strategies.genetic import GeneticSettings
+from search.types import Evaluation, Fidelity, Genome
 
 RESULT_FILE = "memory.json"
-ADDRESS_SLACK = 256 << 20  # address space that is mapped and not used: threads, files at work
+SLACK = 0.15  # of the limit, which the prediction may be wrong by
+GENERATIONS = 2
 
 
-def peak_bytes() -> int:
-    """High-water mark of this process's memory."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+def status_bytes(field: str) -> int:
+    """A size from this process's status: VmHWM, the most it ever held, or VmData, what it may write to."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def search(evaluator: GenomeEvaluator, genomes: int, tokens: int, path: Path) -> int:
+    """A genetic search from nothing; the number of evaluations."""
+    space = evaluator.space
+    budget = Budget((space.file_bytes(space.smallest()) + space.file_bytes(space.largest())) // 2)
+    settings = GeneticSettings(population=genomes, generations=GENERATIONS)
+    strategy = make_strategy("genetic", space, budget, seeds={}, settings=settings)
+
+    def evaluate(asked: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
+        return iter(evaluator.evaluate(asked, fidelity))
+
+    with tempfile.TemporaryDirectory(dir=path) as folder, closing(EvaluationLog(Path(folder) / "log.jsonl")) as log:
+        run_search(strategy, evaluate, log, Ladder((tokens,)), checkpoint=Checkpoint(Path(folder) / "c.json", ""))
+        return len(log)
 
 
 def measure(path: Path, layers: int, genomes: int, tokens: int, limit: int | None) -> dict[str, float]:
-    """Bytes and seconds of one generation of random genomes, in this process."""
+    """Bytes and seconds of a search, in this process."""
     setup = synthetic_setup(path, layers, tokens, Load(genomes, tokens, 0), limit)
     evaluator = GenomeEvaluator(setup)
-    warm_up = torch.randn(512, 512)
-    (warm_up @ warm_up).sum().item()
-    base = psutil.Process().memory_info()
+    base = psutil.Process().memory_info().rss
     if limit is not None:
-        bound = base.vms + limit + ADDRESS_SLACK
-        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+        bound = status_bytes("VmData") + int((1 + SLACK) * limit)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark starts anew
-    rng, genes = random.Random(0), len(setup.space.genes)
-    generation = [tuple(rng.randrange(2) for _ in range(genes)) for _ in range(genomes)]
     started = time.perf_counter()
-    evaluator.evaluate(generation, Fidelity("search", tokens))
-    seconds = time.perf_counter() - started
-    memory = asdict(evaluator.memory)
+    evaluations = search(evaluator, genomes, tokens, path)
+    memory = evaluator.memory
     return {
-        "seconds": seconds,
-        "measured": peak_bytes() - base.rss,
-        "predicted": evaluator.memory.peak,
-        "resident": evaluator.memory.resident,
+        "seconds": time.perf_counter() - started,
+        "evaluations": evaluations,
+        "measured": status_bytes("VmHWM") - base,
+        "predicted": memory.peak,
+        "resident": memory.resident,
         "windows": evaluator.sweep.batches.windows,
-        **{name: memory[name] for name in ("states", "reference", "work", "weights", "all_weights")},
+        "all_weights": memory.all_weights,
     }
+
+
+def measured_apart(case: dict[str, Any]) -> dict[str, float]:
+    """``measure`` in a new process. Raises RuntimeError with what it wrote if it fails."""
+    synthetic_setup(Path(case["path"]), case["layers"], case["tokens"], Load(1, WINDOW, 0))  # made outside the limit
+    command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found: dict[str, float] = json.loads((Path(case["path"]) / RESULT_FILE).read_text(encoding="utf-8"))
+    return found
 
 
 def main() -> None:
@@ -78,7 +109,8 @@ def main() -> None:
         found = measure(**case | {"path": Path(case["path"])})
         (Path(case["path"]) / RESULT_FILE).write_text(json.dumps(found), encoding="utf-8")
         return
-    table = Table(title=f"{arguments.genomes} genomes, {arguments.tokens:,} tokens, MiB above the libraries' own")
+    what = f"{GENERATIONS} generations of {arguments.genomes}, {arguments.tokens:,} tokens"
+    table = Table(title=f"{what}; MiB above the libraries' own")
     for column in ("", "blocks", "weights, all formats", "limit", "predicted", "measured", "ratio", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     storage = arguments.storage or Path(tempfile.mkdtemp())
@@ -86,19 +118,14 @@ def main() -> None:
         for layers in arguments.layers:
             case = {"path": str(storage / str(layers)), "layers": layers, "limit": limit}
             case |= {"genomes": arguments.genomes, "tokens": arguments.tokens}
-            command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case)]
-            synthetic_setup(Path(str(case["path"])), layers, arguments.tokens, Load(1, WINDOW, 0))  # made outside
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-            found = json.loads((Path(str(case["path"])) / RESULT_FILE).read_text(encoding="utf-8"))
+            found = measured_apart(case)
             mib = {key: f"{found[key] / 2**20:.0f}" for key in ("all_weights", "predicted", "measured")}
             table.add_row(
                 "resident" if found["resident"] else "streamed", str(layers), mib["all_weights"],
                 "-" if limit is None else str(limit >> 20), mib["predicted"], mib["measured"],
                 f"{found['predicted'] / found['measured']:.2f}", f"{found['seconds']:.1f}",
             )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from evaluators.bank import Bank
 from evaluators.batches import BATCH_TOKENS, Batches
 from evaluators.block_model import BlockModel
-from evaluators.devices import Compute, best_device, compute_type, worker_memory
+from evaluators.devices import Compute, best_device, compute_type, release_memory, worker_memory
 from evaluators.divergence import Divergence, Reference
 from evaluators.memory import FLOAT_BYTES, KEPT_TEXTS, TYPICAL_LOAD, Load, sweep_memory
 from evaluators.model_folder import ModelFolder
@@ -117,6 +117,7 @@ class GenomeEvaluator:
             hidden = [self.sweep.head_input(states[index], fmt) for index in indices]
             found.update(zip(indices, reference.errors(hidden, self.sweep.head(fmt)), strict=True))
         self.sweep.weights.release()
+        release_memory()
         for index in range(len(candidates)):
             if not found[index].isfinite().all():
                 raise NotFiniteError(index, self.sweep.first_overflow(ids, candidates[index]))
