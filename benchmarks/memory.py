@@ -37,6 +37,7 @@ from search.types import Evaluation, Fidelity, Genome
 
 RESULT_FILE = "memory.json"
 SLACK = 0.15  # of the limit, which the prediction may be wrong by
+ADDRESS_BYTES = 64 << 20  # that are mapped and never touched: stacks of threads, files at work
 GENERATIONS = 2
 
 
@@ -67,7 +68,7 @@ def measure(path: Path, layers: int, genomes: int, tokens: int, limit: int | Non
     evaluator = GenomeEvaluator(setup)
     base = psutil.Process().memory_info().rss
     if limit is not None:
-        bound = status_bytes("VmData") + int((1 + SLACK) * limit)
+        bound = status_bytes("VmData") + int((1 + SLACK) * limit) + ADDRESS_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark starts anew
     started = time.perf_counter()

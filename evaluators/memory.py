@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from evaluators.batches import BATCH_TOKENS
+from evaluators.block_arguments import attention_of
 from evaluators.divergence import CACHE_BYTES as LOGIT_BYTES
 from evaluators.divergence import chunk_size
 from evaluators.model_folder import ModelFolder
@@ -42,7 +43,7 @@ class SweepMemory:
     cache: int  # beginnings of elites
     reference: int  # full-precision outputs of the last texts
     logits: int  # of the full-precision model, where there is room to keep them for all candidates
-    work: int  # activations of a batch in a block, logits of a chunk, decoding
+    work: int  # activations of a batch in a block, logits of a chunk, decoding, reading ahead
     weights: int  # full-precision and decoded tensors: all of them, or what is left
     reserve: int  # of the weights' share, for those of the block at work that do not stay
     all_weights: int
@@ -72,7 +73,7 @@ def sweep_memory(
     positions = max(window, load.tokens // window * window)
     batch = max(window, BATCH_TOKENS // window * window)
     vocabulary = folder.shapes[head][0]
-    work = batch * activations_of(folder) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
+    work = batch * activations_of(folder, window) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
     reference = KEPT_TEXTS * positions * state
     logits = 2 * positions * vocabulary * FLOAT_BYTES
     logits = logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0
@@ -81,18 +82,20 @@ def sweep_memory(
     cache = min(load.kept * (layers + 1) * positions * state, int(limit * CACHE_SHARE))
     everything = sum(size * (1 + len(formats.get(name, ()))) for name, size in floats.items())
     block = largest_block(floats, layers)
-    least = max(block, 2 * floats[head])
     left = limit - states - cache - reference - logits - work
-    if left < min(least, everything):
-        needed = limit - left + min(least, everything)
+    if everything <= left:
+        return SweepMemory(limit, states, cache, reference, logits, work, everything, 0, everything)
+    work, left = work + block, left - block  # of the next one, as it is stored, while this one computes
+    least = max(block, 2 * floats[head])
+    if left < least:
         raise UserError(
-            f"expected at least {needed / 2**30:.2f} GiB of memory for a worker, of which "
+            f"expected at least {(limit - left + least) / 2**30:.2f} GiB of memory for a worker, of which "
             f"{least / 2**30:.2f} GiB are one block or the two heads, found {limit / 2**30:.2f} GiB: use fewer workers "
             "on a machine, a shorter text.window, or less text"
         )
     levels = 1 + max(map(len, formats.values()), default=0)
-    reserve = 0 if everything <= left else min(left, max(block * levels, 2 * floats[head]))
-    return SweepMemory(limit, states, cache, reference, logits, work, min(everything, left), reserve, everything)
+    reserve = min(left, max(block * levels, 2 * floats[head]))
+    return SweepMemory(limit, states, cache, reference, logits, work, left, reserve, everything)
 
 
 def largest_block(floats: Mapping[str, int], layers: int) -> int:
@@ -105,7 +108,11 @@ def largest_block(floats: Mapping[str, int], layers: int) -> int:
     return max(blocks)
 
 
-def activations_of(folder: ModelFolder) -> int:
-    """Floats of one position that are alive at once within a block: the MLP's three inner vectors, six of D beside."""
+def activations_of(folder: ModelFolder, window: int) -> int:
+    """Floats of one position that are alive at once within a block: the MLP's three inner vectors, six of D beside.
+
+    Where attention is not fused, its scores too: three matrices (window, window) a head.
+    """
     config = folder.config
-    return 6 * int(config["hidden_size"]) + 3 * int(config["intermediate_size"])
+    scores = 3 * window * int(config["num_attention_heads"]) if attention_of(folder) == "eager" else 0
+    return 6 * int(config["hidden_size"]) + 3 * int(config["intermediate_size"]) + scores

@@ -88,7 +88,9 @@ class Sweep:
         nodes: list[Node] = []
         for block in range(len(self.model.blocks)):
             self._remember(text, block, waiting[block], kept)
-            nodes = self._through_block(block, [*nodes, *waiting[block]])
+            nodes += waiting[block]
+            self._fetch_ahead(block + 1, nodes)
+            nodes = self._through_block(block, nodes)
             self._remember(text, block + 1, nodes, kept)
         return self._normed([*nodes, *waiting[-1]], len(candidates))
 
@@ -140,6 +142,14 @@ class Sweep:
         self._unload(self._tensors[block])
         self.weights.release()
         return behind
+
+    def _fetch_ahead(self, block: int, nodes: Sequence[Node]) -> None:
+        """Begin to read the weights that ``nodes`` will need in ``block``."""
+        if block < len(self._tensors):
+            choices = dict.fromkeys(member.choices[block + 1] for node in nodes for member in node.members)
+            self.weights.fetch_ahead(
+                (name, fmt) for choice in choices for name, fmt in zip(self._tensors[block], choice, strict=True)
+            )
 
     def _children(self, block: int, node: Node) -> list[Node]:
         """The distinct continuations of a node, those that agree in the first tensors side by side."""

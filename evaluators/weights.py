@@ -1,8 +1,11 @@
 """The tensors of a model, as stored or as the bank's bytes decode: kept as far as memory allows, else made again."""
 
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 from torch import Tensor
 
-from evaluators.bank import Bank
+from evaluators.bank import Bank, decoded
 from evaluators.block_model import BlockModel
 from evaluators.devices import release_memory
 from quantizers.formats import QuantFormat
@@ -25,6 +28,8 @@ class ModelWeights:
         self.capacity = capacity
         self._stays = _Held(capacity - reserve)
         self._passes = _Held(capacity)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._coming: dict[WeightKey, Future[Tensor]] = {}
 
     @property
     def held_bytes(self) -> int:
@@ -42,6 +47,13 @@ class ModelWeights:
             self._passes.take(key, weight)
         return weight
 
+    def fetch_ahead(self, keys: Iterable[WeightKey]) -> None:
+        """Begin to read what will be asked for next, while the device computes."""
+        for key in keys:
+            held = key in self._stays.weights or key in self._passes.weights
+            if not held and key not in self._coming:
+                self._coming[key] = self._reader.submit(self._fetched, *key)
+
     def release(self) -> None:
         """Give up what does not stay, and with it what allocators keep of other blocks."""
         self._passes = _Held(self.capacity)
@@ -57,10 +69,19 @@ class ModelWeights:
         return self.bank.rows(name, fmt, rows, self.model.folder.shapes[name][-1], self.model.device)
 
     def _make(self, name: str, fmt: QuantFormat | None) -> Tensor:
-        if fmt is None:
-            return self.model.as_computed(name, self.model.folder.read(name))
-        columns = self.model.folder.shapes[name][-1]
-        return self.model.as_computed(name, self.bank.weights(name, fmt, columns, self.model.device))
+        coming = self._coming.pop((name, fmt), None)
+        stored = coming.result() if coming else self._stored(name, fmt)
+        if fmt is not None:
+            stored = decoded(fmt, stored, self.model.folder.shapes[name][-1], self.model.device)
+        return self.model.as_computed(name, stored)
+
+    def _stored(self, name: str, fmt: QuantFormat | None) -> Tensor:
+        return self.model.folder.read(name) if fmt is None else self.bank.packed(name, fmt)
+
+    def _fetched(self, name: str, fmt: QuantFormat | None) -> Tensor:
+        """What is stored, read and not only mapped; for an accelerator, where it can copy from at once."""
+        stored = self._stored(name, fmt)
+        return stored.clone() if self.model.device.type == "cpu" else stored.pin_memory()
 
 
 class _Held:
