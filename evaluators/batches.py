@@ -10,7 +10,7 @@ from evaluators.devices import release_memory
 
 log = logging.getLogger(__name__)
 
-BATCH_TOKENS = 2048  # positions at once on a CPU, where more do not run faster
+BATCH_TOKENS = 2048  # positions at once, where memory allows: more do not run faster on a CPU, and fill an accelerator
 CPU_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's own allocator raises a plain RuntimeError
 
 

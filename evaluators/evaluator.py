@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evaluators.bank import Bank
-from evaluators.batches import BATCH_TOKENS, Batches
+from evaluators.batches import Batches
 from evaluators.block_model import BlockModel
 from evaluators.devices import Compute, best_device, compute_type, release_memory, worker_memory
 from evaluators.divergence import Divergence, Reference
@@ -73,9 +73,10 @@ class GenomeEvaluator:
         self.memory = sweep_memory(folder, formats, self.windows.window, setup.load, limit)
         model = BlockModel(folder, device, compute_type(setup.compute, device))
         weights = ModelWeights(model, self.bank, self.memory.weights, self.memory.reserve)
-        batches = Batches(max(1, BATCH_TOKENS // self.windows.window))
         storage = device if self.memory.resident else torch.device("cpu")
-        self.sweep = Sweep(weights, batches, PrefixCache(self.memory.cache), setup.activations, storage)
+        self.sweep = Sweep(
+            weights, Batches(self.memory.windows), PrefixCache(self.memory.cache), setup.activations, storage
+        )
         self._last: tuple[Text, Reference] | None = None
         self._full_states: dict[Text, Tensor] = {}  # final states of the full-precision model, for the last texts
 

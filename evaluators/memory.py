@@ -18,7 +18,7 @@ from search.errors import UserError
 FLOAT_BYTES = 4
 KEPT_TEXTS = 3  # whose full-precision outputs stay: the rungs of a ladder
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep: longer text goes through in parts
-CACHE_SHARE = 0.125  # for the beginnings of elites, and as much for logits
+CACHE_SHARE = 0.125  # for the beginnings of elites, as much for logits, and for the activations of a batch
 FIXED_BYTES = 64 << 20  # decoding, some rows at a time (evaluators/bank.py), and what matrix libraries keep
 
 
@@ -39,6 +39,7 @@ class SweepMemory:
     """Shares of one worker's ``limit``."""
 
     limit: int
+    windows: int  # of text that go through a block at once
     states: int  # hidden states of the candidates
     cache: int  # beginnings of elites
     reference: int  # full-precision outputs of the last texts
@@ -71,9 +72,10 @@ def sweep_memory(
     floats = {name: prod(shape) * FLOAT_BYTES for name, shape in folder.shapes.items()}
     head = folder.head_tensor
     positions = max(window, load.tokens // window * window)
-    batch = max(window, BATCH_TOKENS // window * window)
+    activations = activations_of(folder, window) * FLOAT_BYTES  # of one position
+    windows = max(1, min(BATCH_TOKENS, int(limit * CACHE_SHARE) // activations) // window)
     vocabulary = folder.shapes[head][0]
-    work = batch * activations_of(folder, window) * FLOAT_BYTES + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
+    work = windows * window * activations + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
     reference = KEPT_TEXTS * positions * state
     logits = 2 * positions * vocabulary * FLOAT_BYTES
     logits = logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0
@@ -84,7 +86,7 @@ def sweep_memory(
     block = largest_block(floats, layers)
     left = limit - states - cache - reference - logits - work
     if everything <= left:
-        return SweepMemory(limit, states, cache, reference, logits, work, everything, 0, everything)
+        return SweepMemory(limit, windows, states, cache, reference, logits, work, everything, 0, everything)
     work, left = work + block, left - block  # of the next one, as it is stored, while this one computes
     least = max(block, 2 * floats[head])
     if left < least:
@@ -95,7 +97,7 @@ def sweep_memory(
         )
     levels = 1 + max(map(len, formats.values()), default=0)
     reserve = min(left, max(block * levels, 2 * floats[head]))
-    return SweepMemory(limit, states, cache, reference, logits, work, left, reserve, everything)
+    return SweepMemory(limit, windows, states, cache, reference, logits, work, left, reserve, everything)
 
 
 def largest_block(floats: Mapping[str, int], layers: int) -> int:
