@@ -35,7 +35,7 @@ def random_model(path: Path, layers: int, hidden: int = 512) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path, max_shard_size="8MB")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path, max_shard_size="2MB")
     return path
 
 

@@ -73,7 +73,7 @@ def sweep_memory(
     head = folder.head_tensor
     positions = max(window, load.tokens // window * window)
     activations = activations_of(folder, window) * FLOAT_BYTES  # of one position
-    windows = max(1, min(BATCH_TOKENS, int(limit * CACHE_SHARE) // activations) // window)
+    windows = max(1, min(BATCH_TOKENS, positions, int(limit * CACHE_SHARE) // activations) // window)
     vocabulary = folder.shapes[head][0]
     work = windows * window * activations + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
     reference = KEPT_TEXTS * positions * state
