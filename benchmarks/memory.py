@@ -37,8 +37,7 @@ from search.types import Evaluation, Fidelity, Genome
 
 RESULT_FILE = "memory.json"
 SLACK = 0.15  # of the limit, which the prediction may be wrong by
-ADDRESS_BYTES = 64 << 20  # that are mapped and never touched: stacks of threads, files at work
-FRAGMENT_BYTES = 4 << 20  # the same, a block: what the allocator gave back to the system and keeps the addresses of
+ADDRESS_FACTOR = 2  # of the limit: addresses that are mapped and no longer or never in memory count under ulimit -d
 GENERATIONS = 2
 
 
@@ -69,7 +68,7 @@ def measure(path: Path, layers: int, genomes: int, tokens: int, limit: int | Non
     evaluator = GenomeEvaluator(setup)
     base = psutil.Process().memory_info().rss
     if limit is not None:
-        bound = status_bytes("VmData") + int((1 + SLACK) * limit) + ADDRESS_BYTES + layers * FRAGMENT_BYTES
+        bound = status_bytes("VmData") + ADDRESS_FACTOR * limit
         resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark starts anew
     started = time.perf_counter()
