@@ -209,10 +209,6 @@ class Bank:
         """float32 (rows, columns) that the packed bytes decode to."""
         return decoded(fmt, self.packed(tensor, fmt), columns, device)
 
-    def rows(self, tensor: str, fmt: QuantFormat, rows: Tensor, columns: int, device: torch.device) -> Tensor:
-        """float32 (len(rows), columns): only some rows of a tensor are read."""
-        return decoded(fmt, self.packed(tensor, fmt)[rows.cpu()], columns, device)
-
     def entry(self, tensor: str, fmt: QuantFormat) -> BankEntry:
         """Errors of one tensor at one level."""
         if tensor not in self._errors:

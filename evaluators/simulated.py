@@ -7,11 +7,10 @@ from torch import Tensor
 
 from evaluators.activations import EightBitInputs
 from evaluators.bank import Bank
+from evaluators.batches import BATCH_TOKENS
 from evaluators.block_model import BlockModel
 from quantizers.formats import QuantFormat
 from search.types import Genome, SearchSpace
-
-CHUNK_TOKENS = 2048  # positions that go through the model at once
 
 
 class SimulatedModel:
@@ -53,8 +52,8 @@ class SimulatedModel:
 
 
 def chunked(run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """``run`` over the rows of a (B, T, ...) tensor, CHUNK_TOKENS positions at a time."""
-    return torch.cat([run(chunk) for chunk in rows.split(max(1, CHUNK_TOKENS // rows.shape[1]))])
+    """``run`` over the rows of a (B, T, ...) tensor, BATCH_TOKENS positions at a time."""
+    return torch.cat([run(chunk) for chunk in rows.split(max(1, BATCH_TOKENS // rows.shape[1]))])
 
 
 @torch.inference_mode()

@@ -66,13 +66,14 @@ class ModelWeights:
         """(len(rows), columns): some rows of a matrix that may be too large to be here whole."""
         if (kept := self._stays.weights.get((name, fmt))) is not None:
             return kept[rows.to(kept.device)]
-        if fmt is None:
-            return self.model.as_computed(name, self.model.folder.read(name)[rows.cpu()])
-        return self.bank.rows(name, fmt, rows, self.model.folder.shapes[name][-1], self.model.device)
+        return self._computed(name, fmt, self._stored(name, fmt)[rows.cpu()])
 
     def _make(self, name: str, fmt: QuantFormat | None) -> Tensor:
         coming = self._coming.pop((name, fmt), None)
-        stored = coming.result() if coming else self._stored(name, fmt)
+        return self._computed(name, fmt, coming.result() if coming else self._stored(name, fmt))
+
+    def _computed(self, name: str, fmt: QuantFormat | None, stored: Tensor) -> Tensor:
+        """Some or all rows as the model multiplies them."""
         if fmt is not None:
             stored = decoded(fmt, stored, self.model.folder.shapes[name][-1], self.model.device)
         return self.model.as_computed(name, stored)
