@@ -1,14 +1,16 @@
 """Peak memory of a search against what is predicted for it, resident and streamed, by depth; and its time.
 
 Each case is a genetic search of two generations over a random model, in a process of its own. A streamed one runs under
-a limit on the memory that the process may write to (ulimit -d), which its decoded weights exceed: what does not fit
-would fail.
+a limit that its decoded weights exceed, so that what does not fit would fail: on the memory of a control group (a
+folder of /sys/fs/cgroup that one may write to), or else on the addresses that the process may write to (ulimit -d).
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory [--layers 4 8 16 32] [--genomes 8] [--tokens 4096] [--limit-mib 320]
+        [--cgroup /sys/fs/cgroup/memory/bitgenome]
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -62,14 +64,27 @@ def search(evaluator: GenomeEvaluator, genomes: int, tokens: int, path: Path) ->
         return len(log)
 
 
-def measure(path: Path, layers: int, genomes: int, tokens: int, limit: int | None) -> dict[str, float]:
+def confine(limit: int, cgroup: str | None) -> None:
+    """Let this process take ``limit`` bytes above what it has, and no more."""
+    if cgroup is None:
+        bound = status_bytes("VmData") + ADDRESS_FACTOR * limit
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+        return
+    group = Path(cgroup)
+    old, new = group / "memory.limit_in_bytes", group / "memory.max"  # of the first and second version
+    (old if old.is_file() else new).write_text(str(limit), encoding="utf-8")
+    (group / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")  # what it has already counts elsewhere
+
+
+def measure(
+    path: Path, layers: int, genomes: int, tokens: int, limit: int | None, cgroup: str | None = None
+) -> dict[str, float]:
     """Bytes and seconds of a search, in this process."""
     setup = synthetic_setup(path, layers, tokens, Load(genomes, tokens, 0), limit)
     evaluator = GenomeEvaluator(setup)
     base = psutil.Process().memory_info().rss
     if limit is not None:
-        bound = status_bytes("VmData") + ADDRESS_FACTOR * limit
-        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+        confine(limit, cgroup)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark starts anew
     started = time.perf_counter()
     evaluations = search(evaluator, genomes, tokens, path)
@@ -102,6 +117,7 @@ def main() -> None:
     parser.add_argument("--genomes", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8 * WINDOW)
     parser.add_argument("--limit-mib", type=int, default=320)
+    parser.add_argument("--cgroup", type=str, default=None)
     parser.add_argument("--storage", type=Path, default=None)
     parser.add_argument("--case", type=str, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -118,7 +134,7 @@ def main() -> None:
     for limit in (None, arguments.limit_mib << 20):
         for layers in arguments.layers:
             case = {"path": str(storage / str(layers)), "layers": layers, "limit": limit}
-            case |= {"genomes": arguments.genomes, "tokens": arguments.tokens}
+            case |= {"genomes": arguments.genomes, "tokens": arguments.tokens, "cgroup": arguments.cgroup}
             found = measured_apart(case)
             mib = {key: f"{found[key] / 2**20:.0f}" for key in ("all_weights", "predicted", "measured")}
             table.add_row(

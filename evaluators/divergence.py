@@ -4,8 +4,9 @@ Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,18 +67,18 @@ class Reference:
 
     def __init__(self, hidden: Tensor, head: Head, ids: Tensor, cache_bytes: int = CACHE_BYTES):
         self.hidden = hidden.flatten(0, 1)
-        self.head = head
         self.targets = torch.full_like(ids, -1)
         self.targets[:, :-1] = ids[:, 1:]
         self.targets = self.targets.flatten().to(hidden.device)
         self._step = chunk_positions(head)
         cached = 2 * len(self.hidden) * len(head.weight) * head.weight.element_size() <= cache_bytes
-        self._cache = list(self._compute()) if cached else None
+        kept = list(self._compute(head)) if cached else None
+        self._chunks = partial(self._compute, head) if kept is None else lambda: kept  # which need no head any more
 
     @torch.inference_mode()
-    def _compute(self) -> Iterator[_Chunk]:
+    def _compute(self, head: Head) -> Iterable[_Chunk]:
         for hidden in self.hidden.split(self._step):
-            logits = self.head(hidden)
+            logits = head(hidden)
             log_sum = logits.logsumexp(-1)
             yield _Chunk(logits, (logits - log_sum[:, None]).exp_(), log_sum)
 
@@ -97,7 +98,7 @@ class Reference:
         """
         found = [torch.empty(3, len(self.hidden), dtype=torch.float64, device=self.hidden.device) for _ in candidates]
         rows = [hidden.flatten(0, 1) for hidden in candidates]
-        for index, chunk in enumerate(self._cache or self._compute()):
+        for index, chunk in enumerate(self._chunks()):
             part = slice(index * self._step, (index + 1) * self._step)
             for row, result in zip(rows, found, strict=True):
                 result[:, part] = self._chunk_errors(chunk, head(row[part]), self.targets[part])

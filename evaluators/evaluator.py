@@ -117,7 +117,7 @@ class GenomeEvaluator:
         for fmt, indices in by_format.items():
             hidden = [self.sweep.head_input(states[index], fmt) for index in indices]
             found.update(zip(indices, reference.errors(hidden, self.sweep.head(fmt)), strict=True))
-        self.sweep.weights.release()
+            self.sweep.weights.release()
         release_memory()
         for index in range(len(candidates)):
             if not found[index].isfinite().all():
@@ -130,7 +130,7 @@ class GenomeEvaluator:
             return self._last[1]
         self._last = None
         reference = Reference(self._full_states[text], self.sweep.head(None), ids, self.memory.logits)
-        if self.memory.logits:  # without them it would hold the head, which may not stay
+        if self.memory.logits:
             self._last = (text, reference)
         return reference
 

@@ -44,7 +44,7 @@ class SweepMemory:
     cache: int  # beginnings of elites
     reference: int  # full-precision outputs of the last texts
     logits: int  # of the full-precision model, where there is room to keep them for all candidates
-    work: int  # activations of a batch in a block, logits of a chunk, decoding, reading ahead
+    work: int  # activations of a batch in a block, logits of a chunk, decoding; reading ahead where it is streamed
     weights: int  # full-precision and decoded tensors: all of them, or what is left
     reserve: int  # of the weights' share, for those of the block at work that do not stay
     all_weights: int
@@ -75,7 +75,8 @@ def sweep_memory(
     activations = activations_of(folder, window) * FLOAT_BYTES  # of one position
     windows = max(1, min(BATCH_TOKENS, positions, int(limit * CACHE_SHARE) // activations) // window)
     vocabulary = folder.shapes[head][0]
-    work = windows * window * activations + 4 * chunk_size(vocabulary) * FLOAT_BYTES + FIXED_BYTES
+    in_block, in_head = windows * window * activations, 4 * chunk_size(vocabulary) * FLOAT_BYTES
+    work = in_block + in_head + FIXED_BYTES  # allocators keep what they had for the one beside the other
     reference = KEPT_TEXTS * positions * state
     logits = 2 * positions * vocabulary * FLOAT_BYTES
     logits = logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0
@@ -87,7 +88,8 @@ def sweep_memory(
     left = limit - states - cache - reference - logits - work
     if everything <= left:
         return SweepMemory(limit, windows, states, cache, reference, logits, work, everything, 0, everything)
-    work, left = work + block, left - block  # of the next one, as it is stored, while this one computes
+    work = max(in_block + block, in_head) + FIXED_BYTES  # the next block, as it is stored, is read meanwhile
+    left = limit - states - cache - reference - logits - work
     least = max(block, 2 * floats[head])
     if left < least:
         raise UserError(
