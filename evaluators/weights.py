@@ -32,6 +32,7 @@ class ModelWeights:
         self._passes = _Held(capacity)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._coming: dict[WeightKey, Future[Tensor]] = {}
+        self._made = False  # any since the last release
 
     @property
     def held_bytes(self) -> int:
@@ -57,10 +58,11 @@ class ModelWeights:
                 self._coming[key] = self._reader.submit(self._fetched, *key)
 
     def release(self) -> None:
-        """Give up what does not stay, and with it what allocators keep of other blocks."""
+        """Give up what does not stay, and what allocators keep of it and of its decoding."""
         self._passes = _Held(self.capacity)
-        if self._stays.room < self.capacity:
+        if self._made:
             release_memory()
+        self._made = False
 
     def rows(self, name: str, fmt: QuantFormat | None, rows: Tensor) -> Tensor:
         """(len(rows), columns): some rows of a matrix that may be too large to be here whole."""
@@ -69,6 +71,7 @@ class ModelWeights:
         return self._computed(name, fmt, self._stored(name, fmt)[rows.cpu()])
 
     def _make(self, name: str, fmt: QuantFormat | None) -> Tensor:
+        self._made = True
         coming = self._coming.pop((name, fmt), None)
         return self._computed(name, fmt, coming.result() if coming else self._stored(name, fmt))
 
