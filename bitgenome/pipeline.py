@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bitgenome.progress import track
 from bitgenome.proof import RECIPE_FILE, Proof, differing_floats, differing_tensors, export_winner, prove
 from bitgenome.run_directory import EVALUATIONS_FILE, WINDOWS_FILE, RunDirectory
 from bitgenome.searching import SearchResult, pool_evaluate, search
+from bitgenome.worker_limit import read_limit
 from evaluators.bank import Bank, damaged_tensors
 from evaluators.model_folder import ModelFolder
 from evaluators.simulated import genome_formats
@@ -82,6 +84,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
         try:
             with directory.stage("workers"):
                 pool = open_pool(settings)
+            pool.limit = partial(read_limit, directory.path)
             with pool:
                 return run_stages(plan, windows, directory, pool, console)
         finally:

@@ -58,6 +58,13 @@ def free_host_memory() -> int:
     return max(0, min(free))
 
 
+def peak_memory() -> int:
+    """Bytes that this process has held at most: of the accelerator where there is one, else of the host."""
+    if best_device().type != "cpu":
+        return int(torch.cuda.max_memory_allocated())
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def release_memory() -> None:
     """Give what allocators hold in reserve back: torch's to the device, the C library's (glibc) to the system."""
     if torch.accelerator.is_available():

@@ -4,13 +4,16 @@ A task is a small picklable object with a ``label`` and ``run(state)``; ``state`
 tasks keep what is worth keeping warm (a loaded model, a mapped bank).
 """
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 
+from evaluators.devices import peak_memory
 from search.errors import UserError
 from workers.errors import TaskError
 
@@ -24,10 +27,35 @@ class Task(Protocol):
         """The work; must not depend on what other tasks left in ``state``, except for speed."""
 
 
-class Pool(ABC):
-    """Runs tasks; a context manager that closes itself."""
+@dataclass
+class PoolStatistics:
+    """What a pool is doing; it writes these numbers, others only read them."""
 
-    size: int
+    workers: int = 0  # alive now
+    starting: int = 0
+    running: int = 0  # tasks on workers now
+    queued: int = 0  # tasks of the present map that no worker has yet
+    completed: int = 0  # tasks, failed ones among them
+    retries: int = 0  # tasks of lost workers that ran again
+    speculations: int = 0  # stragglers that were sent out twice
+    busy_seconds: float = 0.0  # of workers, over completed tasks
+    peak_memory_bytes: int = 0  # the largest of any worker: of its device, or of its process where it has none
+
+
+def no_limit() -> int | None:
+    return None
+
+
+class Pool(ABC):
+    """Runs tasks; a context manager that closes itself.
+
+    ``limit`` says how many workers the pool may hold now, None for as many as it likes; pools that can grow and shrink
+    ask it every second or so while they work.
+    """
+
+    size: int  # workers that work is worth dividing among
+    statistics: PoolStatistics
+    limit: Callable[[], int | None] = staticmethod(no_limit)
 
     @abstractmethod
     def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
@@ -68,16 +96,28 @@ class SerialPool(Pool):
     def __init__(self, cpus_per_worker: int = 1):
         self._threads = cpus_per_worker
         self._state: dict[Any, Any] = {}
+        self.statistics = PoolStatistics(workers=1)
 
     def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
-        for task in tasks:
-            before = torch.get_num_threads()
-            torch.set_num_threads(self._threads)
-            try:
-                result = run_task(task, self._state)
-            finally:
-                torch.set_num_threads(before)
-            yield result
+        try:
+            for index, task in enumerate(tasks):
+                self.statistics.queued = len(tasks) - index - 1
+                yield self._run(task)
+        finally:
+            self.statistics.queued = 0
+
+    def _run(self, task: Task) -> Any:
+        statistics, before, started = self.statistics, torch.get_num_threads(), time.perf_counter()
+        torch.set_num_threads(self._threads)
+        statistics.running = 1
+        try:
+            return run_task(task, self._state)
+        finally:
+            torch.set_num_threads(before)
+            statistics.running = 0
+            statistics.completed += 1
+            statistics.busy_seconds += time.perf_counter() - started
+            statistics.peak_memory_bytes = max(statistics.peak_memory_bytes, peak_memory())
 
     def close(self) -> None:
         self._state.clear()

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from search.errors import UserError
 from workers.errors import ClusterError, TaskError, WorkersLostError
-from workers.pool import Pool, Task, run_task
+from workers.pool import Pool, PoolStatistics, Task, run_task
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class RayPool(Pool):
 
     def __init__(self, size: int, cpus_per_worker: int = 1, gpus_per_worker: float = 0.0, max_retries: int = 3):
         self.size = size
+        self.statistics = PoolStatistics(workers=size)
         self.max_retries = max_retries
         self._threads = cpus_per_worker
         self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker}
