@@ -6,7 +6,7 @@ import signal
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,9 +14,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from bitgenome.config import RunConfig, load_config
 from search.errors import UserError
 from workers.errors import TaskError, WorkersLostError
+
+if TYPE_CHECKING:  # commands import what they need, so that those which need little start at once
+    from bitgenome.config import RunConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -43,13 +45,15 @@ def options(
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Search, export and prove; continues a run of the same configuration."""
+    from bitgenome.config import load_config  # noqa: PLC0415 - here and below: see RunConfig
+
     execute(load_config(config, overrides or ()))
 
 
 @app.command()
 def resume(run: RunPath) -> None:
     """Continue an interrupted run to the same result."""
-    from bitgenome.run_directory import RunDirectory  # noqa: PLC0415 - commands import what they need: fast start
+    from bitgenome.run_directory import RunDirectory  # noqa: PLC0415
 
     config = RunDirectory.open(run).config
     path = run.resolve()
@@ -59,6 +63,7 @@ def resume(run: RunPath) -> None:
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Show genes, sizes, budget, evaluations and time; loads no weights."""
+    from bitgenome.config import load_config  # noqa: PLC0415
     from bitgenome.plan import make_plan  # noqa: PLC0415
     from bitgenome.report import show_plan  # noqa: PLC0415
 
@@ -118,6 +123,7 @@ def sensitivity(
     bits: Annotated[list[float] | None, typer.Option(help="Budget of the exact solver, bits per weight")] = None,
 ) -> None:
     """Compare sensitivity measures: what each costs, how it ranks genomes, and the KL that its exact solution has."""
+    from bitgenome.config import load_config  # noqa: PLC0415
     from bitgenome.sensitivity_comparison import compare_sensitivities, show_comparison  # noqa: PLC0415
 
     try:
@@ -130,7 +136,7 @@ def sensitivity(
     show_comparison(frame, path, console)
 
 
-def execute(config: RunConfig) -> None:
+def execute(config: "RunConfig") -> None:
     from bitgenome.pipeline import run as run_pipeline  # noqa: PLC0415
     from bitgenome.report import show_outcome  # noqa: PLC0415
 
