@@ -191,6 +191,7 @@ class WorkersConfig(Section):
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0)
     max_retries: int = Field(3, ge=0)
+    insecure: bool = Field(False, description="join another machine's cluster that asks for no token")
 
     @field_validator("ray", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from workers.cluster_access import admitted_address
 from workers.pool import Pool, SerialPool
 
 
@@ -15,15 +16,17 @@ class WorkerSettings:
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None  # None: 1 where there are GPUs, else 0
     max_retries: int = 3
+    insecure: bool = False  # join another machine's cluster that asks for no token
 
 
 def open_pool(settings: WorkerSettings) -> Pool:
     """Raises ClusterError (one sentence) if the cluster is not there or too small."""
     if settings.ray == "off":
         return SerialPool(settings.cpus_per_worker)
+    address = admitted_address(settings.ray, settings.insecure)
     from workers.ray_pool import RayPool, cluster_resources, connect  # noqa: PLC0415 - ray takes seconds to import
 
-    connect(settings.ray)
+    connect(address)
     have = cluster_resources()
     gpus_each = settings.gpus_per_worker
     if gpus_each is None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from workers.pool import Pool, PoolStatistics, Task, run_task
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 120.0
 
 
@@ -38,16 +36,11 @@ class Worker:
 def connect(address: str) -> None:
     """Join the Ray cluster at ``address``, or start one on this machine for "local".
 
-    "auto" joins the cluster that RAY_ADDRESS names, if it does. Raises ClusterError if there is nobody at the address
-    within ``CONNECT_TIMEOUT_S``.
+    ``workers.cluster_access`` has found it to be there and to let this user in. Raises ClusterError if Ray cannot.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or "local"
-    if address not in ("local", "auto"):
-        _check_reachable(address)
     handler = signal.getsignal(signal.SIGTERM)
     local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
     try:
@@ -56,17 +49,6 @@ def connect(address: str) -> None:
         raise ClusterError(f"expected a Ray cluster at {address}, found {error}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init installs one of its own
-
-
-def _check_reachable(address: str) -> None:
-    """ray.init waits minutes for a dead address; a plain connection attempt does not."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ClusterError(f"expected workers.ray to be auto, local, off or HOST:PORT, found {address!r}")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(f"expected a Ray cluster at {address}, found nobody there ({error})") from None
 
 
 def cluster_resources() -> dict[str, float]:

@@ -79,15 +79,3 @@ class TestRayPool(PoolContract):
 
 def test_off_means_this_process() -> None:
     assert isinstance(open_pool(WorkerSettings(ray="off")), SerialPool)
-
-
-def test_a_dead_address_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with pytest.raises(ClusterError, match=r"expected a Ray cluster at 127.0.0.1:1, found nobody there"):
-        connect("127.0.0.1:1")
-
-
-def test_an_address_without_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with pytest.raises(ClusterError, match="expected workers.ray to be auto, local, off or HOST:PORT, found 'cluster'"):
-        connect("cluster")

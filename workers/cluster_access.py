@@ -1,0 +1,111 @@
+"""Who may use which cluster: whoever reaches an open one runs code there, so one of another machine wants a token.
+
+Ray's token stands in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token, and nowhere
+in a configuration, on a command line or in a record.
+"""
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+
+import grpc
+
+from workers.errors import ClusterError
+
+TIMEOUT_S = 10.0
+TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+ASK_HEAD = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # the first call of every client of a Ray head
+ASK_CLIENT_SERVER = "/ray.rpc.RayletDriver/ClusterInfo"  # of ray://; answers an empty request with NOT_FOUND
+
+
+def auth_token() -> str | None:
+    """The token of this user's clusters, in the order in which Ray looks for it. Raises ClusterError."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        if named:
+            raise ClusterError(f"expected a token in the file of RAY_AUTH_TOKEN_PATH, found none at {path}") from None
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can be nothing but this machine; names other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_protection(address: str, host: str, protected: bool, insecure: bool, remedy: str) -> str | None:
+    """The token to show at ``address``, None where nobody asks for one.
+
+    Raises ClusterError if there is none to show, and for an open cluster of another machine unless ``insecure``;
+    ``remedy`` says how a user allows that.
+    """
+    if not protected:
+        if insecure or is_loopback(host):
+            return None
+        raise ClusterError(
+            f"expected token authentication at {address}, found an open cluster where anybody who reaches it runs "
+            f"code: start it with RAY_AUTH_MODE=token, or {remedy}"
+        )
+    token = auth_token()
+    if token is None:
+        raise ClusterError(f"expected the token of the cluster at {address} in {TOKEN_PLACES}, found none")
+    return token
+
+
+def admitted_address(address: str, insecure: bool = False) -> str:
+    """``address`` as ray.init takes it, once its cluster has answered and let this user in; "local" starts one.
+
+    "auto" is the cluster that RAY_ADDRESS names, if it does. Raises ClusterError within ``TIMEOUT_S`` if there is nobody
+    at the address, if the token is missing or wrong, or if the cluster is open, another machine's, and not said to be
+    ``insecure``.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "local"
+    if address in ("local", "auto"):
+        if "RAY_AUTH_MODE" not in os.environ:
+            use_token()
+        return address
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"expected workers.ray to be auto, local, off or HOST:PORT, found {address!r}")
+    with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        protected = not _let_in(channel, address, None)
+        token = check_protection(address, host, protected, insecure, "set workers.insecure: true to join it anyway")
+        if token is not None:
+            if not _let_in(channel, address, token):
+                raise ClusterError(
+                    f"expected the token of the cluster at {address} in {TOKEN_PLACES}, found one that it refuses"
+                )
+            use_token()
+    return address
+
+
+def use_token() -> None:
+    """Make Ray in this process and its children show the token, and clusters that they start ask for it."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if ray := sys.modules.get("ray"):  # it has read the environment already; ray.init itself makes it read again so
+        ray._raylet.Config.initialize("")
+
+
+def _let_in(channel: grpc.Channel, address: str, token: str | None) -> bool:
+    """Whether the cluster at ``address`` answers a client with this token. Raises ClusterError if there is none."""
+    call = channel.unary_unary(ASK_CLIENT_SERVER if address.startswith("ray://") else ASK_HEAD)
+    try:
+        call(b"", timeout=TIMEOUT_S / 2, metadata=[("authorization", f"Bearer {token}")] if token else [])
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            return True
+        found = f"{error.code().name.lower()}: {' '.join(error.details().split())}"
+        raise ClusterError(f"expected a Ray cluster at {address}, found nobody there ({found})") from None
+    return True
