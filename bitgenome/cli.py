@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from typer.exceptions import TyperException
 
+from bitgenome.logs import log_handler
 from search.errors import UserError
 from workers.errors import TaskError, WorkersLostError
+from workers.worker_logs import LOG_JSON
 
 if TYPE_CHECKING:  # commands import what they need, so that those which need little start at once
     from bitgenome.config import RunConfig
@@ -38,8 +39,14 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", envvar=LOG_JSON, help="Log JSON objects, a line each; Ray's workers too")
+    ] = False,
 ) -> None:
     """Search mixed-precision GGUF quantizations: what is searched is what ships."""
+    if log_json:
+        os.environ[LOG_JSON] = "1"  # for whoever starts workers
+        logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=True)], force=True)
 
 
 @app.command()
@@ -156,7 +163,7 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point: users' mistakes end in one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, handlers=[log_handler()], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=False)], force=True)
     for noisy in ("httpx", "gguf", "ray", "gguf.gguf_writer"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, interrupt)
@@ -173,15 +180,6 @@ def main() -> None:
     except OSError as error:
         fail(f"expected to read or write {error.filename}, found: {error.strerror or error}", 2)
     raise SystemExit(code or 0)
-
-
-def log_handler() -> logging.Handler:
-    """Plain lines with the time in a log, rich ones on a terminal."""
-    if errors.is_terminal:
-        return RichHandler(console=errors, show_level=False, show_path=False)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    return handler
 
 
 def fail(sentence: str, code: int) -> NoReturn:

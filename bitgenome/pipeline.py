@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
@@ -17,7 +17,9 @@ from bitgenome.artefacts import prepare, quantized_plan, read_windows
 from bitgenome.config import RunConfig
 from bitgenome.gene_groups import plan_of_run, with_gene_groups
 from bitgenome.healing import Healing, heal, shipped_healing
+from bitgenome.logs import RUN, log_file
 from bitgenome.memory import check_memory
+from bitgenome.monitoring import Monitor, monitor_run
 from bitgenome.plan import Plan, make_plan
 from bitgenome.progress import track
 from bitgenome.proof import RECIPE_FILE, Proof, differing_floats, differing_tensors, export_winner, prove
@@ -79,14 +81,15 @@ def run(config: RunConfig, console: Console) -> Outcome:
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     plan.folder.check_finite()
     directory = RunDirectory.create(config)
+    RUN.set(config.name)
     with log_file(directory.path / "events.log"):
         settings = WorkerSettings(**config.workers.model_dump())
         try:
             with directory.stage("workers"):
                 pool = open_pool(settings)
             pool.limit = partial(read_limit, directory.path)
-            with pool:
-                return run_stages(plan, windows, directory, pool, console)
+            with pool, monitor_run(config, pool) as monitor:
+                return run_stages(plan, windows, directory, pool, monitor, console)
         finally:
             close_cluster()
 
@@ -137,7 +140,9 @@ def check_floats(file: Path, folder: ModelFolder, run: Path) -> None:
         )
 
 
-def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool: Pool, console: Console) -> Outcome:
+def run_stages(
+    plan: Plan, windows: TokenWindows, directory: RunDirectory, pool: Pool, monitor: Monitor, console: Console
+) -> Outcome:
     def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, console)
 
@@ -145,14 +150,14 @@ def run_stages(plan: Plan, windows: TokenWindows, directory: RunDirectory, pool:
     artefacts = prepare(plan, windows, directory, pool, tracked)
     plan = artefacts.plan
     directory.record["bank"] = str(artefacts.setup.bank)
-    result = search(plan, artefacts, directory, pool, tracked)
+    result = search(plan, artefacts, directory, pool, tracked, monitor)
     winner = result.winner.evaluation
     with directory.stage("healing"):
         shape = windows.windows["calibration"].shape
         healing = heal(plan, artefacts.setup, winner, shape, directory, pool, tracked)
     shipped = healing if healing and healing.applied else None
     with directory.stage("test"):
-        evaluate = pool_evaluate(artefacts.setup.in_float32, pool, tracked, "measuring on test text")
+        evaluate = monitor.watch(pool_evaluate(artefacts.setup.in_float32, pool, tracked, "measuring on test text"))
         with closing(EvaluationLog(directory.path / EVALUATIONS_FILE)) as archive:
             rows = comparison_rows(plan, result, shipped, evaluate, archive)
             evaluations = len(archive)
@@ -241,16 +246,3 @@ def validation_record(winner: Winner) -> dict[str, Any]:
         "windows": lead and lead.windows,
         "ties": winner.ties,
     }
-
-
-@contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """While open, everything that is logged also goes to ``path``."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

@@ -5,13 +5,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bitgenome.artefacts import Artefacts
+from bitgenome.logs import GENERATION
 from bitgenome.memory import KEPT_GENOMES, MOST_TOGETHER
+from bitgenome.monitoring import Monitor
 from bitgenome.plan import Plan
 from bitgenome.progress import Track
 from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
@@ -47,7 +48,7 @@ def pool_evaluate(
     """Evaluate genomes on the pool, in the order of their genes whatever the number of workers.
 
     Each worker takes neighbours in that order, which share the most, and remembers the beginnings of the best genomes
-    in ``archive``, from which offspring branch off.
+    in ``archive``, from which offspring branch off. Tasks' names say the generation, where there is one.
     """
 
     def evaluate(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
@@ -56,8 +57,9 @@ def pool_evaluate(
         parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         best = sorted(archive.at(fidelity), key=rank)[:KEPT_GENOMES] if archive else ()
         keep = tuple(evaluation.genome for evaluation in best)
+        place = f"g{generation} {fidelity.split}" if (generation := GENERATION.get()) else fidelity.split
         tasks = [
-            EvaluateGenomes(setup, part, fidelity, f"eval[{fidelity.split} {index + 1}/{len(parts)}]", keep)
+            EvaluateGenomes(setup, part, fidelity, f"eval[{place} {index + 1}/{len(parts)}]", keep)
             for index, part in enumerate(parts)
         ]
         return track(chain.from_iterable(pool.map(tasks)), len(ordered), what)
@@ -75,7 +77,9 @@ def strategy_settings(config: SearchConfig) -> Any:
     return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
 
 
-def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, track: Track) -> SearchResult:
+def search(
+    plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, track: Track, monitor: Monitor
+) -> SearchResult:
     """Run or continue the search, then choose the winner on validation text."""
     config, space = plan.config, plan.space
     tables = artefacts.tables
@@ -93,14 +97,24 @@ def search(plan: Plan, artefacts: Artefacts, run: RunDirectory, pool: Pool, trac
     checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
     with closing(EvaluationLog(run.path / EVALUATIONS_FILE)) as evaluations:
         with run.stage("search"):
-            evaluate = pool_evaluate(artefacts.setup, pool, track, "searching", evaluations)
+            evaluate = monitor.watch(pool_evaluate(artefacts.setup, pool, track, "searching", evaluations))
             evaluate = with_table_rung(evaluate, space, artefacts.table("reconstruction"))
-            show = partial(show_progress, run.path / GENERATIONS_FILE)
-            run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=show)
+
+            def hear(progress: Progress) -> None:
+                show_progress(run.path / GENERATIONS_FILE, progress)
+                monitor.progressed(progress)
+                GENERATION.set(progress.generation + 1)
+
+            saved = checkpoint.load()
+            generation = GENERATION.set(saved["generation"] + 1 if saved else 1)
+            try:
+                run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=hear)
+            finally:
+                GENERATION.reset(generation)
         with run.stage("validation"):
             winner = choose_winner(
                 evaluations,
-                pool_evaluate(artefacts.setup, pool, track, "validating"),
+                monitor.watch(pool_evaluate(artefacts.setup, pool, track, "validating")),
                 ladder=config.ladder,
                 validation=Fidelity("validation", config.text.tokens.validation),
                 references=reference_genomes(space, plan.budget, seeds),

@@ -16,8 +16,8 @@ from scipy.stats import kendalltau, spearmanr
 from bitgenome.artefacts import Artefacts, prepare, read_windows
 from bitgenome.config import RunConfig
 from bitgenome.gene_groups import with_gene_groups
+from bitgenome.logs import log_file
 from bitgenome.memory import check_memory
-from bitgenome.pipeline import log_file
 from bitgenome.plan import Plan, make_plan
 from bitgenome.progress import Track, track
 from bitgenome.run_directory import RunDirectory

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bitgenome.artefacts import calibrate, read_windows, sample_activations
 from bitgenome.grouping_report import costs, write_grouping_report
-from bitgenome.pipeline import log_file
+from bitgenome.logs import log_file
 from bitgenome.plan import check_text
 from bitgenome.progress import track
 from bitgenome.run_directory import WINDOWS_FILE

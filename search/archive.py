@@ -14,11 +14,13 @@ class EvaluationLog:
     """The archive of evaluations, in memory by (genome, fidelity) and on disk in the order they came.
 
     Opening repairs a torn last line (what a killed process or a power cut leaves) by cutting it off, and raises
-    ValueError for any other line that is no evaluation.
+    ValueError for any other line that is no evaluation. ``answered`` counts genomes that needed no evaluation because
+    they were here: whoever looks up before evaluating adds to it.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.answered = 0
         self._evaluations: dict[tuple[Genome, Fidelity], Evaluation] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_tail(self.path)

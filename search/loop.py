@@ -30,6 +30,7 @@ class Progress:
     expected: int  # of the whole search
     best: Evaluation  # on the last rung's present text
     diagnostics: Mapping[str, Any]  # the strategy's, on this batch
+    answered: int = 0  # times that the log had a genome's evaluation already, since it was opened
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def run_search(
         if on_progress is not None:
             seen = len({evaluation.genome for evaluation in log if evaluation.split == ladder.split})
             best = min(log.at(ladder.fidelities(generation - 1)[-1]), key=rank)
-            on_progress(Progress(generation, seen, strategy.expected_evaluations, best, strategy.diagnostics))
+            expected, found_out = strategy.expected_evaluations, strategy.diagnostics
+            on_progress(Progress(generation, seen, expected, best, found_out, log.answered))
         checkpoint.save({"generation": generation, "strategy": strategy.state_dict()})
     return _best(log.at(ladder.fidelities(max(0, generation - 1))[-1]))
 
@@ -121,6 +123,7 @@ def evaluate_missing(
     Raises ValueError if ``evaluate`` leaves out a genome or answers one twice.
     """
     missing = [genome for genome in dict.fromkeys(genomes) if log.get(genome, fidelity) is None]
+    log.answered += len(genomes) - len(missing)
     waiting = set(missing)
     for answer in evaluate(missing, fidelity) if missing else iter(()):
         if answer.genome not in waiting or answer.fidelity != fidelity:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from search.errors import UserError
 from workers.errors import ClusterError, TaskError, WorkersLostError
 from workers.pool import Pool, PoolStatistics, Task, run_task
+from workers.worker_logs import worker_logs
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def connect(address: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=worker_logs(), **local)
     except (ConnectionError, RayError, RuntimeError) as error:
         raise ClusterError(f"expected a Ray cluster at {address}, found {error}") from None
     if threading.current_thread() is threading.main_thread():

@@ -8,6 +8,7 @@ import pytest
 
 from bitgenome.artefacts import Artefacts, build_bank, calibrate, evaluator_setup, read_windows, record_inputs
 from bitgenome.config import load_config
+from bitgenome.monitoring import Monitor
 from bitgenome.plan import estimated_seconds, make_plan
 from bitgenome.run_directory import RunDirectory
 from bitgenome.searching import search
@@ -98,7 +99,8 @@ def test_a_search_starts_from_the_table_that_it_is_configured_for(runs: Runs, me
     frame = measure_sensitivities(plan, measurement.setup, measurement.windows, run, pool, no_progress)
     assert pd.read_parquet(run.path / "sensitivity.parquet").equals(frame)
     assert frame.gradient.equals(measurement.frame(pool, no_progress).gradient)
-    found = search(plan, Artefacts(plan, measurement.setup, frame), run, pool, no_progress)
+    monitor = Monitor(pool.statistics, None)
+    found = search(plan, Artefacts(plan, measurement.setup, frame), run, pool, no_progress, monitor)
     assert {"exact gradient", "exact reconstruction"} <= found.seeds.keys()
     assert "exact kl" not in found.seeds
 
