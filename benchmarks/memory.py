@@ -130,19 +130,21 @@ def main() -> None:
     table = Table(title=f"{what}; MiB above the libraries' own")
     for column in ("", "blocks", "weights, all formats", "limit", "predicted", "measured", "ratio", "seconds"):
         table.add_column(column, justify="right" if column else "left")
+    console = Console(width=120)
     storage = arguments.storage or Path(tempfile.mkdtemp())
     for limit in (None, arguments.limit_mib << 20):
         for layers in arguments.layers:
             case = {"path": str(storage / str(layers)), "layers": layers, "limit": limit}
             case |= {"genomes": arguments.genomes, "tokens": arguments.tokens, "cgroup": arguments.cgroup}
             found = measured_apart(case)
+            console.print(f"{layers} blocks, limit {limit}: {found}")
             mib = {key: f"{found[key] / 2**20:.0f}" for key in ("all_weights", "predicted", "measured")}
             table.add_row(
                 "resident" if found["resident"] else "streamed", str(layers), mib["all_weights"],
                 "-" if limit is None else str(limit >> 20), mib["predicted"], mib["measured"],
                 f"{found['predicted'] / found['measured']:.2f}", f"{found['seconds']:.1f}",
             )  # fmt: skip
-    Console(width=120).print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ class ModelWeights:
                 self._coming[key] = self._reader.submit(self._fetched, *key)
 
     def release(self) -> None:
-        """Give up what does not stay, and what allocators keep of it and of its decoding."""
+        """Give up what does not stay, and what allocators keep of decoding, or of anything where room is short."""
         self._passes = _Held(self.capacity)
-        if self._made:
+        if self._made or self._stays.room < self.capacity:
             release_memory()
         self._made = False
 

@@ -63,7 +63,7 @@ def check_protection(address: str, host: str, protected: bool, insecure: bool, r
 def admitted_address(address: str, insecure: bool = False) -> str:
     """``address`` as ray.init takes it, once its cluster has answered and let this user in; "local" starts one.
 
-    "auto" is the cluster that RAY_ADDRESS names, if it does. Raises ClusterError within ``TIMEOUT_S`` if there is nobody
+    "auto" is the cluster that RAY_ADDRESS names, if it does. Raises ClusterError within ``TIMEOUT_S`` if nobody is
     at the address, if the token is missing or wrong, or if the cluster is open, another machine's, and not said to be
     ``insecure``.
     """
