@@ -21,7 +21,7 @@ from bitgenome.plan import Plan
 from bitgenome.progress import Track
 from bitgenome.run_directory import WINDOWS_FILE, RunDirectory
 from bitgenome.sensitivities import measure_sensitivities, table_of
-from bitgenome.shared_storage import Storage, digest_of, shared_directory
+from bitgenome.shared_storage import Storage, build_once, digest_of, shared_directory
 from evaluators import bank as banks
 from evaluators import scaling
 from evaluators.activation_samples import SampleActivations
@@ -123,12 +123,15 @@ def calibrate(
     digest = digest_of(CALIBRATION_SCHEMA, *inputs)
     directory = shared_directory(plan.config, "calibration", digest)
     done = directory / GROUPS_FILE
-    if not all_readable(done, group_readable):
+
+    def build() -> None:
         windows_file = directory / WINDOWS_FILE
         atomic_write_bytes(windows_file, windows.to_bytes())
         task = Calibrate(plan.folder.path, windows_file, directory, upstream_level)
         (groups,) = track(pool.map([task]), 1, "calibrating")
         atomic_write_text(done, json.dumps(groups))
+
+    build_once(directory, "the calibration", lambda: all_readable(done, group_readable), build)
     names: list[str] = json.loads(done.read_text(encoding="utf-8"))
     return directory, names
 
@@ -140,12 +143,15 @@ def sample_activations(
     directory = shared_directory(plan.config, "samples", digest_of(calibration.name, samples))
     files = tuple(group_file(calibration, name) for name in groups)
     done = directory / GROUPS_FILE
-    if not all_readable(done, samples_readable):
+
+    def build() -> None:
         task = SampleActivations(plan.folder.path, windows.resolve(), files, directory, samples)
         for _ in track(pool.map([task]), 1, "sampling activations"):
             pass
         taken = [name for name in groups if group_file(directory, name).is_file()]
         atomic_write_text(done, json.dumps(taken))
+
+    build_once(directory, "the activation samples", lambda: all_readable(done, samples_readable), build)
     return directory
 
 
@@ -174,14 +180,21 @@ def scale_channels(
     parts = (plan.folder.digest, calibration.name, asdict(settings), asdict(compensation))
     digest = digest_of(scaling.SCHEMA, *parts)
     directory = shared_directory(plan.config, "scaling", digest)
-    missing = [group for group in groups if not scaling.scaling_done(directory, group)]
-    tasks = [
-        scaling.ScaleGroup(plan.folder.path, group_file(calibration, group), directory, settings, compensation)
-        for group in missing
-    ]
-    for _ in track(pool.map(tasks), len(tasks), "scaling channels"):
-        pass
-    folder = scaling.write_scaled_model(plan.folder, directory, groups)
+
+    def missing() -> list[str]:
+        return [group for group in groups if not scaling.scaling_done(directory, group)]
+
+    def build() -> None:
+        tasks = [
+            scaling.ScaleGroup(plan.folder.path, group_file(calibration, group), directory, settings, compensation)
+            for group in missing()
+        ]
+        for _ in track(pool.map(tasks), len(tasks), "scaling channels"):
+            pass
+        scaling.write_scaled_model(plan.folder, directory, groups)
+
+    build_once(directory, "the scaling", lambda: not missing() and scaling.view_done(plan.folder, directory), build)
+    folder = ModelFolder(directory / scaling.VIEW)
     records = [scaling.scaling_record(directory, group) for group in groups]
     atomic_write_text(run.path / SCALING_FILE, json.dumps(records, indent=1))
     run.record["scaled_model"] = str(folder.path)
@@ -202,21 +215,30 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
     how = plan.config.quantization.importance
     digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity, how)
     directory = shared_directory(plan.config, "bank", digest)
-    for tensor in banks.damaged_tensors(directory):
-        log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
-        banks.tensor_file(directory, tensor).unlink(missing_ok=True)
-    missing = {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
-    tasks = [
-        banks.BuildBankGroup(
-            plan.folder.path, group_file(calibration, group), directory, names, settings, plan.sparsity, how
-        )
-        for group in groups
-        if missing & set(banks.group_tensors(group_file(calibration, group)))
-    ]
-    for _ in track(pool.map(tasks), len(tasks), "building the bank"):
-        pass
-    if tasks or not (directory / banks.MANIFEST).is_file():
+
+    def missing() -> set[str]:
+        return {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
+
+    def done() -> bool:
+        return (directory / banks.MANIFEST).is_file() and not banks.damaged_tensors(directory) and not missing()
+
+    def build() -> None:
+        for tensor in banks.damaged_tensors(directory):
+            log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
+            banks.tensor_file(directory, tensor).unlink(missing_ok=True)
+        absent = missing()
+        tasks = [
+            banks.BuildBankGroup(
+                plan.folder.path, group_file(calibration, group), directory, names, settings, plan.sparsity, how
+            )
+            for group in groups
+            if absent & set(banks.group_tensors(group_file(calibration, group)))
+        ]
+        for _ in track(pool.map(tasks), len(tasks), "building the bank"):
+            pass
         banks.write_manifest(directory, list(names))
+
+    build_once(directory, "the bank", done, build)
     return directory
 
 

@@ -158,7 +158,7 @@ def run_stages(
     shipped = healing if healing and healing.applied else None
     with directory.stage("test"):
         evaluate = monitor.watch(pool_evaluate(artefacts.setup.in_float32, pool, tracked, "measuring on test text"))
-        with closing(EvaluationLog(directory.path / EVALUATIONS_FILE)) as archive:
+        with closing(EvaluationLog(directory.path / EVALUATIONS_FILE, directory.check)) as archive:
             rows = comparison_rows(plan, result, shipped, evaluate, archive)
             evaluations = len(archive)
     with directory.stage("export"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgenome.config import RunConfig, parse_config
+from bitgenome.lease import Lease
 from search.errors import UserError
 from search.files import atomic_write_text
 
@@ -39,6 +40,21 @@ class RunDirectory:
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path = path
         self.record = record
+        self.lease: Lease | None = None  # of the one driver that may write here
+
+    @classmethod
+    @contextmanager
+    def owned(cls, config: RunConfig) -> Iterator["RunDirectory"]:
+        """``create`` it, as the only driver for as long as the context lasts.
+
+        Raises LeaseHeldError, having touched nothing, while another driver works on it, and LeaseLostError once one
+        has taken over.
+        """
+        path = config.storage_path / config.name
+        with Lease(path, f"the run {path}") as lease:
+            directory = cls.create(config)
+            directory.lease = lease
+            yield directory
 
     @classmethod
     def create(cls, config: RunConfig) -> "RunDirectory":
@@ -96,15 +112,24 @@ class RunDirectory:
     def config(self) -> RunConfig:
         return parse_config(self.record["config"], str(self.path / "run.json"))
 
+    def check(self) -> None:
+        """Before a file is written: raise LeaseLostError if another driver has taken over."""
+        if self.lease is not None:
+            self.lease.check()
+
     def save(self) -> None:
+        self.check()
         atomic_write_text(self.path / "run.json", json.dumps(self.record, indent=1) + "\n")
 
     def pin(self, key: str, value: str) -> None:
         """Record a digest once. Raises UserError if the run was begun with another."""
-        found = self.record.setdefault("digests", {}).setdefault(key, value)
+        digests = self.record.setdefault("digests", {})
+        found = digests.get(key, value)
         if found != value:
             raise UserError(f"expected the {key} that {self.path} was begun with ({found[:12]}), found {value[:12]}")
-        self.save()
+        if key not in digests:
+            digests[key] = value
+            self.save()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -95,7 +95,7 @@ def search(
         prior=artefacts.prior,
     )
     checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
-    with closing(EvaluationLog(run.path / EVALUATIONS_FILE)) as evaluations:
+    with closing(EvaluationLog(run.path / EVALUATIONS_FILE, run.check)) as evaluations:
         with run.stage("search"):
             evaluate = monitor.watch(pool_evaluate(artefacts.setup, pool, track, "searching", evaluations))
             evaluate = with_table_rung(evaluate, space, artefacts.table("reconstruction"))

@@ -18,7 +18,7 @@ from bitgenome.memory import GENES_TOGETHER
 from bitgenome.plan import Plan
 from bitgenome.progress import Track
 from bitgenome.run_directory import SENSITIVITY_FILE, RunDirectory
-from bitgenome.shared_storage import digest_of, shared_directory
+from bitgenome.shared_storage import build_once, digest_of, shared_directory
 from evaluators.bank import Bank
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.fisher import gradient_losses, gradient_tasks
@@ -96,10 +96,13 @@ class Measurement:
     def frame(self, pool: Pool, track: Track) -> pd.DataFrame:
         """Measured where it is not there yet."""
         file = self.directory / SENSITIVITY_FILE
-        if not file.is_file():
+
+        def build() -> None:
             with self._timed():
                 records = self._gradients(pool, track) if self.measure in GRADIENTS else self._measured(pool, track)
             atomic_write_bytes(file, pd.DataFrame(records).to_parquet(index=False))
+
+        build_once(self.directory, "the sensitivities", file.is_file, build)
         return pd.read_parquet(file)
 
     @contextmanager

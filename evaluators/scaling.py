@@ -19,7 +19,7 @@ from evaluators.bank import group_tensors
 from evaluators.calibration import InputGroup, group_file, group_readable
 from evaluators.devices import best_device
 from evaluators.model_folder import ModelFolder, ModelFolderError
-from evaluators.scaled_view import COLUMNS, ROWS, write_scaled_view
+from evaluators.scaled_view import COLUMNS, ROWS, source_of, write_scaled_view
 from quantizers.formats import format_for
 from quantizers.scaling import ScalingSettings, SharedColumns, choose_scaling, scaled_hessian
 from quantizers.sparsegpt import CompensationSettings
@@ -142,6 +142,11 @@ def producer_factors(folder: ModelFolder, group: str, s: Tensor) -> Mapping[str,
     inverse = 1 / shared.mean(s)
     tensors = [f"{producer}.{kind}" for kind in ("weight", "bias")]
     return {tensor + ROWS: inverse for tensor in tensors if tensor in folder.shapes}
+
+
+def view_done(folder: ModelFolder, directory: Path) -> bool:
+    """Whether the scaled view in ``directory`` is written, and reads the weights of ``folder``."""
+    return source_of(directory / VIEW) == folder.path.resolve()
 
 
 def write_scaled_model(folder: ModelFolder, directory: Path, groups: Sequence[str]) -> ModelFolder:

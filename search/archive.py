@@ -2,30 +2,33 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from search.errors import UserError
-from search.files import cut_torn_tail, sync_folder
+from search.files import cut_torn_tail, disk_errors, sync_folder
 from search.types import Evaluation, Fidelity, Genome
 
 
 class EvaluationLog:
     """The archive of evaluations, in memory by (genome, fidelity) and on disk in the order they came.
 
+    ``before_write`` is called in front of every line, and keeps it from being written by raising.
+
     Opening repairs a torn last line (what a killed process or a power cut leaves) by cutting it off, and raises
     ValueError for any other line that is no evaluation. ``answered`` counts genomes that needed no evaluation because
     they were here: whoever looks up before evaluating adds to it.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, before_write: Callable[[], None] = lambda: None) -> None:
         self.path = Path(path)
         self.answered = 0
+        self._before_write = before_write
         self._evaluations: dict[tuple[Genome, Fidelity], Evaluation] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_tail(self.path)
         self._load()
-        self._stream = self.path.open("ab")
+        self._stream = self.path.open("ab", buffering=0)  # a line that found no room is not tried again
         sync_folder(self.path.parent)
 
     def __len__(self) -> int:
@@ -50,8 +53,11 @@ class EvaluationLog:
         key = (evaluation.genome, evaluation.fidelity)
         if key in self._evaluations:
             raise ValueError(f"genome {evaluation.genome} is already in {self.path} at {evaluation.fidelity}")
-        self._stream.write(json.dumps(evaluation.to_json(), allow_nan=False).encode() + b"\n")
-        self._stream.flush()
+        self._before_write()
+        line = memoryview(json.dumps(evaluation.to_json(), allow_nan=False).encode() + b"\n")
+        with disk_errors(self.path):
+            while line:
+                line = line[self._stream.write(line) :]  # a full disk may take a part of it
         self._evaluations[key] = evaluation
 
     def sync(self) -> None:

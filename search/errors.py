@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """One sentence: what was expected, what was found, where. The command line prints it and exits with code 2."""
+
+
+class StorageError(UserError):
+    """Storage that cannot be read or written."""

@@ -1,30 +1,58 @@
 """Writing files so that a reader sees the old content or the new one, never half of either."""
 
+import errno
 import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from search.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A new file beside ``path`` to write into; at the end it takes its place, fsynced, or is gone after an error.
+
+    Raises StorageError if the disk is full or cannot be written.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.fsync(descriptor)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        sync_folder(path.parent)
+
+
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     """Replace ``path`` by ``data``: temporary file in the same folder, fsync, rename, fsync of the folder."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of writing ``path``, as StorageError: writing itself names no file."""
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = ": make room, then resume" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise StorageError(f"expected to write {path}, found: {reason}{remedy}") from None
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
