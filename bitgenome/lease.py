@@ -129,12 +129,11 @@ class Lease:
             raise LeaseLostError(self._lost)
 
     def _acquire(self) -> None:
-        seen, since = None, since_start()
+        seen, since, told = None, since_start(), ""
         while True:
             number, claim = self._highest()
             alive = claim is not None and seen is not None and claim != seen and claim.owner == seen.owner
             if claim != seen:
-                self._tell(seen, claim)
                 seen, since = claim, since_start()
             ours = claim is not None and claim.machine == this_machine()
             idle = since_start() - (claim.beaten if claim is not None and ours else since)
@@ -147,12 +146,10 @@ class Lease:
                     f"it (its last beat was {idle:.0f} s ago)"
                 )
             else:
+                if told != claim.owner:
+                    log.info("waiting for %s: process %d on %s is at work on it", self.what, claim.pid, claim.host)
+                    told = claim.owner
                 time.sleep(min(1.0, self.ttl / BEATS / 2))
-
-    def _tell(self, before: Claim | None, claim: Claim | None) -> None:
-        """Log whom the waiting is for, once for each owner."""
-        if claim is not None and not claim.released and (before is None or before.owner != claim.owner):
-            log.info("%s: waiting for process %d on %s", self.what, claim.pid, claim.host)
 
     def _highest(self) -> tuple[int, Claim | None]:
         """The highest number and its claim; 0 where there is none."""

@@ -80,9 +80,8 @@ def run(config: RunConfig, console: Console) -> Outcome:
     check_memory(plan)
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     plan.folder.check_finite()
-    directory = RunDirectory.create(config)
-    RUN.set(config.name)
-    with log_file(directory.path / "events.log"):
+    with RunDirectory.owned(config) as directory, log_file(directory.path / "events.log"):
+        RUN.set(config.name)
         settings = WorkerSettings(**config.workers.model_dump())
         try:
             with directory.stage("workers"):
@@ -108,7 +107,8 @@ def export_again(path: Path) -> Path:
     bank = Path(directory.record["bank"])
     if damaged := damaged_tensors(bank):
         raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {path} rebuilds it")
-    return export_winner(plan, bank, directory, winner, healing)
+    with directory.own():
+        return export_winner(plan, bank, directory, winner, healing)
 
 
 def verify_file(file: Path, run_path: Path) -> Proof:

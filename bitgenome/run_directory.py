@@ -45,11 +45,7 @@ class RunDirectory:
     @classmethod
     @contextmanager
     def owned(cls, config: RunConfig) -> Iterator["RunDirectory"]:
-        """``create`` it, as the only driver for as long as the context lasts.
-
-        Raises LeaseHeldError, having touched nothing, while another driver works on it, and LeaseLostError once one
-        has taken over.
-        """
+        """``create`` it, as the only driver for as long as the context lasts; see ``own``."""
         path = config.storage_path / config.name
         with Lease(path, f"the run {path}") as lease:
             directory = cls.create(config)
@@ -107,6 +103,16 @@ class RunDirectory:
         if schema != SCHEMA:
             raise UserError(f"expected run schema {SCHEMA} in {file}, found {schema}: written by another version")
         return cls(path, record)
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Be its only driver for as long as the context lasts.
+
+        Raises LeaseHeldError, having touched nothing, while another driver works on it, and LeaseLostError once one
+        has taken over.
+        """
+        with Lease(self.path, f"the run {self.path}") as self.lease:
+            yield
 
     @property
     def config(self) -> RunConfig:

@@ -76,24 +76,31 @@ def compare_sensitivities(
     check_memory(plan)
     windows = read_windows(plan)
     plan.folder.check_finite()
-    directory = RunDirectory.create(config)
+    with RunDirectory.owned(config) as directory:
+        return directory.path, comparison(plan, windows, directory, count, bits, console)
+
+
+def comparison(
+    plan: Plan, windows: TokenWindows, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
+) -> pd.DataFrame:
+    """Measure what is not measured yet, and write COMPARISON_FILE."""
 
     def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, console)
 
     with log_file(directory.path / "events.log"):
         try:
-            with open_pool(WorkerSettings(**config.workers.model_dump())) as pool:
+            with open_pool(WorkerSettings(**plan.config.workers.model_dump())) as pool:
                 plan = with_gene_groups(plan, windows, directory, pool, tracked)
                 artefacts = prepare(plan, windows, directory, pool, tracked)
                 measured = measure_all(artefacts, windows, pool, tracked)
-                with closing(EvaluationLog(directory.path / COMPARISON_LOG)) as log:
+                with closing(EvaluationLog(directory.path / COMPARISON_LOG, directory.check)) as log:
                     rows = comparison_rows(artefacts, measured, count, bits, pool, tracked, log)
         finally:
             close_cluster()
     frame = pd.DataFrame(rows)
     atomic_write_bytes(directory.path / COMPARISON_FILE, frame.to_parquet(index=False))
-    return directory.path, frame
+    return frame
 
 
 def budgets_of(plan: Plan, bits: Sequence[float]) -> list[Budget]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bitgenome.artefacts import calibrate, read_windows, sample_activations
 from bitgenome.grouping_report import costs, write_grouping_report
+from bitgenome.lease import Lease
 from bitgenome.logs import log_file
 from bitgenome.plan import check_text
 from bitgenome.progress import track
@@ -97,14 +98,10 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
     if any(method.needs_samples for method in study.methods):
         count, length = windows.windows["calibration"].shape
         sample_positions(count, length, study.config.activation_samples)
-    try:
-        plan.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"expected to create the study's directory {plan.path}, found {error.strerror}") from None
-    with log_file(plan.path / "events.log"):
+    with Lease(plan.path, f"the study {plan.path}") as lease, log_file(plan.path / "events.log"):
         try:
             with open_pool(WorkerSettings(**study.config.workers.model_dump())) as pool:
-                return plan.path, StudyRun(plan, windows, pool, console).results()
+                return plan.path, StudyRun(plan, windows, pool, console, lease).results()
         finally:
             close_cluster()
 
@@ -117,6 +114,7 @@ class StudyRun:
     windows: TokenWindows
     pool: Pool
     console: Console
+    lease: Lease
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, self.console)
@@ -150,6 +148,7 @@ class StudyRun:
         tasks = [MeasureMethod(self.setup, method) for method in missing.values()]
         answers = self.track(self.pool.map(tasks), len(tasks), "measuring methods")
         for digest, result in zip(missing, answers, strict=True):
+            self.lease.check()
             archive.append(digest, result)
             log.info("%s: %.3f bits, KL %.5f", result.label, result.average_bits, result.kl)
         results = [archive.found[digest] for digest in wanted]

@@ -1,6 +1,7 @@
 """A user's mistake ends in one sentence and exit code 2, before minutes of work, and leaves what was there."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bitgenome.cli import main
 from bitgenome.config import load_config
+from bitgenome.lease import Lease
 from bitgenome.run_directory import RunDirectory
 from tests.bitgenome.conftest import SMALL
 from tests.conftest import EMBEDDED
@@ -167,3 +169,11 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_is_written(refused
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert "found 1 of 196608 not finite in model.layers.2.mlp.up_proj.weight" in refused(model=str(folder))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_driver_of_a_run_is_refused_and_touches_nothing(refused: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "runs" / "bad"
+    with Lease(directory, "the run"):
+        before = {file: file.read_bytes() for file in directory.rglob("*.json")}
+        assert f"found process {os.getpid()} on" in refused()
+        assert {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()} == before
