@@ -156,7 +156,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config, console = load_config(args.config, args.overrides), Console()
-    with open_pool(WorkerSettings(**config.workers.model_dump())) as pool:
+    with open_pool(WorkerSettings(**config.workers.model_dump()), config.name) as pool:
         figures = measure(Bench(config, pool, console))
     for index, title in enumerate(("reconstruction error over power", "KL on test text")):
         table = Table("format", *STEPS, "best / ggml", title=title, title_justify="left")

@@ -13,6 +13,7 @@ from bitgenome.pruning_config import PruningConfig
 from bitgenome.scaling_config import ScalingConfig
 from bitgenome.search_config import SearchConfig
 from bitgenome.sensitivity_config import SensitivityConfig
+from bitgenome.workers_config import WorkersConfig
 from evaluators.bank import Importance
 from evaluators.devices import Compute
 from evaluators.stdlib_text import SPLITS
@@ -181,22 +182,6 @@ class HealingConfig(Section):
         if self.loss == "kl":
             return 0.0
         return 0.3 if self.alpha is None else self.alpha
-
-
-class WorkersConfig(Section):
-    """``ray``: auto, local, HOST:PORT, or off for one process."""
-
-    ray: str = "auto"
-    count: int | None = Field(None, ge=1)
-    cpus_per_worker: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0)
-    max_retries: int = Field(3, ge=0)
-    insecure: bool = Field(False, description="join another machine's cluster that asks for no token")
-
-    @field_validator("ray", mode="before")
-    @classmethod
-    def yaml_off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare off as false
 
 
 class RunConfig(Section):

@@ -85,7 +85,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
         settings = WorkerSettings(**config.workers.model_dump())
         try:
             with directory.stage("workers"):
-                pool = open_pool(settings)
+                pool = open_pool(settings, config.name)
             pool.limit = partial(read_limit, directory.path)
             with pool, monitor_run(config, pool) as monitor:
                 return run_stages(plan, windows, directory, pool, monitor, console)
@@ -161,6 +161,7 @@ def run_stages(
         with closing(EvaluationLog(directory.path / EVALUATIONS_FILE, directory.check)) as archive:
             rows = comparison_rows(plan, result, shipped, evaluate, archive)
             evaluations = len(archive)
+    pool.close()  # the rest runs here: a cluster may shrink meanwhile
     with directory.stage("export"):
         gguf = export_winner(plan, artefacts.setup.bank, directory, winner, shipped)
         formats = genome_formats(plan.space, winner.genome)

@@ -90,7 +90,7 @@ def comparison(
 
     with log_file(directory.path / "events.log"):
         try:
-            with open_pool(WorkerSettings(**plan.config.workers.model_dump())) as pool:
+            with open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name) as pool:
                 plan = with_gene_groups(plan, windows, directory, pool, tracked)
                 artefacts = prepare(plan, windows, directory, pool, tracked)
                 measured = measure_all(artefacts, windows, pool, tracked)

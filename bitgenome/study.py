@@ -100,7 +100,7 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
         sample_positions(count, length, study.config.activation_samples)
     with Lease(plan.path, f"the study {plan.path}") as lease, log_file(plan.path / "events.log"):
         try:
-            with open_pool(WorkerSettings(**study.config.workers.model_dump())) as pool:
+            with open_pool(WorkerSettings(**study.config.workers.model_dump()), study.config.name) as pool:
                 return plan.path, StudyRun(plan, windows, pool, console, lease).results()
         finally:
             close_cluster()

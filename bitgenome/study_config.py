@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from bitgenome.config import QuantizationConfig, TextConfig, WorkersConfig, absolute_model, absolute_text
+from bitgenome.config import QuantizationConfig, TextConfig, absolute_model, absolute_text
 from bitgenome.config_file import Section, parse_section, read_settings
+from bitgenome.workers_config import WorkersConfig
 from evaluators.methods import METHODS
 from evaluators.study_methods import Method
 from search.errors import UserError

@@ -1,40 +1,59 @@
 """The pool that a configuration asks for."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from workers.cluster_access import admitted_address
 from workers.pool import Pool, SerialPool
+from workers.scheduling import Elasticity, Patience
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """``ray``: auto, local, HOST:PORT, or off for this process alone; ``count`` None is as many as the machine has."""
+    """``ray``: auto, local, HOST:PORT, or off for this process alone. ``count`` workers, or ``min`` to ``max`` of them.
+
+    Without ``count`` and ``max`` there are as many as the cluster has room for. Seconds: ``deadline`` of a task,
+    ``idle_release`` and ``start_timeout`` of a worker.
+    """
 
     ray: str = "auto"
     count: int | None = None
+    min: int | None = None
+    max: int | None = None
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None  # None: 1 where there are GPUs, else 0
-    max_retries: int = 3
+    resources: Mapping[str, float] = field(default_factory=dict)
+    deadline: float | None = None
+    straggler_factor: float = Patience.straggler_factor
+    max_retries: int = Patience.max_retries
+    idle_release: float = Elasticity.idle_release_s
+    start_timeout: float = Elasticity.start_timeout_s
     insecure: bool = False  # join another machine's cluster that asks for no token
 
+    @property
+    def elasticity(self) -> Elasticity:
+        least = 1 if self.min is None else self.min
+        return Elasticity(self.count or least, self.count or self.max, self.idle_release, self.start_timeout)
 
-def open_pool(settings: WorkerSettings) -> Pool:
-    """Raises ClusterError (one sentence) if the cluster is not there or too small."""
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.straggler_factor, self.deadline, self.start_timeout, self.max_retries)
+
+
+def open_pool(settings: WorkerSettings, run: str = "pool") -> Pool:
+    """Workers are named after ``run``. Raises ClusterError (one sentence) if the cluster is not there or too small."""
     if settings.ray == "off":
         return SerialPool(settings.cpus_per_worker)
     address = admitted_address(settings.ray, settings.insecure)
-    from workers.ray_pool import RayPool, cluster_resources, connect  # noqa: PLC0415 - ray takes seconds to import
+    from workers.ray_cluster import Placement, connect, has_accelerators  # noqa: PLC0415 - ray takes seconds to import
+    from workers.ray_pool import RayPool  # noqa: PLC0415
 
     connect(address)
-    have = cluster_resources()
-    gpus_each = settings.gpus_per_worker
-    if gpus_each is None:
-        gpus_each = 1.0 if have.get("GPU") else 0.0
-    by_cpu = int(have.get("CPU", os.cpu_count() or 1) // settings.cpus_per_worker)
-    by_gpu = int(have.get("GPU", 0) // gpus_each) if gpus_each else by_cpu
-    count = settings.count or max(1, min(by_cpu, by_gpu))
-    return RayPool(count, settings.cpus_per_worker, gpus_each, settings.max_retries)
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if has_accelerators() else 0.0
+    placement = Placement(settings.cpus_per_worker, gpus, settings.resources)
+    return RayPool(placement, settings.elasticity, settings.patience, threads=settings.cpus_per_worker, run=run)
 
 
 def close_cluster() -> None:

@@ -4,6 +4,8 @@ A task is a small picklable object with a ``label`` and ``run(state)``; ``state`
 tasks keep what is worth keeping warm (a loaded model, a mapped bank).
 """
 
+import resource
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +13,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import torch
-
-from evaluators.devices import peak_memory
 from search.errors import UserError
 from workers.errors import TaskError
 
@@ -88,6 +87,24 @@ def run_task(task: Task, state: dict[Any, Any]) -> Any:
         raise TaskError(task.label, f"{type(error).__name__}: {error}") from error
 
 
+def set_threads(threads: int) -> int:
+    """Let this process compute with so many threads; how many it had before."""
+    import torch  # noqa: PLC0415 - 200 MB that workers without tensors do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    return before
+
+
+def peak_memory_bytes() -> int:
+    """What this worker has held at most: of its device, or of its process where it has none."""
+    if "torch" not in sys.modules:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from evaluators.devices import peak_memory  # noqa: PLC0415
+
+    return peak_memory()
+
+
 class SerialPool(Pool):
     """Runs every task in this process, with as many threads as one worker of a larger pool would have."""
 
@@ -107,17 +124,16 @@ class SerialPool(Pool):
             self.statistics.queued = 0
 
     def _run(self, task: Task) -> Any:
-        statistics, before, started = self.statistics, torch.get_num_threads(), time.perf_counter()
-        torch.set_num_threads(self._threads)
+        statistics, before, started = self.statistics, set_threads(self._threads), time.perf_counter()
         statistics.running = 1
         try:
             return run_task(task, self._state)
         finally:
-            torch.set_num_threads(before)
+            set_threads(before)
             statistics.running = 0
             statistics.completed += 1
             statistics.busy_seconds += time.perf_counter() - started
-            statistics.peak_memory_bytes = max(statistics.peak_memory_bytes, peak_memory())
+            statistics.peak_memory_bytes = max(statistics.peak_memory_bytes, peak_memory_bytes())
 
     def close(self) -> None:
         self._state.clear()

@@ -27,6 +27,22 @@ class Sleep:
 
 
 @dataclass(frozen=True)
+class SleepOnce:
+    """Take ``seconds`` the first time, and none from then on; return how often it was started."""
+
+    marker: Path
+    seconds: float
+    label: str = "sleep-once"
+
+    def run(self, state: dict[Any, Any]) -> int:
+        with self.marker.open("a") as stream:
+            stream.write(".")
+        times = len(self.marker.read_text())
+        time.sleep(self.seconds if times == 1 else 0.0)
+        return times
+
+
+@dataclass(frozen=True)
 class Fail:
     label: str
 

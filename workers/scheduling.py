@@ -1,0 +1,98 @@
+"""The decisions of a dispatcher, as functions of numbers."""
+
+import math
+from bisect import insort
+from dataclasses import dataclass
+from statistics import median
+
+FEWEST_FINISHED = 3  # tasks of a map before the others are measured by their median
+LEAST_STRAGGLER_S = 0.1  # below it a second worker would cost more than it could save
+PIPELINE_BELOW_S = 0.05  # median of tasks that are over before the next could be sent
+AHEAD = 8  # tasks a worker, from the next result to be yielded to the last task sent: bounds results that wait
+MOST_TICK_S, LEAST_TICK_S = 1.0, 0.02
+
+
+@dataclass(frozen=True)
+class Elasticity:
+    """How many workers a dispatcher may hold, and when it gives some back.
+
+    Without ``maximum`` there are as many as there is room for; ``idle_release_s`` is how long a worker beyond
+    ``minimum`` may have nothing to do.
+    """
+
+    minimum: int = 1
+    maximum: int | None = None
+    idle_release_s: float = 300.0
+    start_timeout_s: float = 300.0  # of the first worker of all
+
+    def ceiling(self, limit: int | None, capacity: int | None) -> int:
+        """Most workers now: at least one, or nothing would ever be done."""
+        room = self.maximum if self.maximum is not None else capacity
+        return max(1, min(n for n in (room, limit, 2**31) if n is not None))
+
+
+def wanted_workers(open_tasks: int, minimum: int, ceiling: int) -> int:
+    """Workers to hold with so many tasks waiting or running."""
+    return min(ceiling, max(minimum, open_tasks))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When a task counts as a straggler, and a worker as lost.
+
+    ``straggler_factor``: of the median time of its map's finished tasks. ``deadline_s``: of any task; a worker that has
+    not answered after twice as long is lost; in its first task it may also load what the others have in memory, for
+    ``loading_s``. ``max_retries``: of a task whose workers were lost.
+    """
+
+    straggler_factor: float = 3.0
+    deadline_s: float | None = None
+    loading_s: float = 300.0
+    max_retries: int = 3
+
+    def straggler_after(self, durations: "Durations") -> float:
+        """Seconds after which a task is sent out a second time; infinite while nothing is known."""
+        found = [math.inf]
+        if self.deadline_s is not None:
+            found.append(self.deadline_s)
+        if len(durations) >= FEWEST_FINISHED:
+            found.append(max(LEAST_STRAGGLER_S, self.straggler_factor * durations.median))
+        return min(found)
+
+    def gives_up_after(self, straggler_after: float, superseded: bool, warm: bool) -> float:
+        """Seconds after which a busy worker is replaced: one whose task is ``superseded``, another having finished it,
+        gets twice a straggler's time; ``warm`` are those that have finished a task before.
+        """
+        limit = math.inf if self.deadline_s is None else 2 * self.deadline_s
+        if superseded:
+            limit = min(limit, 2 * straggler_after)
+        return limit if warm else limit + self.loading_s
+
+
+class Durations:
+    """Seconds of finished tasks, in order."""
+
+    def __init__(self) -> None:
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, seconds: float) -> None:
+        insort(self._sorted, seconds)
+
+    @property
+    def median(self) -> float:
+        return median(self._sorted)
+
+    @property
+    def calls_per_worker(self) -> int:
+        """2, the next task sent before its worker is free, if tasks are so short that the wait for it would count."""
+        return 2 if len(self) >= FEWEST_FINISHED and self.median < PIPELINE_BELOW_S else 1
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks at who is late."""
+        if len(self) < FEWEST_FINISHED:
+            return MOST_TICK_S / 10
+        return min(MOST_TICK_S, max(LEAST_TICK_S, self.median / 10))
