@@ -1,0 +1,165 @@
+"""What docker/ ships is valid, asks for a token, publishes nothing beyond loopback and shows every metric."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from workers.metrics import COUNTERS, GAUGES, SECONDS, TAGS
+
+DOCKER = REPOSITORY / "docker"
+SCHEMA = json.loads((Path(__file__).parent / "kuberay-v1.schema.json").read_text())
+MANIFESTS = {"RayCluster": "raycluster.yaml", "RayJob": "rayjob.yaml"}
+COMPOSE = [["docker-compose"], ["docker", "compose"]]
+
+
+def call(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def compose_file() -> dict[str, Any]:
+    services: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    return services
+
+
+def pinned(package: str) -> str:
+    found = re.search(rf"^{package}==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    kind = {"RayCluster": "rayCluster", "RayJob": "rayJob"}[manifest["kind"]]
+    jsonschema.validate(manifest, {**SCHEMA, "$ref": f"#/$defs/{kind}"})
+
+
+def manifest(kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DOCKER / "kuberay" / MANIFESTS[kind]).read_text())
+    return found
+
+
+def cluster_spec(kind: str) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest(kind)["spec"]
+    return spec if kind == "RayCluster" else spec["rayClusterSpec"]
+
+
+def pod_specs(kind: str) -> list[dict[str, Any]]:
+    spec = cluster_spec(kind)
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+@pytest.mark.parametrize("command", COMPOSE, ids=" ".join)
+@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]], ids=["cpu", "gpu"])
+def test_compose_accepts_its_file(command: list[str], files: list[str]) -> None:
+    if not shutil.which(command[0]) or call(*command, "version").returncode:
+        pytest.skip(f"no {' '.join(command)} here")
+    named = [argument for file in files for argument in ("--file", str(DOCKER / file))]
+    done = call(*command, *named, "config", "--quiet")
+    assert done.returncode == 0, done.stderr
+
+
+def test_compose_publishes_to_loopback_alone_and_every_node_asks_for_the_token() -> None:
+    services = compose_file()["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert ports and all(port.startswith("127.0.0.1:") for port in ports)
+    for node in ("head", "worker"):
+        assert services[node]["environment"]["RAY_AUTH_MODE"] == "token"
+        assert services[node]["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray-token"
+        assert services[node]["secrets"] == ["ray-token"]
+    assert all(service["read_only"] and service["healthcheck"] for service in services.values())
+
+
+def test_the_token_of_the_compose_file_cannot_be_committed() -> None:
+    secret = DOCKER / compose_file()["secrets"]["ray-token"]["file"]
+    assert call("git", "check-ignore", "--quiet", str(secret)).returncode == 0
+
+
+def test_the_image_is_pinned_and_runs_as_an_ordinary_user() -> None:
+    lines = (DOCKER / "Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER ")] == ["USER ${UID}"]
+    installs = [line for line in lines if "pip install" in line]
+    assert installs and all("--constraint constraints.txt" in line or "'^torch=='" in line for line in installs)
+    copied = {line.split()[1] for line in lines if line.startswith("COPY ") and len(line.split()) == 3}
+    assert {"search", "evaluators", "workers", "quantizers", "exporters", "bitgenome", "models", "configs"} <= copied
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_manifests_have_the_published_fields_and_no_others(kind: str) -> None:
+    found = manifest(kind)
+    check_manifest(found)
+    for path, wrong in ((("spec",), "shutdownAfterFinish"), (("metadata",), "lables")):
+        broken = copy.deepcopy(found)
+        broken[path[0]][wrong] = True
+        with pytest.raises(jsonschema.ValidationError):
+            check_manifest(broken)
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_clusters_ask_for_a_token_scale_by_themselves_and_run_without_privileges(kind: str) -> None:
+    spec = cluster_spec(kind)
+    assert spec["authOptions"] == {"mode": "token"} and spec["enableInTreeAutoscaling"] is True
+    assert spec["rayVersion"] == pinned("ray")
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert all(group["minReplicas"] < group["maxReplicas"] for group in spec["workerGroupSpecs"])
+    for pod in pod_specs(kind):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert all(c["securityContext"]["capabilities"] == {"drop": ["ALL"]} for c in pod["containers"])
+
+
+def test_a_job_that_fails_is_tried_again_on_the_same_volume_and_leaves_no_cluster() -> None:
+    spec = manifest("RayJob")["spec"]
+    assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] > 0
+    shared = {"name": "runs", "persistentVolumeClaim": {"claimName": "bitgenome-runs"}}
+    mount = {"name": "runs", "mountPath": "/home/bitgenome/app/runs"}
+    for pod in pod_specs("RayJob"):
+        assert shared in pod["volumes"] and mount in pod["containers"][0]["volumeMounts"]
+    assert spec["entrypoint"].endswith(f"--set storage_path={mount['mountPath']}")
+
+
+def test_the_network_policy_covers_every_pod_and_lets_in_no_strangers() -> None:
+    claim, policy = yaml.safe_load_all((DOCKER / "kuberay" / "common.yaml").read_text())
+    assert claim["metadata"]["name"] == "bitgenome-runs"
+    chosen = policy["spec"]["podSelector"]["matchLabels"]
+    templates = [manifest("RayJob")["spec"]["submitterPodTemplate"]]
+    for kind in MANIFESTS:
+        spec = cluster_spec(kind)
+        templates += [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    assert all(chosen.items() <= template["metadata"]["labels"].items() for template in templates)
+    assert all(rule["from"] for rule in policy["spec"]["ingress"])
+
+
+def test_the_dashboard_shows_every_metric_by_run_and_can_choose_by_every_tag() -> None:
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "bitgenome.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    shown = " ".join(expressions)
+    for name in [*GAUGES, *(f"{counter}_total" for counter in COUNTERS), f"{SECONDS}_bucket"]:
+        assert f"ray_{name}{{" in shown, f"no panel shows {name}"
+    for expression in expressions:
+        assert re.search(r"by \(run(, le)?\)", expression), expression
+        assert all(f'{tag}=~"${tag}"' in expression for tag in TAGS), expression
+    assert [variable["name"] for variable in dashboard["templating"]["list"]] == list(TAGS)
+
+
+def test_the_dashboard_reads_the_provisioned_source() -> None:
+    source = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"][0]
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "bitgenome.json").read_text())
+    used = {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel["targets"]}
+    assert used == {source["uid"]}
+    provider = yaml.safe_load((DOCKER / "grafana/provisioning/dashboards/bitgenome.yaml").read_text())["providers"][0]
+    mounts = compose_file()["services"]["grafana"]["volumes"]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool here")
+def test_promtool_accepts_the_prometheus_configuration() -> None:
+    done = call("promtool", "check", "config", str(DOCKER / "prometheus" / "prometheus.yml"))
+    assert done.returncode == 0, done.stderr
