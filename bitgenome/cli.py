@@ -183,7 +183,10 @@ def main() -> None:
 
 
 def fail(sentence: str, code: int) -> NoReturn:
-    errors.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    if os.environ.get(LOG_JSON):
+        logging.getLogger("bitgenome").error(sentence)
+    else:
+        errors.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
     raise SystemExit(code)
 
 

@@ -23,6 +23,7 @@ import yaml
 
 from tests.bitgenome.conftest import Finished, Runs
 from tests.conftest import REPOSITORY
+from workers.worker_logs import LOG_JSON
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,6 +42,8 @@ class Live:
 
     finished: Finished
     storage: Path
+    session: Path  # of Ray
+    address: str  # of the cluster
     token: str
     prometheus: str
     dashboard: str
@@ -80,7 +83,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: str, ready: Any, seconds: float = 60.0) -> None:
+def wait_for(what: str, ready: Any, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"no {what} within {seconds:g} s"
@@ -143,12 +146,13 @@ def live(runs: Runs) -> Iterator[Live]:
         )  # fmt: skip
         assert finished.returncode == 0, finished.stderr
         places = (f"http://127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-        yield Live(finished, runs.storage, token, *places, begin, time.time())
+        session = folder / "session_latest"
+        yield Live(finished, runs.storage, session, f"127.0.0.1:{gcs}", token, *places, begin, time.time())
     finally:
         for process in started:
             process.terminate()
         for process in started:
-            process.wait(timeout=30)
+            process.wait(timeout=90)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -194,3 +198,14 @@ def test_the_driver_logs_nothing_but_json_with_run_and_generation(live: Live) ->
     generations = {record["generation"] for record in records if record["run"] == NAME}
     assert {*range(1, GENERATIONS + 1)} <= generations
     assert [line for line in live.finished.stderr.splitlines() if not line.startswith("{")] == []
+
+
+def test_workers_log_json_that_names_run_and_generation(live: Live) -> None:
+    driver = [sys.executable, "-m", "tests.workers.logged_task", live.address, "logged"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": live.token, LOG_JSON: "1"}
+    subprocess.run(driver, env=environment, cwd=REPOSITORY, check=True, capture_output=True)
+    logs = [path.read_text() for path in (live.session / "logs").glob("worker-*.err")]
+    (line,) = [line for text in logs for line in text.splitlines() if "said by a worker" in line]
+    record = json.loads(line)
+    assert (record["message"], record["levelname"]) == ("said by a worker", "WARNING")
+    assert (record["actor_name"], record["task_name"]) == ("bitgenome:logged:worker-1", "eval[g7 search 1/1]")

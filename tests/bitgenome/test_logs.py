@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitgenome.logs import GENERATION, RUN, JsonFormatter, log_file
+from tests.bitgenome.conftest import Runs
 
 log = logging.getLogger("bitgenome.test")
 
@@ -50,3 +51,11 @@ def test_the_log_of_a_run_stays_lines_and_says_the_generation(third_generation: 
     log.info("outside")
     lines = [line.split(" ", 2)[2] for line in (tmp_path / "events.log").read_text().splitlines()]
     assert lines == ["INFO bitgenome.test [stdlib-6m g3] inside", "INFO bitgenome.test afterwards"]
+
+
+def test_with_json_a_users_mistake_is_an_error_record(runs: Runs, tmp_path: Path) -> None:
+    done = runs.call("--log-json", "plan", tmp_path / "missing.yaml")
+    (line,) = done.stderr.splitlines()
+    fields = json.loads(line)
+    assert done.returncode == 2 and fields["levelname"] == "ERROR"
+    assert fields["message"].startswith("expected a configuration file, found nothing at")

@@ -90,6 +90,8 @@ def test_the_image_is_pinned_and_runs_as_an_ordinary_user() -> None:
     assert installs and all("--constraint constraints.txt" in line or "'^torch=='" in line for line in installs)
     copied = {line.split()[1] for line in lines if line.startswith("COPY ") and len(line.split()) == 3}
     assert {"search", "evaluators", "workers", "quantizers", "exporters", "bitgenome", "models", "configs"} <= copied
+    sent = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied | {"pyproject.toml", "README.md", "LICENSE"} == sent
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
