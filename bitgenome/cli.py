@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
+from bitgenome.batch_command import batch
 from bitgenome.logs import log_handler
 from search.errors import UserError
 from workers.errors import TaskError, WorkersLostError
@@ -141,6 +142,9 @@ def sensitivity(
         )
         raise typer.Exit(130) from None
     show_comparison(frame, path, console)
+
+
+app.command()(batch)
 
 
 def execute(config: "RunConfig") -> None:

@@ -39,18 +39,24 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(f"expected --set KEY=VALUE, found {override!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
+    set_key(data, key, parsed, f"--set {key}")
+
+
+def set_key(data: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set one dotted key in place; setting one kind of budget replaces another. ``source`` names it in errors."""
     *parents, last = key.split(".")
     section = data
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise UserError(f"expected a section {parent!r} for --set {key}, found a value")
+            raise UserError(f"expected a section {parent!r} for {source}, found a value")
     if parents == ["budget"]:
         section.clear()
-    try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
+    section[last] = value
 
 
 def parse_section(kind: type[S], data: Any, source: str) -> S:

@@ -53,23 +53,34 @@ class RunDirectory:
             yield directory
 
     @classmethod
+    def find(cls, config: RunConfig) -> "RunDirectory | None":
+        """The directory of ``config`` if something was evaluated in it.
+
+        Raises UserError if it belongs to another configuration, naming the keys that differ.
+        """
+        path = config.storage_path / config.name
+        if not ((path / "run.json").is_file() and (path / EVALUATIONS_FILE).is_file()):
+            return None
+        existing = cls.open(path)
+        differing = differing_keys(existing.config.result_keys(), config.result_keys())
+        if differing:
+            raise UserError(
+                f"expected {path} to be a run of this configuration, found one that differs in "
+                f"{', '.join(differing)}: choose another name, or resume it with: bitgenome resume {path}"
+            )
+        return existing
+
+    @classmethod
     def create(cls, config: RunConfig) -> "RunDirectory":
         """The directory of ``config``, new or continued; one that has evaluated nothing yet is begun anew.
 
         Raises UserError if it belongs to another configuration, naming the keys that differ.
         """
-        path = config.storage_path / config.name
-        if (path / "run.json").is_file() and (path / EVALUATIONS_FILE).is_file():
-            existing = cls.open(path)
-            differing = differing_keys(existing.config.result_keys(), config.result_keys())
-            if differing:
-                raise UserError(
-                    f"expected {path} to be a run of this configuration, found one that differs in "
-                    f"{', '.join(differing)}: choose another name, or resume it with: bitgenome resume {path}"
-                )
+        if existing := cls.find(config):
             existing.record["config"] = config.model_dump(mode="json")  # workers and places may have changed
             existing.save()
             return existing
+        path = config.storage_path / config.name
         try:
             path.mkdir(parents=True, exist_ok=True)
             for stale in (SENSITIVITY_FILE, GENE_GROUPS_FILE):  # of an attempt that got no further

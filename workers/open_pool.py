@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from workers.cluster_access import admitted_address
 from workers.pool import Pool, SerialPool
 from workers.scheduling import Elasticity, Patience
+
+if TYPE_CHECKING:
+    from workers.ray_cluster import Placement
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,29 @@ def open_pool(settings: WorkerSettings, run: str = "pool") -> Pool:
     """Workers are named after ``run``. Raises ClusterError (one sentence) if the cluster is not there or too small."""
     if settings.ray == "off":
         return SerialPool(settings.cpus_per_worker)
+    join_cluster(settings)
+    from workers.ray_pool import RayPool  # noqa: PLC0415 - ray takes seconds to import
+
+    placement = placement_of(settings)
+    return RayPool(placement, settings.elasticity, settings.patience, threads=settings.cpus_per_worker, run=run)
+
+
+def join_cluster(settings: WorkerSettings) -> None:
+    """Join the cluster of ``settings``, or start one. Raises ClusterError if it is not there or does not let us in."""
     address = admitted_address(settings.ray, settings.insecure)
-    from workers.ray_cluster import Placement, connect, has_accelerators  # noqa: PLC0415 - ray takes seconds to import
-    from workers.ray_pool import RayPool  # noqa: PLC0415
+    from workers.ray_cluster import connect  # noqa: PLC0415 - only now, see admitted_address
 
     connect(address)
+
+
+def placement_of(settings: WorkerSettings) -> "Placement":
+    """What a worker takes of the cluster that was joined."""
+    from workers.ray_cluster import Placement, has_accelerators  # noqa: PLC0415
+
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if has_accelerators() else 0.0
-    placement = Placement(settings.cpus_per_worker, gpus, settings.resources)
-    return RayPool(placement, settings.elasticity, settings.patience, threads=settings.cpus_per_worker, run=run)
+    return Placement(settings.cpus_per_worker, gpus, settings.resources)
 
 
 def close_cluster() -> None:

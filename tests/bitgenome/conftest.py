@@ -26,6 +26,17 @@ SMALL = {
     "healing": {"steps": 6, "batch_tokens": 512, "learning_rate": 0.003},
     "workers": {"ray": "local", "count": 2},
 }
+LITTLE = {  # of everything, where the figures do not matter
+    "model": str(EMBEDDED),
+    "levels": ["W2", "W4"],
+    "text": {
+        "splits": str(EMBEDDED / "splits.json"),
+        "window": 64,
+        "tokens": {"calibration": 1024, "sensitivity": 128, "search": 128, "validation": 128, "test": 256},
+    },
+    "search": {"population": 4, "generations": 2, "elites": 2, "brood": 4, "validation_candidates": 2},
+    "healing": {"enabled": "off"},
+}
 
 
 Finished = subprocess.CompletedProcess[str]

@@ -12,7 +12,8 @@ from search.strategies.genetic import GeneticSettings
 from tests.bitgenome.conftest import Runs
 from tests.conftest import REPOSITORY
 
-CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if not p.name.startswith("study-"))
+FILES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in FILES if not path.name.startswith("study-") and path.parent.name != "batch"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -1,0 +1,249 @@
+"""A batch: runs as processes of their own, a few at a time, on one cluster whose workers they share fairly."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import yaml
+from rich.console import Console
+
+from bitgenome.batch_config import BatchRun
+from bitgenome.batch_results import summary, write_results
+from bitgenome.batch_state import RunState, Stage
+from bitgenome.batch_view import BatchView
+from bitgenome.end_with_parent import GRACE_S
+from bitgenome.lease import Lease
+from bitgenome.worker_limit import write_limit
+from search.errors import UserError
+from search.files import atomic_write_json, atomic_write_text
+from workers.open_pool import WorkerSettings
+from workers.shared_cluster import SharedCluster
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+BATCH_FILE = "batch.json"
+LOGS, CONFIGS = "logs", "configs"  # folders of a batch's directory
+CHILD = "bitgenome.end_with_parent"  # the module that runs are started with
+POLL_S = 0.5
+PREPARED = (Stage.SEARCHING, Stage.FINISHING, Stage.FINISHED)
+STOP_S = 60.0  # for the checkpoints of runs that are told to stop
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """How a batch is to be run."""
+
+    name: str
+    most: int | None = None  # runs at a time; by default as many as there are workers and CPUs
+    resume: bool = False
+
+
+def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> tuple[Path, pd.DataFrame]:
+    """Run all that have no result yet; the batch's directory, and a row a run. Runs that fail do so alone.
+
+    Raises UserError for a batch that was begun, unless it is to be resumed, and for one that another process runs.
+    """
+    path = runs[0].config.storage_path / f"batch-{order.name}"
+    if any(run.directory == path for run in runs):
+        raise UserError(f"expected runs with other names than their batch's directory, found a run named {path.name}")
+    states = begin(runs, path, order.resume)
+    with Lease(path, f"the batch {path}"):
+        make_directory(runs, path)
+        wait_for_orphans(path)
+        view = BatchView(states, console)
+
+        def changed(state: RunState) -> None:
+            """Results are there from the first run that ends."""
+            said = ""
+            if not state.live:
+                frame = write_results(path, order.name, states)
+                said = summary(frame[frame.name == state.name].to_dict("records")[0])
+            view.changed(state, said)
+
+        view.begun()
+        if any(state.stage is Stage.WAITING for state in states):
+            cluster = open_cluster(runs)
+            try:
+                with view.shown():
+                    Batch(path, states, cluster, order.most, changed).run()
+            finally:
+                if cluster:
+                    cluster.close()
+        return path, write_results(path, order.name, states)
+
+
+def open_cluster(runs: Sequence[BatchRun]) -> SharedCluster | None:
+    """The cluster of all runs; None where each is one process. Raises ClusterError."""
+    settings = worker_settings(runs[0])
+    return None if settings.ray == "off" else SharedCluster(settings)
+
+
+def begin(runs: Sequence[BatchRun], path: Path, resume: bool) -> list[RunState]:
+    """The runs, those that have a result finished. Raises UserError for a batch that was begun, unless ``resume``."""
+    states = [RunState(run, path / LOGS / f"{run.name}.log") for run in runs]
+    for state in states:
+        if state.run.finished:
+            state.stage = Stage.FINISHED
+    left = sum(state.stage is not Stage.FINISHED for state in states)
+    if left and (path / BATCH_FILE).is_file() and not resume:
+        raise UserError(
+            f"expected a new batch, found {path} with {left} of {len(states)} runs unfinished: continue it with "
+            "--resume, or give this one another --name"
+        )
+    return states
+
+
+def make_directory(runs: Sequence[BatchRun], path: Path) -> None:
+    """Folders and record of a batch. Raises UserError if they cannot be written."""
+    try:
+        for folder in (LOGS, CONFIGS):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected to create the batch's directory {path}, found {error.strerror}") from None
+    record = {
+        "schema": SCHEMA,
+        "runs": [{"name": r.name, "source": str(r.source), "config_digest": r.config.digest} for r in runs],
+    }
+    atomic_write_json(path / BATCH_FILE, record)
+
+
+def wait_for_orphans(path: Path) -> None:
+    """Wait for runs of an earlier process of this batch that was killed: they end by themselves."""
+    found = [process for process in psutil.process_iter(["cmdline"]) if is_child(process.info["cmdline"] or [], path)]
+    if found:
+        log.info("waiting for %d runs of a batch that was killed to end", len(found))
+        psutil.wait_procs(found, timeout=2 * GRACE_S)
+
+
+def is_child(command: Sequence[str], path: Path) -> bool:
+    """Whether a command line is that of a run of the batch at ``path``."""
+    return CHILD in command and str((path / CONFIGS).absolute()) in {str(Path(part).parent) for part in command}
+
+
+@dataclass
+class Batch:
+    """Runs every state that is waiting; ``changed`` is told of each that changes."""
+
+    path: Path
+    states: Sequence[RunState]
+    cluster: SharedCluster | None  # None: every run is one process
+    most: int | None  # runs at a time
+    changed: Callable[[RunState], None]
+    _live: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by name, the oldest first
+    _shares: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Until no run is waiting or live; an interrupt first stops the live ones in order."""
+        try:
+            while self._start_what_fits() or self._live:
+                self._share()
+                time.sleep(POLL_S)
+                self._look()
+        finally:
+            self._stop()
+
+    def _start_what_fits(self) -> bool:
+        """Start runs while there is room; whether any was started."""
+        started = False
+        while len(self._live) < self._room() and (state := self._next()):
+            self._share(state)
+            self._start(state)
+            started = True
+        return started
+
+    def _room(self) -> int:
+        """How many runs there may be at a time."""
+        cpus = os.cpu_count() or 1
+        settings = [worker_settings(state.run) for state in self.states]
+        if self.cluster is None:
+            room = max(1, cpus // max(s.cpus_per_worker for s in settings))
+            return self.most or room
+        room = min(self.cluster.room(s) for s in settings)
+        return min(self.most or cpus, room)
+
+    def _next(self) -> RunState | None:
+        """The first that waits, and not for another one to prepare what both need."""
+        preparing = {s.run.preparation for s in self.states if s.stage is Stage.PREPARING}
+        prepared = {s.run.preparation for s in self.states if s.stage in PREPARED}
+        waiting = (s for s in self.states if s.stage is Stage.WAITING)
+        return next((s for s in waiting if s.run.preparation not in preparing - prepared), None)
+
+    def _share(self, newcomer: RunState | None = None) -> None:
+        """Divide the cluster's workers among the live runs and the one about to start; the oldest get what is over."""
+        if self.cluster is None:
+            return
+        runs = [*(state.run for state in self._live_states()), *([newcomer.run] if newcomer else [])]
+        for place, run in enumerate(runs):
+            share, over = divmod(self.cluster.room(worker_settings(run)), len(runs))
+            most = max(1, share + (place < over))
+            if self._shares.get(run.name) != most:
+                run.directory.mkdir(parents=True, exist_ok=True)
+                write_limit(run.directory, most)
+                self._shares[run.name] = most
+
+    def _live_states(self) -> list[RunState]:
+        by_name = {state.name: state for state in self.states}
+        return [by_name[name] for name in self._live]
+
+    def _start(self, state: RunState) -> None:
+        config = (self.path / CONFIGS / f"{state.name}.yaml").absolute()
+        atomic_write_text(config, yaml.safe_dump(self._settings(state.run), sort_keys=False))
+        environment = {**os.environ, **(self.cluster.environment if self.cluster else {})}
+        command = [sys.executable, "-m", CHILD, str(os.getpid()), "run", str(config)]
+        with state.log.open("wb") as stream:
+            self._live[state.name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,  # Ctrl-C comes to this process, which stops the runs in order
+            )  # fmt: skip
+        state.stage = Stage.PREPARING
+        self.changed(state)
+
+    def _settings(self, run: BatchRun) -> dict[str, Any]:
+        """The run's configuration for its own process, which joins the batch's cluster."""
+        settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
+        if settings["workers"]["ray"] == "local":
+            settings["workers"]["ray"] = "auto"
+        return settings
+
+    def _look(self) -> None:
+        """What the live runs have done, and which of them have ended."""
+        for state in self._live_states():
+            code = self._live[state.name].poll()
+            if code is None:
+                if state.refresh():
+                    self.changed(state)
+                continue
+            del self._live[state.name]
+            self._shares.pop(state.name, None)
+            state.end(code)
+            self.changed(state)
+
+    def _stop(self) -> None:
+        """Tell live runs to stop, and wait for their checkpoints; a second interrupt or too long a wait kills them."""
+        if not self._live:
+            return
+        log.info("stopping %d runs", len(self._live))
+        for process in self._live.values():
+            process.terminate()
+        deadline = time.monotonic() + STOP_S
+        try:
+            for process in self._live.values():
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in self._live.values():
+                process.kill()
+                process.wait()
+        self._live.clear()
+
+
+def worker_settings(run: BatchRun) -> WorkerSettings:
+    return WorkerSettings(**run.config.workers.model_dump())

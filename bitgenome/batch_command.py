@@ -1,0 +1,51 @@
+"""``bitgenome batch``: several searches at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from search.errors import UserError
+
+console = Console(highlight=False)
+errors = Console(stderr=True)
+
+
+def batch(
+    configs: Annotated[list[Path], typer.Argument(help="YAML files of a run each, or with a matrix of runs")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting of all runs")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the batch; by default its file's, or its files' folder's")
+    ] = None,
+    most: Annotated[int | None, typer.Option("--max-parallel", min=1, help="Runs at a time")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a batch; what is finished stays")] = False,
+) -> None:
+    """Run several searches on one cluster: they share banks, sensitivities and workers, and end in one table."""
+    from bitgenome.batch import BatchOrder, run_batch  # noqa: PLC0415 - commands import what they need: fast start
+    from bitgenome.batch_config import load_batch  # noqa: PLC0415
+    from bitgenome.batch_results import show_results  # noqa: PLC0415
+
+    called = name or batch_name(configs)
+    order = BatchOrder(called, most, resume)
+    try:
+        path, frame = run_batch(load_batch(configs, overrides or ()), order, console)
+    except KeyboardInterrupt:
+        again = " ".join([*map(str, configs), *(f"--set {o}" for o in overrides or ()), f"--name {called} --resume"])
+        errors.print(f"interrupted; nothing is lost. Continue with: bitgenome batch {again}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    show_results(frame, path, console)
+    failed = frame[frame.stage == "failed"].name.tolist()
+    if failed:
+        errors.print(f"{len(failed)} of {len(frame)} runs failed: {', '.join(failed)}", soft_wrap=True, markup=False)
+        raise typer.Exit(1)
+
+
+def batch_name(configs: list[Path]) -> str:
+    """Of one file its name, of several their folder's. Raises UserError where they lie in several folders."""
+    if len(configs) == 1:
+        return configs[0].stem
+    folders = {path.absolute().parent for path in configs}
+    if len(folders) > 1:
+        raise UserError(f"expected --name for files of several folders, found {', '.join(map(str, sorted(folders)))}")
+    return folders.pop().name
