@@ -21,7 +21,7 @@ from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
 from search.files import atomic_write_json, atomic_write_text
-from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, rank, run_search, with_table_rung
+from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, run_search, with_table_rung
 from search.seeds import reference_genomes, seed_genomes
 from search.strategies.factory import STRATEGIES, make_strategy
 from search.types import Evaluation, Fidelity, Genome
@@ -55,7 +55,7 @@ def pool_evaluate(
         ordered = tuple(sorted(genomes))
         size = -(-len(ordered) // (pool.size * -(-len(ordered) // (pool.size * MOST_TOGETHER))))
         parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-        best = sorted(archive.at(fidelity), key=rank)[:KEPT_GENOMES] if archive else ()
+        best = archive.best(fidelity, KEPT_GENOMES) if archive else ()
         keep = tuple(evaluation.genome for evaluation in best)
         place = f"g{generation} {fidelity.split}" if (generation := GENERATION.get()) else fidelity.split
         tasks = [

@@ -73,11 +73,11 @@ def run_search(
         strategy.tell([found[genome] for genome in genomes], [found[genome] for genome in incumbents])
         generation += 1
         if on_progress is not None:
-            seen = len({evaluation.genome for evaluation in log if evaluation.split == ladder.split})
-            best = min(log.at(ladder.fidelities(generation - 1)[-1]), key=rank)
+            seen = log.genomes(ladder.split)
+            (best,) = log.best(ladder.fidelities(generation - 1)[-1], 1)
             expected, found_out = strategy.expected_evaluations, strategy.diagnostics
             on_progress(Progress(generation, seen, expected, best, found_out, log.answered))
-        checkpoint.save({"generation": generation, "strategy": strategy.state_dict()})
+        checkpoint.save({"generation": generation, "strategy": strategy.state_dict(checkpoint.told.batches)})
     return _best(log.at(ladder.fidelities(max(0, generation - 1))[-1]))
 
 

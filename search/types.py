@@ -1,7 +1,8 @@
 """The words of a search: gene, genome, space, budget, evaluation and the strategy protocol."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from math import inf, isfinite, nan, prod
 from typing import Any, NamedTuple, Protocol
 
@@ -81,7 +82,7 @@ class SearchSpace:
                 raise ValueError(f"choice {choice} of gene {gene.name} is not in 0..{len(gene.formats) - 1}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fidelity:
     """Which text an evaluation reads, if any. Losses of different fidelity are never ranked together.
 
@@ -93,7 +94,13 @@ class Fidelity:
     draw: int = 0  # number of the seeded random order that the split's windows are taken in; 0: as they are
 
 
-@dataclass(frozen=True)
+@lru_cache(maxsize=1024)
+def fidelity_of(split: str, tokens: int, draw: int) -> Fidelity:
+    """One object for all evaluations on a text."""
+    return Fidelity(split, tokens, draw)
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """What was measured of one genome."""
 
@@ -112,11 +119,12 @@ class Evaluation:
 
     @property
     def fidelity(self) -> Fidelity:
-        return Fidelity(self.split, self.tokens, self.draw)
+        return fidelity_of(self.split, self.tokens, self.draw)
 
     def to_json(self) -> dict[str, Any]:
         """Strict JSON: a number that is not finite becomes null, and NaN when it is read again."""
-        record = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(self).items()}
+        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        record = {name: None if isinstance(v, float) and not isfinite(v) else v for name, v in values}
         return {**record, "genome": list(self.genome), "window_kl": list(self.window_kl)}
 
     @classmethod
@@ -145,12 +153,13 @@ class Scored(NamedTuple):
         return cls(evaluation.genome, loss, evaluation.fidelity)
 
     def to_json(self) -> list[Any]:
-        return [list(self.genome), self.loss if isfinite(self.loss) else None, list(astuple(self.fidelity))]
+        text = [self.fidelity.split, self.fidelity.tokens, self.fidelity.draw]
+        return [list(self.genome), self.loss if isfinite(self.loss) else None, text]
 
     @classmethod
     def from_json(cls, record: Sequence[Any]) -> "Scored":
         genome, loss, fidelity = record
-        return cls(tuple(genome), inf if loss is None else loss, Fidelity(*fidelity))
+        return cls(tuple(genome), inf if loss is None else loss, fidelity_of(*fidelity))
 
 
 class Strategy(Protocol):
@@ -180,8 +189,8 @@ class Strategy(Protocol):
     def diagnostics(self) -> dict[str, Any]:
         """Figures on the last batch told, JSON-serializable: how the strategy's own predictions of it held, if any."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-serializable state, with the random state."""
+    def state_dict(self, since: int = 0) -> dict[str, Any]:
+        """JSON-serializable state, with the random state; of what was told, only the batches from ``since`` on."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken."""

@@ -77,17 +77,18 @@ class BatchStrategy(ABC):
         """Figures on the last batch told; {} for a strategy that predicts nothing."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-serializable state, with the random state."""
+    def state_dict(self, since: int = 0) -> dict[str, Any]:
+        """JSON-serializable state, with the random state; of what was told, only the batches from ``since`` on."""
         return {
             "strategy": type(self).__name__,
             "rng": rng_to_json(self.rng),
-            "told": [[scored.to_json() for scored in batch] for batch in self.told],
+            "told_before": since,
+            "told": [[scored.to_json() for scored in batch] for batch in self.told[since:]],
             "batch": None if self._batch is None else [list(genome) for genome in self._batch],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken. Raises ValueError for another strategy's state."""
+        """Continue exactly where a whole ``state_dict`` was taken. Raises ValueError for another strategy's state."""
         self._check_name(state)
         self._reset()
         for batch in self._batches_of(state):

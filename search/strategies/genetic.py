@@ -140,8 +140,8 @@ class GeneticStrategy(BatchStrategy):
             "screened": score.screened,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"screening": self._screening.state_dict()}
+    def state_dict(self, since: int = 0) -> dict[str, Any]:
+        return super().state_dict(since) | {"screening": self._screening.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

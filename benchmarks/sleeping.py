@@ -1,0 +1,59 @@
+"""Evaluations that sleep: what the driver does beside them is real. Imports little, as it runs in many processes."""
+
+import random
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from search.types import Evaluation, Fidelity, Genome
+
+WINDOWS = 16  # of 512 tokens
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of an evaluation: normal around ``mean`` by ``variation`` of it; some straggle, wherever they run."""
+
+    mean: float
+    variation: float = 0.2
+    stragglers: float = 0.0  # share of evaluations
+    times: float = 10.0  # as long, for a straggler
+
+    def seconds(self, genome: Genome, luck: random.Random) -> float:
+        """What the genome costs is its own; whether its worker straggles is ``luck``."""
+        own = random.Random(repr(genome)).gauss(1.0, self.variation)
+        return self.mean * max(0.1, own) * (self.times if luck.random() < self.stragglers else 1.0)
+
+
+@dataclass(frozen=True)
+class SleepGenomes:
+    """Pool task in the place of EvaluateGenomes; ``ballast`` is as large as the setup that travels with that."""
+
+    ballast: Any
+    table: tuple[tuple[float, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    pace: Pace
+    genomes: tuple[Genome, ...]
+    fidelity: Fidelity
+    label: str
+
+    def run(self, state: dict[Any, Any]) -> list[Evaluation]:
+        luck = state.setdefault("luck", random.Random())
+        if self.pace.mean:
+            time.sleep(sum(self.pace.seconds(genome, luck) for genome in self.genomes))
+        return [self._evaluation(genome) for genome in self.genomes]
+
+    def _evaluation(self, genome: Genome) -> Evaluation:
+        loss = _total(self.table, genome) * (1 + 0.01 * (zlib.crc32(repr(genome).encode()) / 2**32 - 0.5))
+        windows = tuple(loss * (0.5 + (w + 0.5) / WINDOWS) for w in range(WINDOWS))
+        size = int(_total(self.sizes, genome))
+        return Evaluation(
+            genome, loss, loss, loss, 1.0, loss, size, self.fidelity.split, self.fidelity.tokens, self.pace.mean,
+            self.fidelity.draw, windows,
+        )  # fmt: skip
+
+
+def _total(values: Sequence[Sequence[float]], genome: Genome) -> float:
+    return sum(row[choice] for row, choice in zip(values, genome, strict=True))
