@@ -38,12 +38,17 @@ class SleepGenomes:
     genomes: tuple[Genome, ...]
     fidelity: Fidelity
     label: str
+    generation: int = 0
 
-    def run(self, state: dict[Any, Any]) -> list[Evaluation]:
+    def run(self, state: dict[Any, Any]) -> tuple[list[Evaluation], float | None]:
+        """Evaluations, and how long the worker waited for this task, if it ran one of the same generation before."""
+        waited = time.monotonic() - state["ended"] if state.get("generation") == self.generation else None
         luck = state.setdefault("luck", random.Random())
         if self.pace.mean:
             time.sleep(sum(self.pace.seconds(genome, luck) for genome in self.genomes))
-        return [self._evaluation(genome) for genome in self.genomes]
+        found = [self._evaluation(genome) for genome in self.genomes]
+        state |= {"generation": self.generation, "ended": time.monotonic()}
+        return found, waited
 
     def _evaluation(self, genome: Genome) -> Evaluation:
         loss = _total(self.table, genome) * (1 + 0.01 * (zlib.crc32(repr(genome).encode()) / 2**32 - 0.5))

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from workers.pool import Pool
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.json"
+PARTS_PER_WORKER = 4  # most, that a generation is divided into for balance
+SHARING = 8  # genomes of a part that share nearly all they could
 GENERATIONS_FILE = "generations.jsonl"
 
 
@@ -40,6 +42,19 @@ class SearchResult:
     winner: Winner
     seeds: dict[str, Genome]
     strategy: str
+
+
+def divided(genomes: Sequence[Genome], workers: int) -> list[tuple[Genome, ...]]:
+    """Neighbours in ``genomes`` together, in parts that differ by one genome at most.
+
+    A few parts a worker keep all of them busy to the end; parts of fewer than SHARING genomes would share less than
+    that gains (benchmarks/load.py).
+    """
+    count = len(genomes)
+    balanced = min(PARTS_PER_WORKER, count // (workers * SHARING)) if workers > 1 else 1
+    parts = min(count, workers * max(1, balanced, -(-count // (workers * MOST_TOGETHER))))
+    bounds = [part * count // parts for part in range(parts + 1)]
+    return [tuple(genomes[start:end]) for start, end in pairwise(bounds)]
 
 
 def pool_evaluate(
@@ -53,8 +68,7 @@ def pool_evaluate(
 
     def evaluate(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
         ordered = tuple(sorted(genomes))
-        size = -(-len(ordered) // (pool.size * -(-len(ordered) // (pool.size * MOST_TOGETHER))))
-        parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        parts = divided(ordered, pool.size)
         best = archive.best(fidelity, KEPT_GENOMES) if archive else ()
         keep = tuple(evaluation.genome for evaluation in best)
         place = f"g{generation} {fidelity.split}" if (generation := GENERATION.get()) else fidelity.split

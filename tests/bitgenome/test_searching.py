@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bitgenome.searching import show_progress
+from bitgenome.memory import MOST_TOGETHER
+from bitgenome.searching import divided, show_progress
 from search.loop import Progress
 from search.types import Evaluation
 
@@ -30,3 +31,26 @@ def test_a_generation_told_again_replaces_its_line(tmp_path: Path) -> None:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(record["generation"], record["best_loss"]) for record in records] == [(1, 3.0), (2, 1.0), (3, None)]
     assert all(record["surrogate_correlation"] == 0.834 and record["screened"] for record in records)
+
+
+@pytest.mark.parametrize(
+    ("genomes", "workers", "sizes"),
+    [
+        (20, 1, [20]),
+        (20, 2, [10, 10]),
+        (64, 2, [8] * 8),
+        (64, 64, [1] * 64),
+        (5, 8, [1] * 5),
+        (10, 4, [2, 3, 2, 3]),
+        (512, 64, [8] * 64),
+        (70, 1, [23, 23, 24]),
+    ],
+)
+def test_a_generation_is_divided_evenly_into_parts_that_still_share(
+    genomes: int, workers: int, sizes: list[int]
+) -> None:
+    ordered = [(n,) for n in range(genomes)]
+    parts = divided(ordered, workers)
+    assert [len(part) for part in parts] == sizes
+    assert [genome for part in parts for genome in part] == ordered
+    assert max(sizes) <= MOST_TOGETHER

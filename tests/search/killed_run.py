@@ -37,12 +37,13 @@ class DyingStream:
     def __init__(self, stream, left: int) -> None:  # type: ignore[no-untyped-def]
         self._stream, self._left = stream, left
 
-    def write(self, data: bytes) -> None:
-        self._stream.write(data[: self._left])
+    def write(self, data: bytes) -> int:
+        written: int = self._stream.write(data[: self._left])
         self._left -= len(data)
         if self._left < 0:
             self._stream.flush()
             os._exit(9)
+        return written
 
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
         return getattr(self._stream, name)

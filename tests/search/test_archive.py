@@ -110,6 +110,44 @@ def test_a_checkpoint_comes_back_and_none_is_none(tmp_path: Path) -> None:
     assert checkpoint.load() == {"generation": 3}
 
 
+def test_what_was_told_is_written_once_and_what_is_behind_the_checkpoint_does_not_count(tmp_path: Path) -> None:
+    def state(since: int, *batches: int) -> dict[str, object]:
+        return {"strategy": {"told_before": since, "told": [[batch] for batch in batches]}}
+
+    checkpoint = Checkpoint(tmp_path / "checkpoint.json", "abc")
+    checkpoint.save(state(0, 1, 2))
+    checkpoint.save(state(2, 3))
+    text = (tmp_path / "checkpoint.json").read_bytes()
+    checkpoint.save(state(3, 4))
+    (tmp_path / "checkpoint.json").write_bytes(text)  # as if the last one had died in between
+    resumed = Checkpoint(tmp_path / "checkpoint.json", "abc")
+    assert resumed.load() == state(0, 1, 2, 3)
+    resumed.save(state(3, 5))
+    assert (tmp_path / "checkpoint-told.jsonl").read_text() == "[1]\n[2]\n[3]\n[5]\n"
+    (tmp_path / "checkpoint-told.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match="expected 4 batches in 16 bytes of .*, found 1"):
+        Checkpoint(tmp_path / "checkpoint.json", "abc").load()
+
+
+def test_a_checkpoint_that_holds_what_was_told_itself_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.json"
+    old = {"generation": 2, "strategy": {"told": [[1], [2]]}}
+    path.write_text(json.dumps({"schema_version": 2, "digest": "abc", "state": old}))
+    checkpoint = Checkpoint(path, "abc")
+    assert checkpoint.load() == old
+    assert checkpoint.told.batches == 0  # the next save writes all
+
+
+def test_the_best_of_a_text_come_in_order_without_the_others(tmp_path: Path) -> None:
+    log = EvaluationLog(tmp_path / "evaluations.jsonl")
+    for number, loss in enumerate((0.5, math.nan, 0.1, 0.3, 0.2)):
+        log.append(replace(FIRST, genome=(number,), loss=loss))
+    log.append(replace(FIRST, genome=(9,), loss=0.01, tokens=FIRST.tokens + 1))
+    assert [e.genome for e in log.best(FIRST.fidelity, 3)] == [(2,), (4,), (3,)]
+    assert [e.genome for e in log.best(FIRST.fidelity, 9)] == [(2,), (4,), (3,), (0,), (1,)]
+    assert (log.genomes(FIRST.split), log.genomes("test")) == (6, 0)
+
+
 def test_a_checkpoint_of_another_configuration_or_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.json"
     Checkpoint(path, "abc").save({})
