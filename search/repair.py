@@ -32,6 +32,7 @@ class Repair:
         smallest = self.moves.file_bytes(space.smallest())
         if smallest > budget.file_bytes:
             raise ValueError(f"budget of {budget.file_bytes:,} bytes is below the smallest file ({smallest:,} bytes)")
+        self._most = np.array([len(gene.formats) - 1 for gene in space.genes])
         self._slack_allowed = int(TOLERANCE * budget.file_bytes)
         self._reachable: ReachableSizes | None = None
 
@@ -45,7 +46,9 @@ class Repair:
 
     def __call__(self, genome: Genome, rng: random.Random) -> Genome:
         """A feasible genome close to ``genome``, which itself comes back if it is feasible and tight."""
-        self.space.check(genome)
+        values = np.asarray(genome)
+        if values.shape != self._most.shape or ((values < 0) | (values > self._most)).any():
+            self.space.check(genome)
         if self.is_tight(genome):
             return genome
         noise = self.moves.noise(rng, TEMPERATURE)

@@ -81,12 +81,12 @@ class Individual(list[int]):
 
 
 @contextmanager
-def global_random(rng: random.Random) -> Iterator[None]:
-    """DEAP draws from the global random: lend it ``rng``, then give everybody else their state back."""
+def global_random(rng: random.Random) -> Iterator[random.Random]:
+    """DEAP draws from the global random, which is ``rng`` here; everybody else then gets their state back."""
     saved = random.getstate()
     random.setstate(rng.getstate())
     try:
-        yield
+        yield random.random.__self__  # type: ignore[attr-defined]
     finally:
         rng.setstate(random.getstate())
         random.setstate(saved)
@@ -185,18 +185,23 @@ class GeneticStrategy(BatchStrategy):
     def _generation(self) -> list[Genome]:
         """Offspring for all places but the immigrants', the most promising of each brood."""
         places = self.settings.population - self.settings.immigrants
-        brood = self._new_ones(self._breed, places * self.settings.brood)
+        own = self.rng
+        with global_random(own) as self.rng:
+            brood = self._new_ones(self._breed, places * self.settings.brood)
+        self.rng = own
         told = list(chain.from_iterable(self.told))
         chosen = brood if len(brood) <= places else self._screening.choose(brood, places, told)
         self._seen -= set(brood) - set(chosen)
         return chosen
 
     def _breed(self) -> Genome:
-        """One offspring: parents by tournament, perhaps mated, then changed by at least one operator."""
-        with global_random(self.rng):
-            child, mate = (Individual(parent) for parent in self.toolbox.select(self._parents, 2))
-            if mated := random.random() < self.settings.crossover_rate and child != mate:
-                self.toolbox.mate(child, mate)
+        """One offspring: parents by tournament, perhaps mated, then changed by at least one operator.
+
+        ``rng`` is the global random here, as DEAP's operators draw from that.
+        """
+        child, mate = (Individual(parent) for parent in self.toolbox.select(self._parents, 2))
+        if mated := random.random() < self.settings.crossover_rate and child != mate:
+            self.toolbox.mate(child, mate)
         change = self.rng.random()
         if change < self.settings.mutation_rate:
             return self._finish(child, self.toolbox.mutate)
@@ -217,15 +222,15 @@ class GeneticStrategy(BatchStrategy):
 
     def _swap_once(self, genome: Genome) -> Genome:
         moves = self.repair.moves
-        steps = moves.choice - np.asarray(genome)[moves.gene]
-        ups = np.flatnonzero(steps == 1)
+        steps = moves.steps(genome)
+        ups = (steps == 1).nonzero()[0]
         if not len(ups):
             return genome
         up = self._draw(ups.tolist(), 1, 1)[0]
         larger = moves.apply(genome, up)
         excess = -self.repair.slack(larger)
-        saved = -moves.deltas(genome)[0]
-        enough = np.flatnonzero((steps == -1) & (saved >= excess) & (moves.gene != moves.gene[up]))
+        saved = -moves.bytes_added(genome)
+        enough = ((steps == -1) & (saved >= excess) & (moves.gene != moves.gene[up])).nonzero()[0]
         if excess <= 0 or not len(enough):
             return larger  # it fits, or takes more than one gene to pay for: repair's work
         partners = self._draw(enough.tolist(), min(PARTNERS, len(enough)), -1)
