@@ -3,18 +3,21 @@
 import logging
 import os
 import signal
+import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
 from bitgenome.batch_command import batch
+from bitgenome.job_commands import logs, stop, submit
 from bitgenome.logs import log_handler
+from bitgenome.terminal import ConfigFile, Overrides, console, errors
 from search.errors import UserError
 from workers.errors import TaskError, WorkersLostError
 from workers.worker_logs import LOG_JSON
@@ -23,11 +26,8 @@ if TYPE_CHECKING:  # commands import what they need, so that those which need li
     from bitgenome.config import RunConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(highlight=False)
-errors = Console(stderr=True)
+terminated = threading.Event()
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: search.generations=20")]
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="Run directory", show_default=False)]
 
 
@@ -145,6 +145,9 @@ def sensitivity(
 
 
 app.command()(batch)
+app.command()(submit)
+app.command()(logs)
+app.command()(stop)
 
 
 def execute(config: "RunConfig") -> None:
@@ -160,8 +163,20 @@ def execute(config: "RunConfig") -> None:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM, as Ray and schedulers send it, ends a run as Ctrl-C does."""
+    """SIGTERM, as Ray and schedulers send it, ends a run as Ctrl-C does; once, so that nothing disturbs the ending."""
+    terminated.set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after SIGTERM at once, as libraries take seconds to be torn down and Ray grants three."""
+    if terminated.is_set():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def main() -> None:
@@ -174,7 +189,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)  # an Exit of a command comes back as its code
     except (typer.Abort, KeyboardInterrupt):
-        raise SystemExit(130) from None
+        leave(130)
     except UserError as error:
         fail(str(error), 2)
     except (TaskError, WorkersLostError) as error:
@@ -183,7 +198,7 @@ def main() -> None:
         fail(error.format_message(), 2)
     except OSError as error:
         fail(f"expected to read or write {error.filename}, found: {error.strerror or error}", 2)
-    raise SystemExit(code or 0)
+    leave(code or 0)
 
 
 def fail(sentence: str, code: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """Reading a YAML file into checked settings; what does not fit is answered with one sentence."""
 
 import difflib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +13,8 @@ from search.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 
+STANDARD_INPUT = Path("-")
+
 
 class Section(BaseModel):
     """Unknown keys are errors, and a loaded configuration does not change."""
@@ -20,11 +23,14 @@ class Section(BaseModel):
 
 
 def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, with overrides such as ``search.generations=20``. Raises UserError."""
-    if not path.is_file():
+    """The mapping in a YAML file, - for standard input, with overrides such as ``search.generations=20``.
+
+    Raises UserError.
+    """
+    if path != STANDARD_INPUT and not path.is_file():
         raise UserError(f"expected a configuration file, found nothing at {path}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(sys.stdin.read() if path == STANDARD_INPUT else path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

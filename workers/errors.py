@@ -21,3 +21,7 @@ class TaskError(RuntimeError):
 
 class WorkersLostError(RuntimeError):
     """A task's worker was lost more often than the pool retries."""
+
+
+class JobError(UserError):
+    """A job of the cluster is not there, not in the state that was asked for, or not accepted."""
