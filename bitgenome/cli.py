@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from bitgenome.batch_command import batch
 from bitgenome.job_commands import logs, stop, submit
 from bitgenome.logs import log_handler
+from bitgenome.status_command import status
 from bitgenome.terminal import ConfigFile, Overrides, console, errors
 from search.errors import UserError
 from workers.errors import TaskError, WorkersLostError
@@ -148,6 +149,7 @@ app.command()(batch)
 app.command()(submit)
 app.command()(logs)
 app.command()(stop)
+app.command()(status)
 
 
 def execute(config: "RunConfig") -> None:

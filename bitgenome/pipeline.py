@@ -149,7 +149,8 @@ def run_stages(
     plan = with_gene_groups(plan, windows, directory, pool, tracked)
     artefacts = prepare(plan, windows, directory, pool, tracked)
     plan = artefacts.plan
-    directory.record["bank"] = str(artefacts.setup.bank)
+    directory.record |= {"bank": str(artefacts.setup.bank), "workers": pool.size}
+    directory.record |= {"weights": plan.space.weights, "budget_bytes": plan.budget.file_bytes}
     result = search(plan, artefacts, directory, pool, tracked, monitor)
     winner = result.winner.evaluation
     with directory.stage("healing"):

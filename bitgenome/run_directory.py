@@ -4,13 +4,13 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bitgenome.config import RunConfig, parse_config
-from bitgenome.lease import Lease
+from bitgenome.lease import Lease, LeaseLostError
 from search.errors import UserError
 from search.files import atomic_write_text
 
@@ -50,7 +50,8 @@ class RunDirectory:
         with Lease(path, f"the run {path}") as lease:
             directory = cls.create(config)
             directory.lease = lease
-            yield directory
+            with directory.recorded_end():
+                yield directory
 
     @classmethod
     def find(cls, config: RunConfig) -> "RunDirectory | None":
@@ -149,8 +150,28 @@ class RunDirectory:
             self.save()
 
     @contextmanager
+    def recorded_end(self) -> Iterator[None]:
+        """Record how this attempt ends, for who looks at the run later; a process that is killed records nothing."""
+        for key in ("ended", "error"):
+            self.record.pop(key, None)
+        try:
+            yield
+            self.record["ended"] = "finished"
+        except BaseException as error:
+            self.record["ended"] = "failed" if isinstance(error, Exception) else "stopped"
+            self.record["error"] = str(error)
+            raise
+        finally:
+            with suppress(LeaseLostError, OSError):  # the record is another driver's by then, or the disk is full
+                self.save()
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the stage's seconds, also when it is interrupted."""
+        """Record that the stage goes on; add the time spent inside to its seconds, also when it is interrupted."""
+        log = self.path / EVALUATIONS_FILE
+        evaluations = log.read_bytes().count(b"\n") if log.exists() else 0
+        self.record["stage"] = {"name": name, "since": round(time.time(), 2), "evaluations": evaluations}
+        self.save()
         started = time.monotonic()
         try:
             yield

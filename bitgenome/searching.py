@@ -108,6 +108,7 @@ def search(
         journal=run.path / "optuna-journal.log",
         prior=artefacts.prior,
     )
+    run.record["expected_evaluations"] = strategy.expected_evaluations
     checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
     with closing(EvaluationLog(run.path / EVALUATIONS_FILE, run.check)) as evaluations:
         with run.stage("search"):

@@ -82,7 +82,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     )
     started = Head(f"http://127.0.0.1:{dashboard}", environment, logs)
     try:
-        wait_until(lambda: started.call("logs", "nobody").stderr.startswith("error: expected a job"), 60)
+        wait_until(lambda: started.call("logs", "nobody").stderr.startswith("error: expected a job"), 120)
         yield started
     finally:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -105,7 +105,7 @@ def resumed(head: Head, runs: Runs, finished: Finished) -> Finished:
     first = head.call("submit", config)
     assert first.stdout.startswith("submitted job-attempt1;"), first.stderr
     log = runs.storage / "job" / "evaluations.jsonl"
-    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3, 120)
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3, 300)
     again = head.call("submit", config)
     assert again.returncode == 2 and again.stderr.count("\n") == 1
     assert "expected no running job of job, found job-attempt1 (running)" in again.stderr
