@@ -203,8 +203,7 @@ def scale_channels(
 
 def quantized_plan(plan: Plan, run: RunDirectory) -> Plan:
     """``plan`` of the model whose tensors the run's file holds: the scaled one, where channels were scaled."""
-    path = run.record.get("scaled_model")
-    return replace(plan, folder=ModelFolder(path)) if path else plan
+    return replace(plan, folder=ModelFolder(run.artefact("scaled_model"))) if "scaled_model" in run.record else plan
 
 
 def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:

@@ -1,6 +1,7 @@
 """Reading a YAML file into checked settings; what does not fit is answered with one sentence."""
 
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from search.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 
+URL_WITH_PASSWORD = re.compile(r"[\w+.-]+://[^/@\s]*:[^/@\s]+@")
 STANDARD_INPUT = Path("-")
 
 
@@ -67,10 +69,22 @@ def set_key(data: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 def parse_section(kind: type[S], data: Any, source: str) -> S:
     """``data`` as settings of ``kind``; ``source`` names it in errors. Raises UserError for the first problem."""
+    refuse_secrets(data, source)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise UserError(_sentence(error, source, kind)) from None
+
+
+def refuse_secrets(data: Any, source: str, key: str = "") -> None:
+    """Raise UserError for a password in a URL: settings are recorded in run directories and shown by dashboards."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            refuse_secrets(value, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, str) and URL_WITH_PASSWORD.match(data):
+        raise UserError(
+            f"expected {key} in {source} without a password, found one in its URL: give it in the environment"
+        )
 
 
 def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str:

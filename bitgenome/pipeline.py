@@ -104,7 +104,7 @@ def export_again(path: Path) -> Path:
     plan = plan_of_run(directory)
     directory.pin("model", plan.folder.digest)
     plan = quantized_plan(plan, directory)
-    bank = Path(directory.record["bank"])
+    bank = directory.artefact("bank")
     if damaged := damaged_tensors(bank):
         raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {path} rebuilds it")
     with directory.own():

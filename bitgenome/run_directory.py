@@ -11,6 +11,7 @@ from typing import Any
 
 from bitgenome.config import RunConfig, parse_config
 from bitgenome.lease import Lease, LeaseLostError
+from bitgenome.storage_root import check_inside
 from search.errors import UserError
 from search.files import atomic_write_text
 
@@ -46,7 +47,7 @@ class RunDirectory:
     @contextmanager
     def owned(cls, config: RunConfig) -> Iterator["RunDirectory"]:
         """``create`` it, as the only driver for as long as the context lasts; see ``own``."""
-        path = config.storage_path / config.name
+        path = check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
         with Lease(path, f"the run {path}") as lease:
             directory = cls.create(config)
             directory.lease = lease
@@ -59,7 +60,7 @@ class RunDirectory:
 
         Raises UserError if it belongs to another configuration, naming the keys that differ.
         """
-        path = config.storage_path / config.name
+        path = check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
         if not ((path / "run.json").is_file() and (path / EVALUATIONS_FILE).is_file()):
             return None
         existing = cls.open(path)
@@ -103,7 +104,11 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        """An existing run. Raises UserError if there is none at ``path`` or its record cannot be read."""
+        """An existing run. Raises UserError if there is none at ``path`` or its record cannot be read.
+
+        A link to a run elsewhere is none: its artefacts are not the storage path's.
+        """
+        check_inside(path, path.parent, f"the run {path.name}")
         file = path / "run.json"
         if not file.is_file():
             raise UserError(f"expected a run directory with run.json, found none at {path}")
@@ -129,6 +134,11 @@ class RunDirectory:
     @property
     def config(self) -> RunConfig:
         return parse_config(self.record["config"], str(self.path / "run.json"))
+
+    def artefact(self, key: str) -> Path:
+        """The path that the record has for ``key``. Raises UserError if it is outside the storage path."""
+        root = self.path.resolve().parent
+        return check_inside(Path(self.record[key]), root, f"the {key.replace('_', ' ')} of {self.path / 'run.json'}")
 
     def check(self) -> None:
         """Before a file is written: raise LeaseLostError if another driver has taken over."""

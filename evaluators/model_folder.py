@@ -15,6 +15,11 @@ from safetensors import SafetensorError, safe_open
 from evaluators.scaled_view import FACTORS_FILE, scaled, source_of
 from search.errors import UserError
 
+CONVERSION = (
+    "convert it once, if you trust its author, with transformers' AutoModelForCausalLM.from_pretrained(FOLDER)"
+    ".save_pretrained(FOLDER, safe_serialization=True)"
+)
+
 
 class ModelFolderError(UserError):
     """The folder is not a model that can be read; the message is one sentence for the user."""
@@ -46,14 +51,17 @@ class ModelFolder:
         index_file = path / "model.safetensors.index.json"
         if index_file.is_file():
             listed = json.loads(index_file.read_text(encoding="utf-8")).get("weight_map", {}).values()
+            if outside := [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]:
+                raise ModelFolderError(f"expected weights inside the model folder, found {outside[0]} in {index_file}")
             files = sorted({path / name for name in listed})
         elif (path / "model.safetensors").is_file():
             files = [path / "model.safetensors"]  # not a copy in another layout beside it
         else:
             files = sorted(path.glob("*.safetensors"))
         if not files:
-            hint = "; convert it with save_pretrained(safe_serialization=True)" if list(path.glob("*.bin")) else ""
-            raise ModelFolderError(f"expected *.safetensors weights, found none in {path}{hint}")
+            pickled = next(path.glob("*.bin*"), None)
+            found = f"{pickled.name}, which may hold code: {CONVERSION}" if pickled else "none"
+            raise ModelFolderError(f"expected *.safetensors weights in {path}, found {found}")
         index: dict[str, Path] = {}
         for file in files:
             try:
