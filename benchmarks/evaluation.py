@@ -49,7 +49,7 @@ class PlainEvaluation:
 
     @torch.inference_mode()
     def log_probs(self, candidate: Candidate) -> torch.Tensor:
-        model = AutoModelForCausalLM.from_pretrained(self.setup.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.setup.model, dtype=torch.float32, trust_remote_code=False)
         for name, fmt in candidate.items():
             parameter = model.get_parameter(name)
             parameter.data = self.bank.weights(name, fmt, parameter.shape[1], torch.device("cpu"))

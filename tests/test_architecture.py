@@ -86,6 +86,17 @@ def test_nothing_is_unpickled_and_no_text_is_executed(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_transformers_loads_nothing_with_a_models_own_code(module: str) -> None:
+    loads = [
+        call
+        for call in ast.walk(tree_of(module))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("from_pretrained", "from_config")
+    ]
+    given = [{keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords} for call in loads]
+    assert all(keywords.get("trust_remote_code") == "False" for keywords in given)
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_devices_are_named_only_where_they_are_chosen(module: str) -> None:
     if module == DEVICE_SELECTION:
         return
