@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0, help="of an evaluation, in the mean")
     parser.add_argument("--variation", type=float, default=0.2)
-    parser.add_argument("--stragglers", type=float, default=0.0, help="share of evaluations, ten times as long")
+    parser.add_argument("--stragglers", type=float, default=0.0, help="share of tasks, ten times as long")
     parser.add_argument("--straggler-factor", type=float, default=Patience.straggler_factor)
     parser.add_argument("--layers", type=int, default=28, help="seven genes each, and one")
     parser.add_argument("--population", type=int, default=512)

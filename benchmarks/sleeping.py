@@ -18,13 +18,13 @@ class Pace:
 
     mean: float
     variation: float = 0.2
-    stragglers: float = 0.0  # share of evaluations
+    stragglers: float = 0.0  # share of tasks
     times: float = 10.0  # as long, for a straggler
 
-    def seconds(self, genome: Genome, luck: random.Random) -> float:
-        """What the genome costs is its own; whether its worker straggles is ``luck``."""
-        own = random.Random(repr(genome)).gauss(1.0, self.variation)
-        return self.mean * max(0.1, own) * (self.times if luck.random() < self.stragglers else 1.0)
+    def seconds(self, genomes: Sequence[Genome], luck: random.Random) -> float:
+        """What a genome costs is its own; whether its worker straggles is ``luck``."""
+        own = sum(max(0.1, random.Random(repr(genome)).gauss(1.0, self.variation)) for genome in genomes)
+        return self.mean * own * (self.times if luck.random() < self.stragglers else 1.0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SleepGenomes:
         waited = time.monotonic() - state["ended"] if state.get("generation") == self.generation else None
         luck = state.setdefault("luck", random.Random())
         if self.pace.mean:
-            time.sleep(sum(self.pace.seconds(genome, luck) for genome in self.genomes))
+            time.sleep(self.pace.seconds(self.genomes, luck))
         found = [self._evaluation(genome) for genome in self.genomes]
         state |= {"generation": self.generation, "ended": time.monotonic()}
         return found, waited

@@ -28,7 +28,7 @@ class WorkersConfig(Section):
         None, description="of a task: then another worker gets it too; after twice as long its worker counts as lost"
     )
     straggler_factor: float = Field(
-        3.0, gt=1, description="times the median of its stage, after which another worker gets a task too"
+        2.0, gt=1, description="times the median of its stage, after which another worker gets a task too"
     )
     max_retries: int = Field(3, ge=0, description="of a task whose worker was lost; none for one that fails by itself")
     idle_release: Seconds = Field(300.0, description="seconds without work until a worker beyond min is given back")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 FEWEST_FINISHED = 3  # tasks of a map before the others are measured by their median
-LEAST_STRAGGLER_S = 0.1  # below it a second worker would cost more than it could save
+LEAST_STRAGGLER_S = 1.0  # below it a second worker would cost more than it could save
 PIPELINE_BELOW_S = 0.05  # median of tasks that are over before the next could be sent
 AHEAD = 8  # tasks a worker, from the next result to be yielded to the last task sent: bounds results that wait
 MOST_TICK_S, LEAST_TICK_S = 1.0, 0.02
@@ -45,7 +45,7 @@ class Patience:
     ``loading_s``. ``max_retries``: of a task whose workers were lost.
     """
 
-    straggler_factor: float = 3.0
+    straggler_factor: float = 2.0  # only idle workers take stragglers, so that being wrong costs nobody's time
     deadline_s: float | None = None
     loading_s: float = 300.0
     max_retries: int = 3

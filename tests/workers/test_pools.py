@@ -98,7 +98,7 @@ class TestRayPool(PoolContract):
         started = time.monotonic()
         tasks = [*(Sleep(n, 0.1) for n in range(6)), SleepOnce(tmp_path / "started", 15.0)]
         assert list(pool.map(tasks)) == [0, 1, 2, 3, 4, 5, 2]
-        assert pool.statistics.speculations == 1 and time.monotonic() - started < 10
+        assert pool.statistics.speculations >= 1 and time.monotonic() - started < 10
 
     def test_workers_bear_the_name_of_their_run(self, pool: Pool) -> None:
         list(pool.map([Sleep(0, 0.0)]))
