@@ -30,7 +30,13 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus here"),
 ]
 NAME = "watched"
-GENERATIONS = 4
+GENERATIONS = 12  # a second of search at least: rates want samples before and after
+TINY = {  # how good the result is matters to nobody here
+    "levels": ["W2", "W4"],
+    "text": {"tokens": {"calibration": 2048, "sensitivity": 256, "search": 256, "validation": 512, "test": 512}},
+    "search": {"generations": GENERATIONS},
+    "healing": {"enabled": "off"},
+}
 DISCOVERY = "prom_metrics_service_discovery.json"
 DASHBOARD = json.loads((REPOSITORY / "docker/grafana/dashboards/bitgenome.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
@@ -138,8 +144,7 @@ def live(runs: Runs) -> Iterator[Live]:
         wait_for("dashboard", lambda: answers(f"http://127.0.0.1:{dashboard}/api/jobs/", token))
         wait_for("list of nodes", (folder / DISCOVERY).exists)
         begin = time.time()
-        search = {"generations": GENERATIONS}
-        path = runs.write(NAME, workers={"ray": f"127.0.0.1:{gcs}", "count": 2}, search=search)
+        path = runs.write(NAME, workers={"ray": f"127.0.0.1:{gcs}", "count": 2}, **TINY)
         finished = subprocess.run(
             runs.command("--log-json", "run", path),
             capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False,
