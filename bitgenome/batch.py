@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import psutil
 import yaml
 from rich.console import Console
 
-from bitgenome.batch_config import BatchRun
+from bitgenome.batch_config import NAME, BatchRun
 from bitgenome.batch_results import summary, write_results
 from bitgenome.batch_state import RunState, Stage
 from bitgenome.batch_view import BatchView
@@ -52,6 +53,10 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
 
     Raises UserError for a batch that was begun, unless it is to be resumed, and for one that another process runs.
     """
+    if not re.fullmatch(NAME, order.name):
+        raise UserError(
+            f"expected a batch's name of letters, digits, '.', '_' and '-', found {order.name!r}: choose it by --name"
+        )
     path = runs[0].config.storage_path / f"batch-{order.name}"
     if any(run.directory == path for run in runs):
         raise UserError(f"expected runs with other names than their batch's directory, found a run named {path.name}")

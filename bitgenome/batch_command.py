@@ -4,17 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from bitgenome.terminal import Overrides, console, errors
 from search.errors import UserError
-
-console = Console(highlight=False)
-errors = Console(stderr=True)
 
 
 def batch(
     configs: Annotated[list[Path], typer.Argument(help="YAML files of a run each, or with a matrix of runs")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting of all runs")] = None,
+    overrides: Overrides = None,
     name: Annotated[
         str | None, typer.Option(help="Of the batch; by default its file's, or its files' folder's")
     ] = None,

@@ -21,6 +21,7 @@ from bitgenome.shared_storage import digest_of
 from evaluators.model_folder import ModelFolder
 from search.errors import UserError
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others stand between, as in the file
 OF_ONE_RUN = ("budget", "search", "healing", "fitness")  # settings that runs with one bank may differ in
 BUDGET_UNITS = {"bits_per_weight": "bpw", "compression_ratio": "x", "file_size": ""}
@@ -29,9 +30,7 @@ BUDGET_UNITS = {"bits_per_weight": "bpw", "compression_ratio": "x", "file_size":
 class MatrixConfig(Section):
     """A batch in one file: every combination of the lists in ``matrix``, set in ``base``, less those of ``exclude``."""
 
-    name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="first in the runs' names; by default the model's"
-    )
+    name: str | None = Field(None, pattern=NAME, description="first in the runs' names; by default the model's")
     base: dict[str, Any] | str = Field(description="settings of a run, or the file that holds them, beside this one")
     matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         min_length=1, description="dotted keys, each with the values that it takes"

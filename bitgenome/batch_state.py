@@ -1,13 +1,13 @@
 """Where the runs of a batch stand, as their directories and logs tell it."""
 
-import json
-import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from bitgenome.batch_config import BatchRun
-from bitgenome.searching import GENERATIONS_FILE
+from bitgenome.run_status import RECORD, RunReader
+
+SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # until the search begins
 
 
 class Stage(StrEnum):
@@ -19,6 +19,13 @@ class Stage(StrEnum):
     FAILED = "failed"
 
 
+def stage_of(doing: str) -> Stage:
+    """What a run's own stage is in a batch."""
+    if doing in SHARED_STAGES:
+        return Stage.PREPARING
+    return Stage.SEARCHING if doing == "search" else Stage.FINISHING
+
+
 @dataclass
 class RunState:
     """One run; ``log`` is what its process says."""
@@ -26,11 +33,13 @@ class RunState:
     run: BatchRun
     log: Path
     stage: Stage = Stage.WAITING
+    doing: str = ""  # the run's own stage
     generation: int = 0
     genomes: int = 0  # evaluated in the search
     best_loss: float | None = None
+    seconds_left: float | None = None  # of the search
     sentence: str = ""  # why it failed
-    _since: tuple[float, int] | None = field(default=None, repr=False)  # when this process was first seen to search
+    _reader: RunReader | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -47,31 +56,23 @@ class RunState:
         return 1 if search.strategy == "exact" else search.generations
 
     def refresh(self) -> bool:
-        """Read what a live run has written; whether something changed."""
-        before = (self.stage, self.generation, self.genomes)
-        file = self.run.directory / GENERATIONS_FILE
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        if lines and self.live:
-            last = json.loads(lines[-1])
-            self.generation, self.genomes, self.best_loss = last["generation"], last["genomes"], last["best_loss"]
-            self.stage = Stage.SEARCHING if self.generation < self.generations else Stage.FINISHING
-            self._since = self._since or (time.monotonic(), self.genomes)
-        return before != (self.stage, self.generation, self.genomes)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Of the search, at the pace of this process so far; None where nothing is known."""
-        if self.stage is not Stage.SEARCHING or self._since is None:
-            return None
-        started, genomes = self._since
-        if self.genomes == genomes:
-            return None
-        pace = (time.monotonic() - started) / (self.genomes - genomes)
-        return pace * (self.run.plan.search_evaluations - self.genomes)
+        """Read what a live run has written; whether something worth a line changed."""
+        before = (self.stage, self.doing, self.generation)
+        if self._reader is None:
+            if not (self.run.directory / RECORD).is_file():
+                return False
+            self._reader = RunReader(self.run.directory)
+        status = self._reader.read()
+        self.generation, self.genomes, self.best_loss = status.generation, status.evaluations, status.best_loss
+        self.seconds_left = status.seconds_left
+        if status.state == "running" and status.stage:  # and not what an earlier process had come to
+            self.doing = status.stage
+            self.stage = stage_of(status.stage)
+        return before != (self.stage, self.doing, self.generation)
 
     def end(self, code: int) -> None:
         """The run's process has ended with ``code``, negative for a signal."""
-        self.refresh()
+        self.doing = ""
         if code == 0 and self.run.finished:
             self.stage, self.sentence = Stage.FINISHED, ""
         else:

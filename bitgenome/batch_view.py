@@ -47,7 +47,8 @@ class BatchView:
             table.add_column(column, justify="left" if column in ("run", "state") else "right")
         for state in self.states:
             generation, loss, genomes, left = figures(state)
-            table.add_row(state.name, str(state.stage), generation, loss, genomes, left, style=STYLES.get(state.stage))
+            doing = f"{state.stage}, {state.doing}" if state.doing not in ("", "search") else str(state.stage)
+            table.add_row(state.name, doing, generation, loss, genomes, left, style=STYLES.get(state.stage))
         return table
 
 
@@ -78,7 +79,9 @@ def line(state: RunState, summary: str) -> str:
         return f"{said}: {state.sentence}"
     if state.stage is Stage.FINISHED:
         return f"{said}: {summary}"
+    if state.doing and state.doing != "search":
+        said += f", {state.doing}"
     generation, loss, genomes, left = figures(state)
-    if generation:
+    if generation and state.stage is Stage.SEARCHING:
         said += f", generation {generation}, best loss {loss}, {genomes} evaluations"
-    return said + (f", about {left} left in the search" if left else "")
+    return said + (f", about {left} left" if left else "")

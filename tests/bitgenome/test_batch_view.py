@@ -1,0 +1,80 @@
+"""What is said of a batch: why a run failed, how long the others take, and a page that only shows."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bitgenome.batch import BatchOrder, run_batch
+from bitgenome.batch_config import load_batch
+from bitgenome.batch_results import COLUMNS, leaderboard, results_frame, show_results
+from bitgenome.batch_state import RunState, Stage, last_words
+from bitgenome.batch_view import BatchView, duration
+from search.errors import UserError
+from tests.bitgenome.test_batch_config import write
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> list[RunState]:
+    runs = load_batch([write(tmp_path, matrix={"search.seed": [0, 1, 2]})])
+    waiting, searching, failed = (RunState(run, tmp_path / f"{run.name}.log") for run in runs)
+    searching.stage, searching.doing, searching.generation, searching.genomes = Stage.SEARCHING, "search", 1, 4
+    searching.best_loss, searching.seconds_left = 0.125, 200.0
+    failed.stage, failed.sentence = Stage.FAILED, "expected <b>room</b>, found none"
+    return [waiting, searching, failed]
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "sentence"),
+    [
+        ("12:00 bank\nerror: expected text, found none\n", 2, "expected text, found none"),
+        ("Traceback\nKeyError: 'x'\n", 1, "it ended with exit code 1, last said: KeyError: 'x'"),
+        ("12:00 bank\n", -9, "it ended by signal 9, last said: 12:00 bank"),
+        ("", -15, "found it ended by signal 15"),
+    ],
+)
+def test_a_run_fails_with_its_own_last_words(log: str, code: int, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(log)
+    assert last_words(tmp_path / "log", code).endswith(sentence)
+
+
+def test_a_line_says_where_a_run_stands(states: list[RunState], capsys: pytest.CaptureFixture[str]) -> None:
+    view = BatchView(states, Console(width=200))
+    for state in states:
+        view.changed(state)
+    assert capsys.readouterr().out.splitlines() == [
+        "stdlib-6m-s0: waiting",
+        "stdlib-6m-s1: searching, generation 1/2, best loss 0.125000, 4 evaluations, about 3 min left",
+        "stdlib-6m-s2: failed: expected <b>room</b>, found none",
+    ]
+    assert [duration(seconds) for seconds in (40, 700, 12600)] == ["40 s", "12 min", "3.5 h"]
+    assert view.table().row_count == 3
+
+
+def test_a_page_of_a_batch_without_any_result_names_what_failed_and_escapes_it(
+    states: list[RunState], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = results_frame(states, tmp_path / "runs" / "batch-x")
+    assert list(frame.columns) == list(COLUMNS) and frame.kl.isna().all()
+    page = leaderboard(frame, "x & y")
+    assert "<h1>x &amp; y</h1>" in page and "expected &lt;b&gt;room&lt;/b&gt;" in page
+    assert "0 of 3 runs finished" in page and '<a href="../stdlib-6m-s2/">' in page
+    show_results(frame, tmp_path, Console())
+    assert "stdlib-6m-s2" in capsys.readouterr().out
+
+
+def test_the_page_keeps_the_order_of_the_rows_and_marks_the_first(states: list[RunState], tmp_path: Path) -> None:
+    rows = results_frame(states, tmp_path).assign(stage=str(Stage.FINISHED), file_bytes=10, evaluations=1, seconds=1.0)
+    figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "full_perplexity": 8.0, "runtime_kl": 0.3, "gguf": "x"}
+    rows = rows.assign(**figures, kl=[0.3, 0.1, 0.2])
+    ordered = rows.sort_values("kl")
+    page = leaderboard(ordered, "x")
+    places = [page.index(f">{name}</a>") for name in ordered.name]
+    assert places == sorted(places) and page.count('class="best"') == 1
+
+
+def test_a_batch_may_not_be_named_out_of_its_storage(tmp_path: Path) -> None:
+    runs = load_batch([write(tmp_path, matrix={"search.seed": [0]})])
+    with pytest.raises(UserError, match="expected a batch's name of letters, .*, found '../x': choose it by --name"):
+        run_batch(runs, BatchOrder("../x"), Console(quiet=True))
+    assert not (tmp_path / "runs").exists()
