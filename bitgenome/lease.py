@@ -1,7 +1,7 @@
 """Leases: one owner at a time of a run directory or of an artefact that is being built; a dead owner loses its own.
 
-A lease is a folder of numbered claims, ``lease/000007.json``. A claim is taken by creating the next number, which only
-one process can; the highest number owns. It is renewed by rewriting it with another beat, released by saying so in it,
+A lease is a folder of numbered claims, ``.lease/000000007.json``. A claim is taken by creating the next number, which
+only one process can; the highest number owns. It is renewed by rewriting it with another beat, released by saying so in it,
 and never removed while it is the highest. No clock is ever compared with another machine's: who waits holds an owner
 for dead when its beat has not changed for ``ttl`` seconds on the waiter's own clock, or, on the same machine, when its
 process is gone.
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 TTL_S = 60.0
 BEATS = 6  # in the time after which an owner without one is dead
-FOLDER = "lease"
+FOLDER = ".lease"
 
 
 class LeaseHeldError(UserError):

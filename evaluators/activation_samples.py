@@ -44,6 +44,11 @@ class SampleActivations:
     def label(self) -> str:
         return "sample activations"
 
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.directory,)
+
     def run(self, state: dict[Any, Any]) -> None:
         """Raises TextError if there is less calibration text than samples."""
         windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])

@@ -97,6 +97,11 @@ class BuildBankGroup:
     def label(self) -> str:
         return f"bank[{self.group.stem}]"
 
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.directory,)
+
     def run(self, state: dict[Any, Any]) -> tuple[str, ...]:
         """Names of the tensors written."""
         folder = ModelFolder(self.model)

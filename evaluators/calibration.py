@@ -207,6 +207,11 @@ class Calibrate:
     def label(self) -> str:
         return "calibrate"
 
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.directory,)
+
     def run(self, state: dict[Any, Any]) -> list[str]:
         """Names of the groups, in order."""
         windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])

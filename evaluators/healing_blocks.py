@@ -8,6 +8,7 @@ positions, D hidden size.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ class HealBlock:
     @property
     def label(self) -> str:
         return f"heal[block {self.block}]"
+
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.checkpoint.path,)
 
     def run(self, state: dict[Any, Any]) -> dict[str, Healed]:
         """Figures by split behind the last block, else nothing."""

@@ -91,6 +91,11 @@ class ScaleGroup:
     def label(self) -> str:
         return f"scaling[{self.group.stem}]"
 
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.directory,)
+
     def run(self, state: dict[Any, Any]) -> str:
         """Name of the group."""
         folder, group = ModelFolder(self.model), InputGroup.load(self.group)

@@ -1,7 +1,8 @@
 """Where tasks run: the contract that every pool keeps, and the serial pool.
 
 A task is a small picklable object with a ``label`` and ``run(state)``; ``state`` is its worker's own dict, in which
-tasks keep what is worth keeping warm (a loaded model, a mapped bank).
+tasks keep what is worth keeping warm (a loaded model, a mapped bank). One that writes files names them, or their
+folder, in ``makes``; every other path in its fields is of what it reads (see workers.staging).
 """
 
 import resource

@@ -3,6 +3,7 @@
 A file appears whole or not at all; names are relative, with "/".
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +19,11 @@ from search.files import atomic_write_bytes, replacing, sync_folder
 REMEDIES = {"s3": "pip install 'bitgenome[s3]'"}  # for protocols whose package is missing
 
 
+def shown(name: str) -> bool:
+    """Whether no part of a file's name is hidden."""
+    return not any(part.startswith(".") for part in name.split("/"))
+
+
 def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
@@ -29,7 +35,10 @@ class Folder(ABC):
 
     @abstractmethod
     def sizes(self, name: str = "") -> dict[str, int]:
-        """Bytes of every file below ``name``, or of the file ``name`` itself; empty where there is nothing."""
+        """Bytes of every file below ``name``, or of the file ``name`` itself; empty where there is nothing.
+
+        Hidden ones, such as locks and leases, are left out.
+        """
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -80,7 +89,7 @@ class LocalFolder(Folder):
     def sizes(self, name: str = "") -> dict[str, int]:
         with self._using("list", name) as path:
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            return {f.relative_to(self.path).as_posix(): f.stat().st_size for f in files if not f.name.startswith(".")}
+            return {name: f.stat().st_size for f in files if shown(name := f.relative_to(self.path).as_posix())}
 
     def read(self, name: str) -> bytes | None:
         with self._using("read", name) as path:
@@ -151,7 +160,7 @@ class ObjectFolder(Folder):
     def sizes(self, name: str = "") -> dict[str, int]:
         with self._using("list", name) as path:
             found: dict[str, dict[str, Any]] = self._system.find(path, detail=True)
-        return {key[len(self._root) + 1 :]: int(info["size"]) for key, info in found.items()}
+        return {name: int(info["size"]) for key, info in found.items() if shown(name := key[len(self._root) + 1 :])}
 
     def read(self, name: str) -> bytes | None:
         with self._using("read", name) as path:
@@ -207,3 +216,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         with target.open("xb") as stream:
             stream.write(source.read_bytes())
+
+
+def cache_root() -> Path:
+    """Folder of this machine for copies of what lies behind URLs: $BITGENOME_CACHE, else ~/.cache/bitgenome."""
+    return Path(os.environ.get("BITGENOME_CACHE") or Path.home() / ".cache" / "bitgenome").resolve()
+
+
+def mirror_root(url: str) -> Path:
+    """Where this machine keeps its copy of the folder at ``url``."""
+    return cache_root() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
