@@ -131,7 +131,7 @@ def calibrate(
         (groups,) = track(pool.map([task]), 1, "calibrating")
         atomic_write_text(done, json.dumps(groups))
 
-    build_once(directory, "the calibration", lambda: all_readable(done, group_readable), build)
+    build_once(plan.config, directory, "the calibration", lambda: all_readable(done, group_readable), build)
     names: list[str] = json.loads(done.read_text(encoding="utf-8"))
     return directory, names
 
@@ -151,7 +151,7 @@ def sample_activations(
         taken = [name for name in groups if group_file(directory, name).is_file()]
         atomic_write_text(done, json.dumps(taken))
 
-    build_once(directory, "the activation samples", lambda: all_readable(done, samples_readable), build)
+    build_once(plan.config, directory, "the activation samples", lambda: all_readable(done, samples_readable), build)
     return directory
 
 
@@ -193,7 +193,13 @@ def scale_channels(
             pass
         scaling.write_scaled_model(plan.folder, directory, groups)
 
-    build_once(directory, "the scaling", lambda: not missing() and scaling.view_done(plan.folder, directory), build)
+    build_once(
+        plan.config,
+        directory,
+        "the scaling",
+        lambda: not missing() and scaling.view_done(plan.folder, directory),
+        build,
+    )
     folder = ModelFolder(directory / scaling.VIEW)
     records = [scaling.scaling_record(directory, group) for group in groups]
     atomic_write_text(run.path / SCALING_FILE, json.dumps(records, indent=1))
@@ -237,7 +243,7 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
             pass
         banks.write_manifest(directory, list(names))
 
-    build_once(directory, "the bank", done, build)
+    build_once(plan.config, directory, "the bank", done, build)
     return directory
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # commands import what they need, so that those which need li
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 terminated = threading.Event()
 
-RunPath = Annotated[Path, typer.Argument(help="Run directory", show_default=False)]
+RunPath = Annotated[str, typer.Argument(help="Run directory, or its URL", show_default=False)]
 
 
 def show_version(wanted: bool) -> None:
@@ -63,10 +63,10 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 def resume(run: RunPath) -> None:
     """Continue an interrupted run to the same result."""
     from bitgenome.run_directory import RunDirectory  # noqa: PLC0415
+    from bitgenome.storage import with_stored_model  # noqa: PLC0415
 
-    config = RunDirectory.open(run).config
-    path = run.resolve()
-    execute(config.model_copy(update={"storage_path": path.parent, "name": path.name}))
+    directory = RunDirectory.open(run)
+    execute(with_stored_model(directory.config, directory.record.get("digests", {}).get("model")))
 
 
 @app.command()
@@ -87,19 +87,19 @@ def export(run: RunPath) -> None:
     from bitgenome.pipeline import export_again  # noqa: PLC0415
 
     gguf = export_again(run)
-    console.print(f"wrote {gguf} and {run / 'recipe.txt'}", soft_wrap=True)
+    console.print(f"wrote {run}/{gguf.name} and {run}/recipe.txt", soft_wrap=True)
 
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="GGUF file of a run", show_default=False)],
-    run: Annotated[Path | None, typer.Option(help="Its run directory, if the file has left it")] = None,
+    file: Annotated[str, typer.Argument(help="GGUF file of a run, or its URL", show_default=False)],
+    run: Annotated[str | None, typer.Option(help="Its run directory, if the file has left it")] = None,
 ) -> None:
     """Read a file back through llama.cpp: perplexity, KL and speed beside the simulated figures."""
     from bitgenome.pipeline import verify_file  # noqa: PLC0415
     from bitgenome.report import show_proof  # noqa: PLC0415
 
-    show_proof(verify_file(file, run or file.parent), console)
+    show_proof(verify_file(file, run or file.rpartition("/")[0] or "."), console)
 
 
 @app.command()
@@ -156,9 +156,11 @@ def execute(config: "RunConfig") -> None:
     from bitgenome.pipeline import run as run_pipeline  # noqa: PLC0415
     from bitgenome.report import show_outcome  # noqa: PLC0415
 
-    directory = config.storage_path / config.name
+    directory = f"{config.place}/{config.name}"
     try:
         show_outcome(run_pipeline(config, console), console)
+        if config.storage_url:
+            console.print(f"stored  {directory}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         errors.print(f"interrupted; nothing is lost. Continue with: bitgenome resume {directory}", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -187,6 +189,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=False)], force=True)
     for noisy in ("httpx", "gguf", "ray", "gguf.gguf_writer"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     signal.signal(signal.SIGTERM, interrupt)
     try:
         code = app(standalone_mode=False)  # an Exit of a command comes back as its code
@@ -199,7 +202,7 @@ def main() -> None:
     except TyperException as error:
         fail(error.format_message(), 2)
     except OSError as error:
-        fail(f"expected to read or write {error.filename}, found: {error.strerror or error}", 2)
+        fail(f"expected to read or write {error.filename or 'files'}, found: {error.strerror or error}", 2)
     leave(code or 0)
 
 

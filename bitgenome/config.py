@@ -13,6 +13,7 @@ from bitgenome.pruning_config import PruningConfig
 from bitgenome.scaling_config import ScalingConfig
 from bitgenome.search_config import SearchConfig
 from bitgenome.sensitivity_config import SensitivityConfig
+from bitgenome.storage_config import StoredSection
 from bitgenome.workers_config import WorkersConfig
 from evaluators.bank import Importance
 from evaluators.devices import Compute
@@ -184,7 +185,7 @@ class HealingConfig(Section):
         return 0.3 if self.alpha is None else self.alpha
 
 
-class RunConfig(Section):
+class RunConfig(StoredSection):
     """One search: a model, a budget, and how to go from one to the other."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -199,7 +200,6 @@ class RunConfig(Section):
     search: SearchConfig = SearchConfig()
     healing: HealingConfig = HealingConfig()
     workers: WorkersConfig = WorkersConfig()
-    storage_path: Path = Path("runs")
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -234,7 +234,7 @@ class RunConfig(Section):
         """The settings that decide the result. Where it is computed and stored is not among them, nor where model and
         text lie: a run records digests of what it read there.
         """
-        places: dict[str, Any] = {"workers": True, "storage_path": True, "name": True, "model": True}
+        places: dict[str, Any] = dict.fromkeys(("workers", "storage_path", "storage_url", "name", "model"), True)
         parts = {"text": {"splits", "path", "files"}, "evaluation": {"memory"}}
         return self.model_dump(mode="json", exclude=places | parts)
 

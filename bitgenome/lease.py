@@ -1,10 +1,10 @@
 """Leases: one owner at a time of a run directory or of an artefact that is being built; a dead owner loses its own.
 
 A lease is a folder of numbered claims, ``.lease/000000007.json``. A claim is taken by creating the next number, which
-only one process can; the highest number owns. It is renewed by rewriting it with another beat, released by saying so in it,
-and never removed while it is the highest. No clock is ever compared with another machine's: who waits holds an owner
-for dead when its beat has not changed for ``ttl`` seconds on the waiter's own clock, or, on the same machine, when its
-process is gone.
+only one process can; the highest number owns. It is renewed by rewriting it with another beat, released by saying so in
+it, and never removed while it is the highest. No clock is ever compared with another machine's: who waits holds an
+owner for dead when its beat has not changed for ``ttl`` seconds on the waiter's own clock, or, on the same machine,
+when its process is gone.
 """
 
 import json

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
@@ -25,6 +25,7 @@ from bitgenome.progress import track
 from bitgenome.proof import RECIPE_FILE, Proof, differing_floats, differing_tensors, export_winner, prove
 from bitgenome.run_directory import EVALUATIONS_FILE, WINDOWS_FILE, RunDirectory
 from bitgenome.searching import SearchResult, pool_evaluate, search
+from bitgenome.storage import staged_pool
 from bitgenome.worker_limit import read_limit
 from evaluators.bank import Bank, damaged_tensors
 from evaluators.model_folder import ModelFolder
@@ -40,6 +41,7 @@ from search.seeds import pure_uniform
 from search.types import Evaluation, Fidelity
 from workers.open_pool import WorkerSettings, close_cluster, open_pool
 from workers.pool import Pool
+from workers.remote import is_url
 
 log = logging.getLogger(__name__)
 
@@ -87,44 +89,52 @@ def run(config: RunConfig, console: Console) -> Outcome:
             with directory.stage("workers"):
                 pool = open_pool(settings, config.name)
             pool.limit = partial(read_limit, directory.path)
-            with pool, monitor_run(config, pool) as monitor:
-                return run_stages(plan, windows, directory, pool, monitor, console)
+            with staged_pool(pool, config, plan.folder) as staged, monitor_run(config, pool) as monitor:
+                return run_stages(plan, windows, directory, staged, monitor, console)
         finally:
             close_cluster()
 
 
-def export_again(path: Path) -> Path:
+def export_again(place: Path | str) -> Path:
     """Write GGUF and recipe of a finished run from its record and bank. Raises UserError if it is not finished."""
-    directory = RunDirectory.open(path)
-    best = path / BEST_FILE
-    if not best.is_file():
-        raise UserError(f"expected a finished run with {BEST_FILE}, found none in {path}: bitgenome resume {path}")
-    record = json.loads(best.read_text(encoding="utf-8"))
-    winner, healing = Evaluation.from_json(record["winner"]), shipped_healing(path, record)
-    plan = plan_of_run(directory)
-    directory.pin("model", plan.folder.digest)
-    plan = quantized_plan(plan, directory)
-    bank = directory.artefact("bank")
-    if damaged := damaged_tensors(bank):
-        raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {path} rebuilds it")
+    directory = RunDirectory.open(place)
     with directory.own():
+        best = directory.path / BEST_FILE
+        if not best.is_file():
+            raise UserError(
+                f"expected a finished run with {BEST_FILE}, found none in {place}: bitgenome resume {place}"
+            )
+        record = json.loads(best.read_text(encoding="utf-8"))
+        winner, healing = Evaluation.from_json(record["winner"]), shipped_healing(directory.path, record)
+        plan = plan_of_run(directory)
+        directory.pin("model", plan.folder.digest)
+        plan = quantized_plan(plan, directory)
+        bank = directory.artefact("bank")
+        if damaged := damaged_tensors(bank):
+            raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {place} rebuilds it")
         return export_winner(plan, bank, directory, winner, healing)
 
 
-def verify_file(file: Path, run_path: Path) -> Proof:
-    """Prove a file with the model and test text of its run. Raises UserError for a file or run that cannot serve."""
-    directory = RunDirectory.open(run_path)
-    windows = run_path / WINDOWS_FILE
-    if not windows.is_file():
-        raise UserError(f"expected {WINDOWS_FILE} with the test text in {run_path}, found none")
-    plan = make_plan(directory.config)
-    directory.pin("model", plan.folder.digest)
-    folder = quantized_plan(plan, directory).folder
-    try:
-        check_floats(file, folder, run_path)
-        return prove(file, folder, TokenWindows.load(windows).windows["test"], plan.config.evaluation.activations)
-    except (ValueError, LlamaCppError, SafetensorError) as error:
-        raise UserError(str(error)) from None
+def verify_file(file: Path | str, place: Path | str) -> Proof:
+    """Prove a file with the model and test text of its run. Raises UserError for a file or run that cannot serve.
+
+    A file behind a URL is that of its run's mirror.
+    """
+    directory = RunDirectory.open(place)
+    with directory.own() if directory.mirror else nullcontext():
+        windows = directory.path / WINDOWS_FILE
+        if not windows.is_file():
+            raise UserError(f"expected {WINDOWS_FILE} with the test text in {place}, found none")
+        plan = make_plan(directory.config)
+        directory.pin("model", plan.folder.digest)
+        folder = quantized_plan(plan, directory).folder
+        local = directory.path / str(file).rpartition("/")[2] if is_url(file) else Path(file)
+        try:
+            check_floats(local, folder, directory.path)
+            test = TokenWindows.load(windows).windows["test"]
+            return prove(local, folder, test, plan.config.evaluation.activations)
+        except (ValueError, LlamaCppError, SafetensorError) as error:
+            raise UserError(str(error)) from None
 
 
 def check_floats(file: Path, folder: ModelFolder, run: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 
 from bitgenome.config import BudgetConfig, RunConfig, TextConfig
 from bitgenome.pruning_config import sparsity_by_tensor
+from bitgenome.storage import local_model
 from evaluators.devices import best_device
-from evaluators.model_folder import ModelFolder, resolve_model
+from evaluators.model_folder import ModelFolder
 from evaluators.scaling import check_scalable
 from exporters.gguf_file import fixed_bytes
 from exporters.tensor_names import quantizable_tensors
@@ -68,7 +69,7 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
-    folder = ModelFolder(resolve_model(config.model).resolve())
+    folder = ModelFolder(local_model(config.model))
     shapes = quantizable_tensors(folder)
     if config.quantization.scaling.settings.active:
         check_scalable(folder)

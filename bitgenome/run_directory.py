@@ -11,11 +11,16 @@ from typing import Any
 
 from bitgenome.config import RunConfig, parse_config
 from bitgenome.lease import Lease, LeaseLostError
+from bitgenome.run_mirror import RunMirror, mirrored
+from bitgenome.shared_storage import pull_shared
 from bitgenome.storage_root import check_inside
-from search.errors import UserError
+from search.errors import StorageError, UserError
 from search.files import atomic_write_text
+from workers.remote import is_url
+from workers.staging import SHARED
 
 SCHEMA = 1
+RECORD_FILE = "run.json"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SENSITIVITY_FILE = "sensitivity.parquet"
 GENE_GROUPS_FILE = "gene-groups.json"
@@ -35,24 +40,39 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return keys
 
 
+def parse_record(content: bytes, source: str) -> dict[str, Any]:
+    """run.json. Raises UserError if it cannot be read, or is of another version."""
+    try:
+        record: dict[str, Any] = json.loads(content)
+        schema = record["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"expected a run record in {source}, found a file that cannot be read") from None
+    if schema != SCHEMA:
+        raise UserError(f"expected run schema {SCHEMA} in {source}, found {schema}: written by another version")
+    return record
+
+
 class RunDirectory:
     """``run.json`` and the paths beside it. Use ``create`` or ``open``."""
 
-    def __init__(self, path: Path, record: dict[str, Any]):
+    def __init__(self, path: Path, record: dict[str, Any], mirror: RunMirror | None = None):
         self.path = path
         self.record = record
+        self.mirror = mirror  # None: storage is a folder
         self.lease: Lease | None = None  # of the one driver that may write here
 
     @classmethod
     @contextmanager
     def owned(cls, config: RunConfig) -> Iterator["RunDirectory"]:
         """``create`` it, as the only driver for as long as the context lasts; see ``own``."""
-        path = check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
-        with Lease(path, f"the run {path}") as lease:
+        check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
+        place = f"{config.place}/{config.name}"
+        with Lease(place, f"the run {place}") as lease, mirrored(place) as mirror:
             directory = cls.create(config)
-            directory.lease = lease
+            directory.lease, directory.mirror = lease, mirror
             with directory.recorded_end():
                 yield directory
+            directory.check()
 
     @classmethod
     def find(cls, config: RunConfig) -> "RunDirectory | None":
@@ -61,7 +81,7 @@ class RunDirectory:
         Raises UserError if it belongs to another configuration, naming the keys that differ.
         """
         path = check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
-        if not ((path / "run.json").is_file() and (path / EVALUATIONS_FILE).is_file()):
+        if not ((path / RECORD_FILE).is_file() and (path / EVALUATIONS_FILE).is_file()):
             return None
         existing = cls.open(path)
         differing = differing_keys(existing.config.result_keys(), config.result_keys())
@@ -103,23 +123,24 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, path: Path) -> "RunDirectory":
-        """An existing run. Raises UserError if there is none at ``path`` or its record cannot be read.
+    def open(cls, place: Path | str) -> "RunDirectory":
+        """An existing run, at a path or URL. Raises UserError if there is none or its record cannot be read.
 
         A link to a run elsewhere is none: its artefacts are not the storage path's.
         """
-        check_inside(path, path.parent, f"the run {path.name}")
-        file = path / "run.json"
-        if not file.is_file():
-            raise UserError(f"expected a run directory with run.json, found none at {path}")
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            schema = record["schema"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"expected a run record in {file}, found a file that cannot be read") from None
-        if schema != SCHEMA:
-            raise UserError(f"expected run schema {SCHEMA} in {file}, found {schema}: written by another version")
-        return cls(path, record)
+        mirror = RunMirror(str(place)) if is_url(place) else None
+        if mirror is None:
+            check_inside(Path(place), Path(place).parent, f"the run {Path(place).name}")
+        file = Path(place) / RECORD_FILE
+        content = mirror.read(RECORD_FILE) if mirror else file.read_bytes() if file.is_file() else None
+        if content is None:
+            raise UserError(f"expected a run directory with run.json, found none at {place}")
+        return cls(mirror.path if mirror else Path(place), parse_record(content, f"{place}/{RECORD_FILE}"), mirror)
+
+    @property
+    def place(self) -> str:
+        """Path or URL."""
+        return self.mirror.url if self.mirror else str(self.path)
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -128,26 +149,46 @@ class RunDirectory:
         Raises LeaseHeldError, having touched nothing, while another driver works on it, and LeaseLostError once one
         has taken over.
         """
-        with Lease(self.path, f"the run {self.path}") as self.lease:
+        with Lease(self.place, f"the run {self.place}") as self.lease:
+            if self.mirror is not None:
+                self.mirror.pull()
+                self.record = parse_record((self.path / RECORD_FILE).read_bytes(), f"{self.place}/{RECORD_FILE}")
             yield
+            self.sync()
 
     @property
     def config(self) -> RunConfig:
-        return parse_config(self.record["config"], str(self.path / "run.json"))
+        """As it was begun, but stored where it was found."""
+        parent, _, name = (self.mirror.url if self.mirror else str(self.path.resolve())).rpartition("/")
+        data = {**self.record["config"], "storage_path": parent, "storage_url": None, "name": name}
+        return parse_config(data, f"{self.place}/{RECORD_FILE}")
 
     def artefact(self, key: str) -> Path:
-        """The path that the record has for ``key``. Raises UserError if it is outside the storage path."""
-        root = self.path.resolve().parent
-        return check_inside(Path(self.record[key]), root, f"the {key.replace('_', ' ')} of {self.path / 'run.json'}")
+        """The path that the record has for ``key``; behind a URL, in this machine's mirror, fetched if it is not there.
+
+        Raises UserError if it is outside the storage path.
+        """
+        recorded, root = Path(self.record[key]), self.path.resolve().parent
+        if self.mirror is not None and SHARED in recorded.parts:
+            kind = recorded.parts.index(SHARED)
+            pull_shared(self.config, root.joinpath(*recorded.parts[kind : kind + 3]))
+            recorded = root.joinpath(*recorded.parts[kind:])
+        return check_inside(recorded, root, f"the {key.replace('_', ' ')} of {self.place}/{RECORD_FILE}")
 
     def check(self) -> None:
         """Before a file is written: raise LeaseLostError if another driver has taken over."""
         if self.lease is not None:
             self.lease.check()
 
+    def sync(self) -> None:
+        """Behind a URL, send what has changed."""
+        self.check()
+        if self.mirror is not None:
+            self.mirror.push()
+
     def save(self) -> None:
         self.check()
-        atomic_write_text(self.path / "run.json", json.dumps(self.record, indent=1) + "\n")
+        atomic_write_text(self.path / RECORD_FILE, json.dumps(self.record, indent=1) + "\n")
 
     def pin(self, key: str, value: str) -> None:
         """Record a digest once. Raises UserError if the run was begun with another."""
@@ -172,7 +213,7 @@ class RunDirectory:
             self.record["error"] = str(error)
             raise
         finally:
-            with suppress(LeaseLostError, OSError):  # the record is another driver's by then, or the disk is full
+            with suppress(LeaseLostError, StorageError):  # the record is another driver's by then, or the disk is full
                 self.save()
 
     @contextmanager
@@ -189,6 +230,7 @@ class RunDirectory:
             stages = self.record["stages"]
             stages[name] = round(stages.get(name, 0.0) + time.monotonic() - started, 2)
             self.save()
+            self.sync()
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from bitgenome.search_config import SearchConfig
 from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
 from search.archive import EvaluationLog
 from search.checkpoint import Checkpoint
+from search.errors import StorageError
 from search.files import atomic_write_json, atomic_write_text
 from search.loop import Evaluate, Progress, Winner, choose_winner, pareto_records, run_search, with_table_rung
 from search.seeds import reference_genomes, seed_genomes
@@ -55,6 +56,21 @@ def divided(genomes: Sequence[Genome], workers: int) -> list[tuple[Genome, ...]]
     parts = min(count, workers * max(1, balanced, -(-count // (workers * MOST_TOGETHER))))
     bounds = [part * count // parts for part in range(parts + 1)]
     return [tuple(genomes[start:end]) for start, end in pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class SyncedCheckpoint(Checkpoint):
+    """A checkpoint that goes to remote storage, with all that belongs to it, as it is saved."""
+
+    run: RunDirectory
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        self.run.check()
+        super().save(state)
+        try:
+            self.run.sync()
+        except StorageError as error:  # at the end of the stage it must succeed
+            log.warning("%s; the next generation tries again", error)
 
 
 def pool_evaluate(
@@ -109,7 +125,7 @@ def search(
         prior=artefacts.prior,
     )
     run.record["expected_evaluations"] = strategy.expected_evaluations
-    checkpoint = Checkpoint(run.path / CHECKPOINT_FILE, config.digest)
+    checkpoint = SyncedCheckpoint(run.path / CHECKPOINT_FILE, config.digest, run)
     with closing(EvaluationLog(run.path / EVALUATIONS_FILE, run.check)) as evaluations:
         with run.stage("search"):
             evaluate = monitor.watch(pool_evaluate(artefacts.setup, pool, track, "searching", evaluations))

@@ -23,7 +23,7 @@ from evaluators.bank import Bank
 from evaluators.evaluator import EvaluatorSetup, MeasureSensitivity
 from evaluators.fisher import gradient_losses, gradient_tasks
 from evaluators.text import TokenWindows
-from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail
+from search.files import atomic_write_bytes, atomic_write_text, cut_torn_tail, disk_errors
 from search.seeds import nearest_uniform
 from search.sensitivity import SensitivityTable
 from search.types import Fidelity, Genome, SearchSpace
@@ -102,7 +102,7 @@ class Measurement:
                 records = self._gradients(pool, track) if self.measure in GRADIENTS else self._measured(pool, track)
             atomic_write_bytes(file, pd.DataFrame(records).to_parquet(index=False))
 
-        build_once(self.directory, "the sensitivities", file.is_file, build)
+        build_once(self.plan.config, self.directory, "the sensitivities", file.is_file, build)
         return pd.read_parquet(file)
 
     @contextmanager
@@ -143,8 +143,9 @@ class Measurement:
         with partial.open("a", encoding="utf-8") as stream:
             for result in track(pool.map(missing), len(missing), what):
                 lines.append(json.dumps(result))
-                stream.write(lines[-1] + "\n")
-                stream.flush()
+                with disk_errors(partial):
+                    stream.write(lines[-1] + "\n")
+                    stream.flush()
         return [json.loads(line) for line in lines]
 
 

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitgenome.lease import Lease
+from workers.remote import open_folder
+from workers.staging import SHARED
+from workers.transfers import fetch, send_missing
 
 
 class Storage(Protocol):
-    """The setting that says where runs lie."""
+    """The settings that say where runs lie."""
 
     @property
     def storage_path(self) -> Path: ...
+
+    @property
+    def storage_url(self) -> str | None: ...
 
 
 def digest_of(*parts: Any) -> str:
@@ -21,15 +27,42 @@ def digest_of(*parts: Any) -> str:
 
 
 def shared_directory(config: Storage, kind: str, digest: str) -> Path:
-    directory = config.storage_path / "shared" / kind / digest[:16]
+    directory = config.storage_path / SHARED / kind / digest[:16]
     directory.mkdir(parents=True, exist_ok=True)
     return directory.resolve()  # workers have a working directory of their own
 
 
-def build_once(directory: Path, what: str, done: Callable[[], bool], build: Callable[[], None]) -> None:
-    """Build the artefact ``what`` in ``directory`` unless it is ``done``; while another process does, wait for it."""
-    if done():
-        return
-    with Lease(directory, f"{what} {directory}", wait=True):
-        if not done():  # by whoever had the lease before
-            build()
+def build_once(
+    config: Storage, directory: Path, what: str, done: Callable[[], bool], build: Callable[[], None]
+) -> None:
+    """Build the artefact ``what`` in ``directory`` unless it is ``done``; while another process does, wait for it.
+
+    Behind a URL what is there remotely is fetched first, and what is built is sent.
+    """
+    pull_shared(config, directory)
+    if not done():
+        place = f"{config.storage_url}/{shared_name(directory)}" if config.storage_url else directory
+        with Lease(place, f"{what} {place}", wait=True):
+            pull_shared(config, directory)
+            if not done():  # by whoever had the lease before
+                build()
+                push_shared(config, directory)
+    push_shared(config, directory)  # also what an earlier attempt has built and not sent
+
+
+def shared_name(directory: Path) -> str:
+    """Relative to the storage's root."""
+    return "/".join((SHARED, *directory.parts[-2:]))
+
+
+def pull_shared(config: Storage, directory: Path) -> None:
+    """Fetch what of a shared directory is remote and not here."""
+    if config.storage_url:
+        remote = open_folder(config.storage_url)
+        fetch(remote, config.storage_path, remote.sizes(shared_name(directory)))
+
+
+def push_shared(config: Storage, directory: Path) -> None:
+    """Send what of a shared directory is here and not remote."""
+    if config.storage_url:
+        send_missing(open_folder(config.storage_url), config.storage_path, shared_name(directory))

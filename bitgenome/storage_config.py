@@ -13,7 +13,9 @@ from workers.remote import is_url, mirror_root
 class StoredSection(Section):
     """A configuration of something that is stored."""
 
-    storage_path: Path = Field(Path("runs"), description="folder, or URL such as s3://bucket/prefix or file:///nfs/runs")
+    storage_path: Path = Field(
+        Path("runs"), description="folder, or URL such as s3://bucket/prefix or file:///nfs/runs"
+    )
     storage_url: str | None = Field(None, description="of which storage_path is the mirror: filled in, not given")
 
     @model_validator(mode="before")
@@ -30,3 +32,8 @@ class StoredSection(Section):
             raise ValueError("expected a storage_path without credentials, which belong in the environment")
         url = url.rstrip("/")
         return {**data, "storage_url": url, "storage_path": mirror_root(url)}
+
+    @property
+    def place(self) -> str:
+        """Path or URL, as a user would give it."""
+        return self.storage_url or str(self.storage_path)

@@ -17,12 +17,14 @@ from bitgenome.logs import log_file
 from bitgenome.plan import check_text
 from bitgenome.progress import track
 from bitgenome.run_directory import WINDOWS_FILE
+from bitgenome.run_mirror import RunMirror, mirrored
 from bitgenome.shared_storage import digest_of
+from bitgenome.storage import local_model, staged_pool
 from bitgenome.study_config import Study, StudyConfig
 from bitgenome.study_report import write_report
 from evaluators.activation_samples import sample_positions
 from evaluators.grouped_method import MutualInformation
-from evaluators.model_folder import ModelFolder, resolve_model
+from evaluators.model_folder import ModelFolder
 from evaluators.study import MeasureMethod, MethodResult, StudySetup
 from evaluators.study_layer import LayerRecord
 from evaluators.study_methods import Method
@@ -57,7 +59,7 @@ class StudyPlan:
 
 def plan_study(study: Study) -> StudyPlan:
     """Check model, architecture and text; raises UserError for the first that does not fit."""
-    folder = ModelFolder(resolve_model(study.config.model).resolve())
+    folder = ModelFolder(local_model(study.config.model))
     columns = min(shape[-1] for shape in quantizable_tensors(folder).values())
     for method in study.methods:
         try:
@@ -98,10 +100,12 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
     if any(method.needs_samples for method in study.methods):
         count, length = windows.windows["calibration"].shape
         sample_positions(count, length, study.config.activation_samples)
-    with Lease(plan.path, f"the study {plan.path}") as lease, log_file(plan.path / "events.log"):
+    place = f"{study.config.place}/{study.config.name}"
+    with Lease(place, f"the study {place}") as lease, mirrored(place) as mirror, log_file(plan.path / "events.log"):
         try:
-            with open_pool(WorkerSettings(**study.config.workers.model_dump()), study.config.name) as pool:
-                return plan.path, StudyRun(plan, windows, pool, console, lease).results()
+            pool = open_pool(WorkerSettings(**study.config.workers.model_dump()), study.config.name)
+            with staged_pool(pool, study.config, plan.folder) as staged:
+                return plan.path, StudyRun(plan, windows, staged, console, lease, mirror).results()
         finally:
             close_cluster()
 
@@ -115,6 +119,7 @@ class StudyRun:
     pool: Pool
     console: Console
     lease: Lease
+    mirror: RunMirror | None  # None: storage is a folder
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, self.console)
@@ -150,6 +155,8 @@ class StudyRun:
         for digest, result in zip(missing, answers, strict=True):
             self.lease.check()
             archive.append(digest, result)
+            if self.mirror is not None:
+                self.mirror.push()
             log.info("%s: %.3f bits, KL %.5f", result.label, result.average_bits, result.kl)
         results = [archive.found[digest] for digest in wanted]
         atomic_write_json(self.plan.path / "study.json", self.record())

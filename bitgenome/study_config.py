@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bitgenome.config import QuantizationConfig, TextConfig, absolute_model, absolute_text
-from bitgenome.config_file import Section, parse_section, read_settings
+from bitgenome.config_file import parse_section, read_settings
+from bitgenome.storage_config import StoredSection
 from bitgenome.workers_config import WorkersConfig
 from evaluators.methods import METHODS
 from evaluators.study_methods import Method
@@ -18,7 +19,7 @@ from search.errors import UserError
 SWEEP = "sweep"  # of a method: settings with the list of values that each takes, in every combination
 
 
-class StudyConfig(Section):
+class StudyConfig(StoredSection):
     """Everything but the methods."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -28,7 +29,6 @@ class StudyConfig(Section):
     text: TextConfig = TextConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     workers: WorkersConfig = WorkersConfig()
-    storage_path: Path = Path("runs")
 
 
 @dataclass(frozen=True)

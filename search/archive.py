@@ -76,7 +76,8 @@ class EvaluationLog:
 
     def sync(self) -> None:
         """fsync what was appended, once a batch."""
-        os.fsync(self._stream.fileno())
+        with disk_errors(self.path):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()
