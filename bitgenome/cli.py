@@ -187,7 +187,7 @@ def main() -> None:
     """Entry point: users' mistakes end in one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=False)], force=True)
-    for noisy in ("httpx", "gguf", "ray", "gguf.gguf_writer"):
+    for noisy in ("httpx", "gguf", "ray", "botocore", "aiobotocore", "gguf.gguf_writer"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     signal.signal(signal.SIGTERM, interrupt)
