@@ -6,10 +6,11 @@ A file appears whole or not at all; names are relative, with "/".
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,20 @@ from search.files import atomic_write_bytes, replacing, sync_folder
 REMEDIES = {"s3": "pip install 'bitgenome[s3]'"}  # for protocols whose package is missing
 
 
+def file_sizes(root: Path, place: Path) -> dict[str, int]:
+    """Bytes of every file at or below ``place``, by name under ``root``; hidden ones left out."""
+    found = {}
+    for file in (place, *place.rglob("*")):
+        name = file.relative_to(root).as_posix()
+        with suppress(FileNotFoundError):  # removed meanwhile
+            if shown(name) and stat.S_ISREG((status := file.stat()).st_mode):
+                found[name] = status.st_size
+    return found
+
+
 def shown(name: str) -> bool:
     """Whether no part of a file's name is hidden."""
-    return not any(part.startswith(".") for part in name.split("/"))
+    return name == "." or not any(part.startswith(".") for part in name.split("/"))
 
 
 def is_url(place: str | Path) -> bool:
@@ -88,8 +100,7 @@ class LocalFolder(Folder):
 
     def sizes(self, name: str = "") -> dict[str, int]:
         with self._using("list", name) as path:
-            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            return {name: f.stat().st_size for f in files if shown(name := f.relative_to(self.path).as_posix())}
+            return file_sizes(self.path, path)
 
     def read(self, name: str) -> bytes | None:
         with self._using("read", name) as path:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from workers.remote import Folder, shown
+from workers.remote import Folder, file_sizes
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,7 @@ POINTERS = (  # files that say of others that they are there: sent behind them
 
 def local_sizes(root: Path, name: str) -> dict[str, int]:
     """Bytes of every file below ``root / name``, or of that file, by name under ``root``; hidden ones left out."""
-    place = root / name
-    files = [place] if place.is_file() else sorted(place.rglob("*"))
-    named = {f.relative_to(root).as_posix(): f for f in files if f.is_file()}
-    return {name: f.stat().st_size for name, f in named.items() if shown(name)}
+    return file_sizes(root, root / name)
 
 
 def fetch(remote: Folder, root: Path, sizes: Mapping[str, int]) -> None:
