@@ -119,7 +119,7 @@ class Lease:
         try:
             self._renew(released=True)
         except (StorageError, LeaseLostError):  # others will see that it is dead
-            log.warning("the lease of %s could not be released", self.what)
+            log.debug("the lease of %s could not be released", self.what)
 
     def check(self) -> None:
         """Raise LeaseLostError unless this process still owns it; storage is asked where that was a while ago."""

@@ -1,5 +1,6 @@
-"""Shared by all tests: the embedded model and one bank of it, built once a session."""
+"""Shared by all tests: the embedded model and one bank of it, built once a session; a disk that is soon full."""
 
+import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,3 +72,15 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
 def no_progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
     """Stands where the command line shows a progress bar."""
     return iter(items)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

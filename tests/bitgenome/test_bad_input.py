@@ -177,3 +177,17 @@ def test_a_second_driver_of_a_run_is_refused_and_touches_nothing(refused: Any, t
         before = {file: file.read_bytes() for file in directory.rglob("*.json")}
         assert f"found process {os.getpid()} on" in refused()
         assert {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()} == before
+
+
+def test_a_full_disk_ends_a_run_with_one_sentence_and_what_was_there_stays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_disk: Path
+) -> None:
+    config = {"name": "full", "storage_path": str(small_disk), **SMALL, "workers": {"ray": "off"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["bitgenome", "run", str(tmp_path / "config.yaml")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    *_, last = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert last.startswith(f"error: expected to write {small_disk}") and "No space left on device" in last
+    assert RunDirectory.open(small_disk / "full").record["config"]["name"] == "full"
