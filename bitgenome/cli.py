@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from importlib.metadata import version
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
