@@ -11,6 +11,7 @@ import pytest
 
 from bitgenome.cli import main
 from bitgenome.config import load_config
+from bitgenome.lease import FOLDER
 from bitgenome.run_directory import RunDirectory
 from bitgenome.run_status import RunReader
 from bitgenome.status_command import duration
@@ -71,7 +72,7 @@ def test_a_driver_that_was_killed_is_not_running(run: RunDirectory) -> None:
         "with directory.own(): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(run.path)], cwd=REPOSITORY, check=False)
-    assert list((run.path / "lease").iterdir())
+    assert list((run.path / FOLDER).iterdir())
     assert RunReader(run.path).read().state == "stopped"
 
 
