@@ -106,7 +106,7 @@ def test_a_run_killed_and_its_disk_wiped_ends_elsewhere_as_if_undisturbed(
     assert code == 0, said
     mirror = Runs(next(machine.cache.glob("*/killed-on-s3")).parent)
     assert mirror.evaluations("killed-on-s3") == runs.evaluations("base")
-    (gguf,) = (mirror.storage / "killed-on-s3").glob("*.gguf")
+    (gguf,) = (mirror.storage / "killed-on-s3").glob("stdlib-6m-*.gguf")
     assert gguf.read_bytes() == (runs.storage / "base" / gguf.name).read_bytes()
     assert open_folder(f"{url}/killed-on-s3").read(gguf.name) == gguf.read_bytes()
 
