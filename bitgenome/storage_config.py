@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -28,8 +27,6 @@ class StoredSection(Section):
         url = given if isinstance(given, str) and is_url(given) else data.get("storage_url")
         if not isinstance(url, str):
             return data
-        if "@" in urlsplit(url).netloc:
-            raise ValueError("expected a storage_path without credentials, which belong in the environment")
         url = url.rstrip("/")
         return {**data, "storage_url": url, "storage_path": mirror_root(url)}
 

@@ -149,7 +149,7 @@ def test_of_threads_that_race_for_a_lease_on_s3_one_gets_it(s3: str) -> None:
     ("place", "sentence"),
     [
         ("s3://no-such-bucket/runs", "no such bucket"),
-        ("s3://key:secret@genomes/runs", "without credentials"),
+        ("s3://key:secret@genomes/runs", "without a password"),
         ("s4://genomes/runs", "Protocol not known: s4"),
         ("gs://genomes/runs", "install gcsfs"),
         ("/proc/nowhere", "No such file or directory"),
