@@ -105,12 +105,16 @@ class Storage:
 
     def start(self, name: str) -> "subprocess.Popen[str]":
         config = SETTINGS | {"name": name, "storage_path": str(self.path)}
-        config["workers"] = {"ray": self.address, "count": NODES}
+        config["workers"] = {"ray": self.address, "min": 1, "max": NODES}
         file = self.path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         command = [sys.executable, "-m", "bitgenome.cli", "run", str(file)]
         log = (self.path / f"{name}.log").open("a", encoding="utf-8")
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+
+    def log(self, name: str) -> str:
+        """What the drivers of a run wrote."""
+        return (self.path / f"{name}.log").read_text(encoding="utf-8")
 
     def evaluations(self, name: str) -> list[dict[str, Any]]:
         """In the order they were written, without the seconds they took."""
@@ -137,7 +141,7 @@ def undisturbed(storage: Storage, name: str) -> float:
     """Seconds of a run that is left alone."""
     started = time.monotonic()
     if storage.start(name).wait():
-        raise ChaosError(f"expected an undisturbed run, found a failure: {storage.path / name}.log")
+        raise ChaosError(f"expected an undisturbed run, found a failure: {storage.log(name)}")
     return time.monotonic() - started
 
 
@@ -167,7 +171,7 @@ def disturbed(
         if driver.poll() is None:
             strike[kind]()
     if code := driver.wait():
-        raise ChaosError(f"expected {name} to end well, found exit code {code}: {storage.path / name}.log")
+        raise ChaosError(f"expected {name} to end well, found exit code {code}: {storage.log(name)}")
     return time.monotonic() - started
 
 
