@@ -44,7 +44,9 @@ class SearchConfig(Section):
     )
     elites: int = Field(4, ge=1)
     immigrants: int = Field(1, ge=0)
-    brood: int = Field(16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate")
+    brood: int = Field(
+        16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate; at most 1,024 in all"
+    )
     ladder: tuple[int, ...] = Field(
         (), description="rising tokens of successive halving, 0: the reconstruction table; none: all search text"
     )

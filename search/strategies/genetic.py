@@ -26,6 +26,7 @@ from search.types import Genome, Scored
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
 MOST_MUTATED = 4  # genes of one random-gene mutation, drawn from 1 to this
 MOST_BIAS = 8.0  # no gene is more or less likely than this times the average: what a prior thinks can be wrong
+MOST_BRED = 1024  # offspring of a generation: breeding takes the driver's time, and the last thousands change little
 PARTNERS = 8  # partners of a swap looked at, of which the one that wastes least is taken
 CROSSOVERS: dict[str, Callable[..., Any]] = {
     "one_point": tools.cxOnePoint,
@@ -39,8 +40,9 @@ class GeneticSettings:
     """Population and generations are evaluations: every generation proposes ``population`` new genomes.
 
     Rates are probabilities for one offspring; a child that no operator changed is swapped. ``brood`` offspring compete
-    by surrogate for each place (1 evaluates everything bred). ``elites`` are the best of the whole run, kept as
-    parents; ``immigrants`` are places of each generation for repaired random genomes.
+    by surrogate for each place (1 evaluates everything bred), fewer where that would be more than MOST_BRED in all.
+    ``elites`` are the best of the whole run, kept as parents; ``immigrants`` are places of each generation for repaired
+    random genomes.
     """
 
     population: int = 20
@@ -187,7 +189,7 @@ class GeneticStrategy(BatchStrategy):
         places = self.settings.population - self.settings.immigrants
         own = self.rng
         with global_random(own) as self.rng:
-            brood = self._new_ones(self._breed, places * self.settings.brood)
+            brood = self._new_ones(self._breed, places * max(1, min(self.settings.brood, MOST_BRED // max(1, places))))
         self.rng = own
         told = list(chain.from_iterable(self.told))
         chosen = brood if len(brood) <= places else self._screening.choose(brood, places, told)
