@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
@@ -75,9 +76,12 @@ def view(found: list[RunStatus], single: bool) -> Group | Table:
 
 def table_of(found: list[RunStatus]) -> Table:
     """A row for each run."""
-    table = Table()
-    for column in ("run", "state", "stage", "generation", "evaluations", "best KL", "bytes", "bits/weight", "seconds"):
-        table.add_column(column, justify="left" if column in ("run", "state", "stage") else "right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    for column in ("state", "stage"):
+        table.add_column(column, no_wrap=True)
+    for column in ("gen", "evaluated", "KL", "bytes", "bits", "s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for one in found:
         table.add_row(
             one.name, one.state, one.stage or "", str(one.generation), evaluations_of(one),
