@@ -58,13 +58,15 @@ def log_handler(console: Console, as_json: bool) -> logging.Handler:
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """While open, everything that is logged also goes to ``path``, as lines."""
+def log_file(path: Path, run: str) -> Iterator[None]:
+    """While open, everything that is logged is of ``run``, and also goes to ``path``, as lines."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(LineFormatter())
     logging.getLogger().addHandler(handler)
+    token = RUN.set(run)
     try:
         yield
     finally:
+        RUN.reset(token)
         logging.getLogger().removeHandler(handler)
         handler.close()

@@ -17,7 +17,7 @@ from bitgenome.artefacts import prepare, quantized_plan, read_windows
 from bitgenome.config import RunConfig
 from bitgenome.gene_groups import plan_of_run, with_gene_groups
 from bitgenome.healing import Healing, heal, shipped_healing
-from bitgenome.logs import RUN, log_file
+from bitgenome.logs import log_file
 from bitgenome.memory import check_memory
 from bitgenome.monitoring import Monitor, monitor_run
 from bitgenome.plan import Plan, make_plan
@@ -82,8 +82,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
     check_memory(plan)
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     plan.folder.check_finite()
-    with RunDirectory.owned(config) as directory, log_file(directory.path / "events.log"):
-        RUN.set(config.name)
+    with RunDirectory.owned(config) as directory, log_file(directory.path / "events.log", config.name):
         settings = WorkerSettings(**config.workers.model_dump())
         try:
             with directory.stage("workers"):

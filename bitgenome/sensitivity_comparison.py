@@ -88,7 +88,7 @@ def comparison(
     def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, console)
 
-    with log_file(directory.path / "events.log"):
+    with log_file(directory.path / "events.log", directory.path.name):
         try:
             with open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name) as pool:
                 plan = with_gene_groups(plan, windows, directory, pool, tracked)

@@ -101,7 +101,11 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
         count, length = windows.windows["calibration"].shape
         sample_positions(count, length, study.config.activation_samples)
     place = f"{study.config.place}/{study.config.name}"
-    with Lease(place, f"the study {place}") as lease, mirrored(place) as mirror, log_file(plan.path / "events.log"):
+    with (
+        Lease(place, f"the study {place}") as lease,
+        mirrored(place) as mirror,
+        log_file(plan.path / "events.log", plan.path.name),
+    ):
         try:
             pool = open_pool(WorkerSettings(**study.config.workers.model_dump()), study.config.name)
             with staged_pool(pool, study.config, plan.folder) as staged:

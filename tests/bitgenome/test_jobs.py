@@ -4,10 +4,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -80,13 +82,13 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head() -> Iterator[Head]:
     port, dashboard, client, agent = free_ports(4)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     unset = {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"}
     environment = {name: value for name, value in os.environ.items() if name not in unset} | SECRETS
     environment |= {"PATH": path, "COLUMNS": "160", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    logs = tmp_path_factory.mktemp("ray")
+    logs = Path(tempfile.mkdtemp(prefix="ray-"))  # names of its sockets have room for little
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
@@ -105,6 +107,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         process.send_signal(signal.SIGTERM)
         for member in psutil.wait_procs(family, timeout=20)[1]:
             member.kill()
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

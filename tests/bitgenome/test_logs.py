@@ -44,7 +44,7 @@ def test_outside_a_run_a_json_record_has_neither() -> None:
 
 def test_the_log_of_a_run_stays_lines_and_says_the_generation(third_generation: None, tmp_path: Path) -> None:
     logging.getLogger().setLevel(logging.INFO)
-    with log_file(tmp_path / "events.log"):
+    with log_file(tmp_path / "events.log", "stdlib-6m"):
         log.info("inside")
         GENERATION.set(None)
         log.info("afterwards")

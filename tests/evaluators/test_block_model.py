@@ -166,7 +166,7 @@ def test_a_missing_folder_a_missing_file_and_broken_weights_are_each_one_sentenc
         ModelFolder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelFolderError, match=r"expected \*.safetensors weights, .*save_pretrained"):
+    with pytest.raises(ModelFolderError, match=r"expected \*.safetensors weights in .*save_pretrained"):
         ModelFolder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((EMBEDDED / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ModelFolderError, match="expected a readable safetensors file"):

@@ -1,6 +1,7 @@
 """Screening: it pays where the surrogate predicts, gives way where it misleads, and comes back."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -89,6 +90,7 @@ def told(genomes: list[Genome], losses: list[float]) -> list[Scored]:
 
 def broods(count: int) -> list[list[Genome]]:
     """Broods of 8 for each place, and before them some genomes to learn from."""
+    random.seed(0)  # which breeding draws from
     strategy = GeneticStrategy(Repair(SPACE, BUDGET, TRUTH), seed_genomes(SPACE, BUDGET, [TRUTH]), TRUTH)
     landscape = Landscape(SPACE, TRUTH)
     strategy.tell([landscape.evaluation(genome) for genome in strategy.ask()])
