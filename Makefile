@@ -23,10 +23,10 @@ run: $(STAMP) ## Search the embedded model and prove the result in llama.cpp (CO
 	@$(BIN)/bitgenome run $(CONFIG)
 
 test: $(STAMP) ## All tests that need no GPU and no minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## The tests that take minutes: whole runs, killed and resumed
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
