@@ -87,6 +87,7 @@ def head() -> Iterator[Head]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     unset = {"RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"}
     environment = {name: value for name, value in os.environ.items() if name not in unset} | SECRETS
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = "15"  # of 3 by default: other tests may hold every core meanwhile
     environment |= {"PATH": path, "COLUMNS": "160", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     logs = Path(tempfile.mkdtemp(prefix="ray-"))  # names of its sockets have room for little
     command = [

@@ -90,7 +90,7 @@ def told(genomes: list[Genome], losses: list[float]) -> list[Scored]:
 
 def broods(count: int) -> list[list[Genome]]:
     """Broods of 8 for each place, and before them some genomes to learn from."""
-    random.seed(0)  # which breeding draws from
+    random.seed(1)  # which breeding draws from
     strategy = GeneticStrategy(Repair(SPACE, BUDGET, TRUTH), seed_genomes(SPACE, BUDGET, [TRUTH]), TRUTH)
     landscape = Landscape(SPACE, TRUTH)
     strategy.tell([landscape.evaluation(genome) for genome in strategy.ask()])
