@@ -10,12 +10,13 @@ from evaluators.text import TokenWindows
 from tests.bitgenome.conftest import SMALL, Runs
 from tests.conftest import EMBEDDED
 
+MIX = "Q3_K_M"  # benchmarks.llamacpp_mixes holds the others, with more text
 MOST_OF_THEIR_KL = 0.6
 
 
 @pytest.mark.slow
-def test_files_lose_at_least_forty_percent_less_than_llama_cpps_mixes_of_their_size(runs: Runs) -> None:
-    tokens = {"calibration": 81920, "sensitivity": 1024, "search": 1024, "validation": 1024, "test": 8192}
+def test_a_file_loses_at_least_forty_percent_less_than_llama_cpps_mix_of_its_size(runs: Runs) -> None:
+    tokens = {"calibration": 40960, "sensitivity": 1024, "search": 1024, "validation": 1024, "test": 8192}
     changes = {"text": {**SMALL["text"], "window": 512, "tokens": tokens}, "search": {"strategy": "exact"}}  # type: ignore[dict-item]
     calibrations = runs.storage / "shared" / "calibration"
     before = set(calibrations.iterdir()) if calibrations.exists() else set()
@@ -23,11 +24,10 @@ def test_files_lose_at_least_forty_percent_less_than_llama_cpps_mixes_of_their_s
     (calibration,) = set(calibrations.iterdir()) - before
     folder = ModelFolder(EMBEDDED)
     windows = TokenWindows.load(runs.storage / "calibrated" / WINDOWS_FILE).windows["test"]
-    for mix in ("Q2_K", "Q3_K_M"):
-        theirs = runs.storage / f"{mix}.gguf"
-        size = export_mix(folder, mix, importances(calibration), theirs)
-        done = runs.call("run", runs.write(f"against-{mix}", **changes, budget={"file_size": size}))
-        assert done.returncode == 0, done.stderr
-        proof = runs.best(f"against-{mix}")["proof"]
-        assert proof["file_bytes"] <= size
-        assert proof["runtime_kl"] <= MOST_OF_THEIR_KL * prove(theirs, folder, windows).runtime_kl, mix
+    theirs = runs.storage / f"{MIX}.gguf"
+    size = export_mix(folder, MIX, importances(calibration), theirs)
+    done = runs.call("run", runs.write(f"against-{MIX}", **changes, budget={"file_size": size}))
+    assert done.returncode == 0, done.stderr
+    proof = runs.best(f"against-{MIX}")["proof"]
+    assert proof["file_bytes"] <= size
+    assert proof["runtime_kl"] <= MOST_OF_THEIR_KL * prove(theirs, folder, windows).runtime_kl
