@@ -14,7 +14,7 @@ MIX = "Q3_K_M"  # benchmarks.llamacpp_mixes holds the others, with more text
 MOST_OF_THEIR_KL = 0.6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_loses_at_least_forty_percent_less_than_llama_cpps_mix_of_its_size(runs: Runs) -> None:
     tokens = {"calibration": 40960, "sensitivity": 1024, "search": 1024, "validation": 1024, "test": 8192}
     changes = {"text": {**SMALL["text"], "window": 512, "tokens": tokens}, "search": {"strategy": "exact"}}  # type: ignore[dict-item]
