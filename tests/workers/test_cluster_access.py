@@ -1,5 +1,6 @@
 """Which clusters are joined: against real gRPC servers that ask for a token as a Ray head does, or do not."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,15 @@ def head(token: str | None) -> Iterator[str]:
 
 
 @pytest.fixture
-def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
+def read_again() -> Iterator[None]:
+    """Afterwards Ray reads the environment again, as it is for the tests behind this one."""
+    yield
+    if ray := sys.modules.get("ray"):
+        ray._raylet.Config.initialize("")
+
+
+@pytest.fixture
+def user(read_again: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
     """Make this process a user with that token."""
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS"):
         monkeypatch.setenv(name, "")  # so that it ends with the test whatever the code sets

@@ -26,7 +26,7 @@ def cluster() -> Iterator[Any]:
     """A head without slots; its address is that of the pools."""
     os.environ[HEALTH_CHECK] = "500"
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         connect(cluster.address)
         yield cluster
