@@ -1,6 +1,7 @@
 """What a dispatcher needs of the machinery that holds its workers, and the events that this tells it."""
 
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from workers.pool import Task
@@ -33,6 +34,17 @@ class Lost:
 
 
 Event = Ready | Finished | Lost
+
+
+def waiting_events(events: "SimpleQueue[Event]", timeout: float) -> list[Event]:
+    """All that ``events`` holds, once it holds any; [] after ``timeout`` seconds without."""
+    try:
+        found = [events.get(timeout=timeout)]
+    except Empty:
+        return []
+    while not events.empty():
+        found.append(events.get())
+    return found
 
 
 class Backend(Protocol):

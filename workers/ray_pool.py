@@ -2,7 +2,7 @@
 
 import logging
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from search.errors import UserError
-from workers.backend import Event, Finished, Lost, Ready
+from workers.backend import Event, Finished, Lost, Ready, waiting_events
 from workers.dispatch import Dispatcher
 from workers.errors import TaskError
 from workers.pool import Task
@@ -45,13 +45,7 @@ class RayBackend:
         answer.future().add_done_callback(partial(self._answered, worker, call, task.label))
 
     def wait(self, timeout: float) -> list[Event]:
-        try:
-            found = [self._events.get(timeout=timeout)]
-        except Empty:
-            return []
-        while not self._events.empty():
-            found.append(self._events.get())
-        return found
+        return waiting_events(self._events, timeout)
 
     def stop(self, worker: int) -> None:
         ray.kill(self._actors.pop(worker))

@@ -1,10 +1,10 @@
 """Workers as threads of this process: a backend for tests and for measuring the driver without a cluster."""
 
 import threading
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
-from workers.backend import Event, Finished, Ready
+from workers.backend import Event, Finished, Ready, waiting_events
 from workers.pool import Task
 from workers.ray_worker import Worker
 
@@ -41,13 +41,7 @@ class ThreadBackend:
         self._queues[worker].put((call, task))
 
     def wait(self, timeout: float) -> list[Event]:
-        try:
-            found = [self._events.get(timeout=timeout)]
-        except Empty:
-            return []
-        while not self._events.empty():
-            found.append(self._events.get())
-        return found
+        return waiting_events(self._events, timeout)
 
     def stop(self, worker: int) -> None:
         self._queues.pop(worker).put(None)
