@@ -8,6 +8,7 @@ already evaluated.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Any
 
 from search.archive import EvaluationLog
@@ -67,6 +68,7 @@ def run_search(
     generation = saved["generation"]
     if saved["strategy"] is not None:
         strategy.load_state_dict(saved["strategy"])
+        strategy.forget(checkpoint.told.batches)
     while genomes := strategy.ask():
         incumbents = strategy.incumbents if ladder.turns_to_new_text(generation) else []
         found = climb(genomes, incumbents, ladder, generation, evaluate, log)
@@ -78,7 +80,8 @@ def run_search(
             expected, found_out = strategy.expected_evaluations, strategy.diagnostics
             on_progress(Progress(generation, seen, expected, best, found_out, log.answered))
         checkpoint.save({"generation": generation, "strategy": strategy.state_dict(checkpoint.told.batches)})
-    return _best(log.at(ladder.fidelities(max(0, generation - 1))[-1]))
+        strategy.forget(checkpoint.told.batches)
+    return _best(log.best(ladder.fidelities(max(0, generation - 1))[-1], 1))
 
 
 def climb(
@@ -122,7 +125,8 @@ def evaluate_missing(
 
     Raises ValueError if ``evaluate`` leaves out a genome or answers one twice.
     """
-    missing = [genome for genome in dict.fromkeys(genomes) if log.get(genome, fidelity) is None]
+    known = {genome: log.get(genome, fidelity) for genome in genomes}
+    missing = [genome for genome, evaluation in known.items() if evaluation is None]
     log.answered += len(genomes) - len(missing)
     waiting = set(missing)
     for answer in evaluate(missing, fidelity) if missing else iter(()):
@@ -130,10 +134,11 @@ def evaluate_missing(
             raise ValueError(f"evaluate must answer each genome once at {fidelity}, found {answer}")
         waiting.remove(answer.genome)
         log.append(answer)
+        known[answer.genome] = answer
     if waiting:
         raise ValueError(f"evaluate must answer each genome once at {fidelity}, found {len(waiting)} without an answer")
     log.sync()
-    found = (log.get(genome, fidelity) for genome in genomes)
+    found = (known[genome] for genome in genomes)
     return [evaluation for evaluation in found if evaluation is not None]
 
 
@@ -163,12 +168,8 @@ def choose_winner(
 
 def search_best(log: EvaluationLog, ladder: Ladder, keep: int) -> list[Genome]:
     """The ``keep`` best on the last rung's present text, and the best one of each of the ``keep`` texts before it."""
-    texts: dict[Fidelity, list[Evaluation]] = {}
-    for evaluation in log:
-        if (evaluation.split, evaluation.tokens) == (ladder.split, ladder.rungs[-1]):
-            texts.setdefault(evaluation.fidelity, []).append(evaluation)
-    *former, present = texts.values()
-    best = sorted(present, key=rank)[:keep] + [min(found, key=rank) for found in former[-keep:]]
+    *former, present = [f for f in log.fidelities if (f.split, f.tokens) == (ladder.split, ladder.rungs[-1])]
+    best = nsmallest(keep, log.at(present), key=rank) + [log.best(text, 1)[0] for text in former[-keep:]]
     return list(dict.fromkeys(evaluation.genome for evaluation in best))
 
 
@@ -193,7 +194,7 @@ def pareto_records(evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
 def _best(evaluations: Sequence[Evaluation]) -> Evaluation:
     best = min(evaluations, key=rank, default=None)
     if best is None or not math.isfinite(best.loss):
-        raise ValueError(f"none of {len(evaluations)} evaluated genomes has a finite loss: nothing can be chosen")
+        raise ValueError("none of the evaluated genomes has a finite loss: nothing can be chosen")
     return best
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from math import inf, isfinite, nan, prod
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,11 @@ import numpy as np
 from quantizers.formats import QuantFormat, legal_formats, padded
 
 Genome = tuple[int, ...]  # genome[g] indexes genes[g].formats
+
+
+def fingerprint(genome: Genome) -> bytes:
+    """16 bytes in place of a genome that is only to be known again: as many whatever its number of genes."""
+    return blake2b(bytes(genome), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,9 @@ class Strategy(Protocol):
 
     def state_dict(self, since: int = 0) -> dict[str, Any]:
         """JSON-serializable state, with the random state; of what was told, only the batches from ``since`` on."""
+
+    def forget(self, batches: int) -> None:
+        """Let go of the first ``batches`` told, which are on file, but for what proposals still look at."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken."""

@@ -2,13 +2,14 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 from search.repair import Repair
 from search.rng import rng_from_json, rng_to_json
-from search.types import Evaluation, Fidelity, Genome, Scored
+from search.surrogate import usable
+from search.types import Evaluation, Fidelity, Genome, Scored, fingerprint
 
 Batch = list[Scored]  # in the order of ask, then the incumbents if the text is new
 
@@ -22,13 +23,16 @@ class BatchStrategy(ABC):
     restored from state_dict.
     """
 
+    looks_back = 0  # evaluations with a loss on text, the latest, that proposals need
+
     def __init__(self, repair: Repair, seed: int) -> None:
         self.repair = repair
         self.space = repair.space
         self.rng = random.Random(seed)
-        self.told: list[Batch] = []
+        self.told: list[Batch] = []  # the latest; of earlier ones there are only numbers
+        self.batches = self.evaluations = 0  # told in all
         self._batch: list[Genome] | None = None
-        self._seen: set[Genome] = set()  # told, or in the batch
+        self._seen: set[bytes] = set()  # fingerprints, told or in the batch
 
     @property
     @abstractmethod
@@ -78,14 +82,29 @@ class BatchStrategy(ABC):
         return {}
 
     def state_dict(self, since: int = 0) -> dict[str, Any]:
-        """JSON-serializable state, with the random state; of what was told, only the batches from ``since`` on."""
+        """JSON-serializable state, with the random state; of what was told, only the batches from ``since`` on.
+
+        Raises ValueError if one of those was forgotten.
+        """
+        forgotten = self.batches - len(self.told)
+        if since < forgotten:
+            raise ValueError(f"batches from {since} on are asked for, of which those before {forgotten} are forgotten")
         return {
             "strategy": type(self).__name__,
             "rng": rng_to_json(self.rng),
             "told_before": since,
-            "told": [[scored.to_json() for scored in batch] for batch in self.told[since:]],
+            "told": [[scored.to_json() for scored in batch] for batch in self.told[since - forgotten :]],
             "batch": None if self._batch is None else [list(genome) for genome in self._batch],
         }
+
+    def forget(self, batches: int) -> None:
+        """Let go of the first ``batches`` told, which are on file; the last one and what proposals look at stay."""
+        kept = looked_at = 0
+        while kept < len(self.told) and (kept == 0 or looked_at < self.looks_back):
+            kept += 1
+            looked_at += len(usable(self.told[-kept]))
+        kept = max(kept, self.batches - batches)
+        self.told = self.told[max(0, len(self.told) - kept) :]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where a whole ``state_dict`` was taken. Raises ValueError for another strategy's state."""
@@ -95,17 +114,20 @@ class BatchStrategy(ABC):
             self._take(batch)
         self.rng = rng_from_json(state["rng"])
         self._batch = None if state["batch"] is None else [tuple(genome) for genome in state["batch"]]
-        self._seen.update(self._batch or ())
+        self._mark(self._batch or ())
 
     def _reset(self) -> None:
         """Forget everything told; the random state stays."""
         self.told = []
+        self.batches = self.evaluations = 0
         self._batch = None
         self._seen = set()
 
     def _take(self, batch: Batch) -> None:
         self.told.append(batch)
-        self._seen.update(scored.genome for scored in batch)
+        self.batches += 1
+        self.evaluations += len(batch)
+        self._mark(scored.genome for scored in batch)
         self._batch = None
         self._learn(batch)
 
@@ -134,10 +156,18 @@ class BatchStrategy(ABC):
 
     def _is_new(self, genome: Genome) -> bool:
         """Whether ``genome`` was never proposed; from now on it is."""
-        if genome in self._seen:
+        if (key := fingerprint(genome)) in self._seen:
             return False
-        self._seen.add(genome)
+        self._seen.add(key)
         return True
+
+    def _mark(self, genomes: Iterable[Genome]) -> None:
+        """From now on ``genomes`` are not new."""
+        self._seen.update(map(fingerprint, genomes))
+
+    def _unmark(self, genomes: Iterable[Genome]) -> None:
+        """``genomes`` may be proposed again."""
+        self._seen.difference_update(map(fingerprint, genomes))
 
     def _new(self, make: Callable[[], Genome], tries: int = NOVELTY_TRIES) -> Genome | None:
         """The first genome of ``make`` that was never proposed; None after ``tries``."""

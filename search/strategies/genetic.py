@@ -21,6 +21,7 @@ from search.repair import Repair
 from search.screening import Screening
 from search.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
+from search.surrogate import MOST
 from search.types import Genome, Scored
 
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
@@ -97,6 +98,8 @@ def global_random(rng: random.Random) -> Iterator[random.Random]:
 class GeneticStrategy(BatchStrategy):
     """Elites, tournament selection, crossover and size-preserving swaps; every child repaired, filled and new."""
 
+    looks_back = MOST
+
     def __init__(
         self,
         repair: Repair,
@@ -167,16 +170,16 @@ class GeneticStrategy(BatchStrategy):
         self._parents = (elites + others)[: self.settings.population]
 
     def _propose(self) -> list[Genome]:
-        if len(self.told) == self.settings.generations:
+        if self.batches == self.settings.generations:
             return []
-        batch = self._generation() if self.told else self._founders()
+        batch = self._generation() if self.batches else self._founders()
         return batch + self._new_ones(self._random, self.settings.population - len(batch))
 
     def _founders(self) -> list[Genome]:
         """Seeds, then their swap neighbours in half of the places left; the rest is left to random genomes."""
         size = self.settings.population
         founders = list(dict.fromkeys(self.repair(seed, self.rng) for seed in self._seeds))[:size]
-        self._seen.update(founders)
+        self._mark(founders)
         neighbours = (size - len(founders) + 1) // 2 if founders else 0
         for i in range(neighbours):
             seed = founders[i % len(founders)]
@@ -193,7 +196,7 @@ class GeneticStrategy(BatchStrategy):
         self.rng = own
         told = list(chain.from_iterable(self.told))
         chosen = brood if len(brood) <= places else self._screening.choose(brood, places, told)
-        self._seen -= set(brood) - set(chosen)
+        self._unmark(set(brood) - set(chosen))
         return chosen
 
     def _breed(self) -> Genome:

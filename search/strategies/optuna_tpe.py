@@ -96,7 +96,7 @@ class OptunaStrategy(BatchStrategy):
             )
 
     def _propose(self) -> list[Genome]:
-        count = min(self.settings.batch_size, self.settings.evaluations - sum(map(len, self.told)))
+        count = min(self.settings.batch_size, self.settings.evaluations - self.evaluations)
         asked = [found for found in (self._new_trial() for _ in range(count)) if found is not None]
         self._trials = [trial for trial, _ in asked]
         return [genome for _, genome in asked]
@@ -121,7 +121,7 @@ class OptunaStrategy(BatchStrategy):
 
     def _check_text(self, found: Sequence[Fidelity], rescored: Sequence[Genome]) -> None:
         super()._check_text(found, rescored)
-        first = next((s.fidelity for batch in self.told for s in batch if s.fidelity.tokens), found[0])
+        first = next((s.fidelity for batch in self.told[-1:] for s in batch if s.fidelity.tokens), found[0])
         if found[0].draw != first.draw:
             raise ValueError(f"the estimator ranks all trials together: expected draw {first.draw}, found {found[0]}")
 

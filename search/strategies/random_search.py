@@ -29,5 +29,5 @@ class RandomStrategy(BatchStrategy):
         """Nothing: what is asked does not depend on losses."""
 
     def _propose(self) -> list[Genome]:
-        count = min(self.settings.batch_size, self.settings.evaluations - sum(map(len, self.told)))
+        count = min(self.settings.batch_size, self.settings.evaluations - self.evaluations)
         return self._new_ones(self._random, count)

@@ -72,6 +72,20 @@ class StrategyContract:
         watched.state_dict()
         assert watched.ask() == alone.ask()
 
+    def test_forgetting_what_is_on_file_changes_nothing(self) -> None:
+        forgetful, alone = self.make(), self.make()
+        while genomes := alone.ask():
+            assert forgetful.ask() == genomes
+            for strategy in (forgetful, alone):
+                self.tell(strategy, genomes)
+            assert forgetful.state_dict(alone.batches - 1) == alone.state_dict(alone.batches - 1)
+            forgetful.forget(alone.batches)
+        assert forgetful.ask() == []
+        assert forgetful.told == alone.told[-len(forgetful.told) :]
+        if len(forgetful.told) < alone.batches:
+            with pytest.raises(ValueError, match="are forgotten"):
+                forgetful.state_dict()
+
     def test_tell_refuses_other_genomes_another_order_and_a_missing_one(self) -> None:
         strategy = self.make()
         results = [self.landscape.evaluation(genome) for genome in strategy.ask()]

@@ -3,6 +3,7 @@
 import json
 import math
 import stat
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_evaluations_come_back_in_order_and_by_genome_and_fidelity(tmp_path: Pat
     assert list(log) == [FIRST, SECOND]
     assert log.get((1, 0), Fidelity("search", 64)) == SECOND
     assert log.get((1, 0), Fidelity("validation", 64)) is None
-    assert log.at(Fidelity("validation", 64)) == []
+    assert list(log.at(Fidelity("validation", 64))) == []
 
 
 def test_a_torn_last_line_is_cut_off_whatever_byte_it_was_torn_at(
@@ -161,3 +162,22 @@ def test_a_checkpoint_of_another_configuration_or_version_is_refused(tmp_path: P
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             Checkpoint(path, "abc").load()
+
+
+def test_an_evaluation_takes_little_memory_whatever_its_genes_and_windows(tmp_path: Path) -> None:
+    log = EvaluationLog(tmp_path / "evaluations.jsonl")
+
+    def fill(first: int, last: int) -> None:
+        for number in range(first, last):
+            genome = (*divmod(number, 256), *[number % 7] * 500)
+            log.append(replace(FIRST, genome=genome, window_kl=tuple(float(number + w) for w in range(64))))
+
+    fill(0, 1000)
+    tracemalloc.start()
+    fill(1000, 5000)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken / 4000 < 400
+    found = log.get((0, 8, *[1] * 500), FIRST.fidelity)
+    assert found is not None
+    assert found.window_kl == tuple(float(8 + w) for w in range(64))

@@ -65,6 +65,20 @@ class TestGeneticStrategy(StrategyContract):
         settings = GeneticSettings(population=8, generations=3, crossover=crossover)  # type: ignore[arg-type]
         assert len(set(self.finish(GeneticStrategy(Repair(self.space, self.budget), {}, None, settings)))) == 24
 
+    def test_only_evaluations_that_proposals_look_at_stay_and_the_search_goes_on_the_same(self) -> None:
+        seeds, table = seeded(self.space, self.budget)
+        settings = GeneticSettings(population=60, generations=9, brood=3)
+        forgetful, alone = (
+            GeneticStrategy(Repair(self.space, self.budget, table), seeds, table, settings) for _ in range(2)
+        )
+        while genomes := alone.ask():
+            assert forgetful.ask() == genomes
+            for strategy in (forgetful, alone):
+                self.tell(strategy, genomes)
+            forgetful.forget(alone.batches)
+        assert sum(map(len, forgetful.told)) < 320 + 60 < sum(map(len, alone.told))
+        assert forgetful.ask() == []
+
     def test_the_seeds_are_in_the_first_generation(self) -> None:
         seeds, _ = seeded(self.space, self.budget)
         assert set(seeds.values()) <= set(self.make().ask())
