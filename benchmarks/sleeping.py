@@ -40,6 +40,10 @@ class SleepGenomes:
     label: str
     generation: int = 0
 
+    @property
+    def work(self) -> int:
+        return max(1, len(self.genomes))
+
     def run(self, state: dict[Any, Any]) -> tuple[list[Evaluation], float | None]:
         """Evaluations, and how long the worker waited for this task, if it ran one of the same generation before."""
         waited = time.monotonic() - state["ended"] if state.get("generation") == self.generation else None

@@ -5,7 +5,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ from workers.pool import Pool
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.json"
-PARTS_PER_WORKER = 4  # most, that a generation is divided into for balance
-SHARING = 8  # genomes of a part that share nearly all they could
+FIRST_PARTS = 0.7  # of what is left of a generation goes out in one part a worker, then of the rest, and so on
 GENERATIONS_FILE = "generations.jsonl"
 
 
@@ -46,16 +46,18 @@ class SearchResult:
 
 
 def divided(genomes: Sequence[Genome], workers: int) -> list[tuple[Genome, ...]]:
-    """Neighbours in ``genomes`` together, in parts that differ by one genome at most.
-
-    A few parts a worker keep all of them busy to the end; parts of fewer than SHARING genomes would share less than
-    that gains (benchmarks/load.py).
+    """Neighbours in ``genomes`` together: large parts first, which share most, then ever smaller ones down to a single
+    genome, so that all workers end together ("factoring": Hummel, Schonberg and Flynn, CACM 35(8), 1992).
     """
-    count = len(genomes)
-    balanced = min(PARTS_PER_WORKER, count // (workers * SHARING)) if workers > 1 else 1
-    parts = min(count, workers * max(1, balanced, -(-count // (workers * MOST_TOGETHER))))
-    bounds = [part * count // parts for part in range(parts + 1)]
-    return [tuple(genomes[start:end]) for start, end in pairwise(bounds)]
+    parts: list[tuple[Genome, ...]] = []
+    rest = tuple(genomes)
+    while rest:
+        share = len(rest) / workers
+        size = min(MOST_TOGETHER, max(1, round(FIRST_PARTS * share) if workers > 1 else ceil(share)))
+        for _ in range(min(workers, ceil(len(rest) / size))):
+            parts.append(rest[:size])
+            rest = rest[size:]
+    return parts
 
 
 @dataclass(frozen=True)

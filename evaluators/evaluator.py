@@ -240,6 +240,10 @@ class EvaluateGenomes:
     label: str
     keep: tuple[Genome, ...] = ()
 
+    @property
+    def work(self) -> int:
+        return len(self.genomes)
+
     def run(self, state: dict[Any, Any]) -> list[Evaluation]:
         return warm_evaluator(self.setup, state).evaluate(self.genomes, self.fidelity, self.keep)
 
@@ -257,6 +261,10 @@ class MeasureSensitivity:
     def label(self) -> str:
         names = [self.setup.space.genes[gene].name for gene in (self.genes[0], self.genes[-1])]
         return f"sensitivity[{names[0]}]" if len(self.genes) == 1 else f"sensitivity[{names[0]} to {names[-1]}]"
+
+    @property
+    def work(self) -> int:
+        return len(self.genes)
 
     def run(self, state: dict[Any, Any]) -> list[list[dict[str, Any]]]:
         return warm_evaluator(self.setup, state).sensitivity(self.genes, self.fidelity, self.base)

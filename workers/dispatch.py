@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from workers.backend import Backend, Event, Finished, Lost
 from workers.errors import ClusterError, WorkersLostError
-from workers.pool import Pool, PoolStatistics, Task
+from workers.pool import Pool, PoolStatistics, Task, work_of
 from workers.scheduling import AHEAD, Durations, Elasticity, Patience, wanted_workers
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Dispatcher(Pool):
         if call.task in job.unanswered:
             job.answer(call.task, event)
             if event.error is None:
-                job.durations.add(event.seconds)
+                job.durations.add(event.seconds, work_of(job.tasks[call.task]))
             statistics.completed += 1
             statistics.busy_seconds += event.seconds
 
@@ -267,8 +267,9 @@ class Dispatcher(Pool):
         """Send the stragglers that nobody else works on to idle workers."""
         if not self._idle:
             return
-        latest = self._clock() - self.patience.straggler_after(job.durations)
-        late = [call for call in self._calls.values() if call.job is job and call.worker.since < latest]
+        now = self._clock()
+        calls = (call for call in self._calls.values() if call.job is job)
+        late = [call for call in calls if now - call.worker.since > self._straggler_after(call)]
         for call in sorted(late, key=lambda call: call.worker.since):
             if self._idle and call.task in job.unanswered and call.task not in job.speculated:
                 job.speculated.add(call.task)
@@ -276,12 +277,15 @@ class Dispatcher(Pool):
                 log.info("%s takes long on worker %d: sent out again", job.tasks[call.task].label, call.worker.number)
                 self._send(job, call.task, next(iter(self._idle.values())))
 
+    def _straggler_after(self, call: _Call) -> float:
+        return self.patience.straggler_after(call.job.durations, work_of(call.job.tasks[call.task]))
+
     def _give_up_on_silent(self) -> None:
         """Replace workers that run what nobody waits for any more, or have outlived the deadline."""
         for worker in [worker for worker in self._workers.values() if worker.calls]:
-            job, superseded = worker.calls[0].job, worker.calls[0].task not in worker.calls[0].job.unanswered
-            after = self.patience.straggler_after(job.durations)
-            most = self.patience.gives_up_after(after, superseded, worker.warm)
+            call = worker.calls[0]
+            superseded = call.task not in call.job.unanswered
+            most = self.patience.gives_up_after(self._straggler_after(call), superseded, worker.warm)
             if self._clock() - worker.since > most:
                 self._lose(worker, f"no answer within {most:.1f} s")
 

@@ -19,12 +19,19 @@ from workers.errors import TaskError
 
 
 class Task(Protocol):
+    """One that differs from the others of its map says how many units of ``work`` it holds; the others hold 1."""
+
     @property
     def label(self) -> str:
         """Short name for progress, dashboards and errors."""
 
     def run(self, state: dict[Any, Any]) -> Any:
         """The work; must not depend on what other tasks left in ``state``, except for speed."""
+
+
+def work_of(task: Task) -> float:
+    """By which the times of a map's tasks are compared."""
+    return float(getattr(task, "work", 1))
 
 
 @dataclass

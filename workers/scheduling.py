@@ -40,9 +40,9 @@ def wanted_workers(open_tasks: int, minimum: int, ceiling: int) -> int:
 class Patience:
     """When a task counts as a straggler, and a worker as lost.
 
-    ``straggler_factor``: of the median time of its map's finished tasks. ``deadline_s``: of any task; a worker that has
-    not answered after twice as long is lost; in its first task it may also load what the others have in memory, for
-    ``loading_s``. ``max_retries``: of a task whose workers were lost.
+    ``straggler_factor``: of the median time of its map's finished tasks, by their work. ``deadline_s``: of any task; a
+    worker that has not answered after twice as long is lost; in its first task it may also load what the others have in
+    memory, for ``loading_s``. ``max_retries``: of a task whose workers were lost.
     """
 
     straggler_factor: float = 2.0  # only idle workers take stragglers, so that being wrong costs nobody's time
@@ -50,13 +50,13 @@ class Patience:
     loading_s: float = 300.0
     max_retries: int = 3
 
-    def straggler_after(self, durations: "Durations") -> float:
-        """Seconds after which a task is sent out a second time; infinite while nothing is known."""
+    def straggler_after(self, durations: "Durations", work: float = 1.0) -> float:
+        """Seconds after which a task of ``work`` is sent out again; infinite while nothing is known."""
         found = [math.inf]
         if self.deadline_s is not None:
             found.append(self.deadline_s)
         if len(durations) >= FEWEST_FINISHED:
-            found.append(max(LEAST_STRAGGLER_S, self.straggler_factor * durations.median))
+            found.append(max(LEAST_STRAGGLER_S, self.straggler_factor * durations.of_work * work))
         return min(found)
 
     def gives_up_after(self, straggler_after: float, superseded: bool, warm: bool) -> float:
@@ -70,16 +70,23 @@ class Patience:
 
 
 class Durations:
-    """Seconds of finished tasks, in order."""
+    """Seconds of a map's finished tasks."""
 
     def __init__(self) -> None:
         self._sorted: list[float] = []
+        self._of_work: list[float] = []  # the same, over the work of each
 
     def __len__(self) -> int:
         return len(self._sorted)
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, work: float = 1.0) -> None:
         insort(self._sorted, seconds)
+        insort(self._of_work, seconds / work)
+
+    @property
+    def of_work(self) -> float:
+        """Median seconds of one unit."""
+        return median(self._of_work)
 
     @property
     def median(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from filelock import FileLock
 
 from search.errors import StorageError
-from workers.pool import Pool, PoolStatistics, Task
+from workers.pool import Pool, PoolStatistics, Task, work_of
 from workers.remote import cache_root, mirror_root, open_folder
 from workers.transfers import fetch, local_sizes, send, send_missing
 
@@ -62,6 +62,10 @@ class StagedTask:
     @property
     def label(self) -> str:
         return self.task.label
+
+    @property
+    def work(self) -> float:
+        return work_of(self.task)
 
     def run(self, state: dict[Any, Any]) -> Staged:
         """Raises StorageError if a file cannot be fetched or sent."""

@@ -37,16 +37,16 @@ def test_a_generation_told_again_replaces_its_line(tmp_path: Path) -> None:
     ("genomes", "workers", "sizes"),
     [
         (20, 1, [20]),
-        (20, 2, [10, 10]),
-        (64, 2, [8] * 8),
+        (20, 2, [7, 7, 2, 2, 1, 1]),
+        (64, 2, [22, 22, 7, 7, 2, 2, 1, 1]),
         (64, 64, [1] * 64),
         (5, 8, [1] * 5),
-        (10, 4, [2, 3, 2, 3]),
-        (512, 64, [8] * 64),
-        (70, 1, [23, 23, 24]),
+        (10, 4, [2, 2, 2, 2, 1, 1]),
+        (512, 64, [6] * 64 + [1] * 128),
+        (70, 1, [32, 32, 6]),
     ],
 )
-def test_a_generation_is_divided_evenly_into_parts_that_still_share(
+def test_a_generation_is_divided_into_large_parts_that_share_and_small_ones_that_fill_the_end(
     genomes: int, workers: int, sizes: list[int]
 ) -> None:
     ordered = [(n,) for n in range(genomes)]

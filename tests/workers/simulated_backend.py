@@ -18,6 +18,7 @@ class Named:
 
     label: str
     error: Exception | None = None
+    work: float = 1.0
 
     def run(self, state: object) -> str:
         return self.label

@@ -9,6 +9,7 @@ import pytest
 from tests.workers.simulated_backend import START_S, Named, SimulatedBackend
 from workers.dispatch import Dispatcher
 from workers.errors import ClusterError, TaskError, WorkersLostError
+from workers.pool import Task, work_of
 from workers.scheduling import AHEAD, Elasticity, Patience
 
 
@@ -76,6 +77,18 @@ def test_a_straggler_is_sent_out_a_second_time_and_the_first_answer_counts() -> 
     assert list(pool.map(tasks(20))) == results(20)
     assert (backend.times("t3"), pool.statistics.speculations, pool.statistics.completed) == (2, 1, 20)
     assert backend.now < 20
+
+
+def test_a_large_task_is_no_straggler_for_taking_long_and_a_small_one_is_for_taking_as_long() -> None:
+    def seconds(task: Task, worker: int, attempt: int) -> float:
+        return {"large 3": 18.0, "small 5": 10.0 if attempt == 1 else 1.0}.get(task.label, work_of(task))
+
+    large = [Named(f"large {n}", work=10.0) for n in range(4)]
+    small = [Named(f"small {n}") for n in range(12)]
+    backend = SimulatedBackend(seconds)
+    pool = pool_over(backend, most=4)
+    list(pool.map([*large, *small]))
+    assert (backend.times("small 5"), pool.statistics.speculations) == (2, 1)
 
 
 def test_a_straggler_has_one_more_chance_and_no_third_worker() -> None:
