@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/stdlib-6m.yaml
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup run test test-slow test-long lint bench clean
+.PHONY: help setup run test test-long lint bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,13 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP) ## Search the embedded model and prove the result in llama.cpp (CONFIG=... for another)
 	@$(BIN)/bitgenome run $(CONFIG)
 
-test: $(STAMP) ## All tests that need no GPU and no minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not long and not gpu"
+test: $(STAMP) ## All tests that need no GPU: whole runs first, in two to four processes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m "not long and not gpu"
 
-test-slow: $(STAMP) ## The tests that take minutes: whole runs, killed and resumed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
-
-test-long: $(STAMP) ## Rounds of chaos, and llama.cpp's own mixes: more minutes than continuous integration has
+test-long: $(STAMP) ## More minutes than continuous integration has: llama.cpp's own mixes
 	@$(BIN)/python -m pytest -q -m "long and not gpu"
 
 lint: $(STAMP) ## ruff and mypy

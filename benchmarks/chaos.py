@@ -40,6 +40,7 @@ REPOSITORY = Path(__file__).parents[1]
 MODEL = REPOSITORY / "models" / "stdlib-6m"
 NODES = 2  # beside the head, which computes nothing
 KILLS = ("worker", "node", "driver")
+SERVICES = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # a node dies with its agents
 JOIN_S = 1.0  # after a node went, until another joins
 SETTINGS: dict[str, Any] = {
     "model": str(MODEL),
@@ -93,7 +94,7 @@ def is_worker(process: psutil.Process) -> bool:
         line = " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
-    return line.startswith("ray::") and not line.startswith("ray::IDLE")
+    return line.startswith("ray::") and not line.startswith(SERVICES)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_three_rounds_of_kills_lose_no_evaluation_and_change_no_byte() -> None:
     command = [sys.executable, "-m", "benchmarks.chaos", "--rounds", "3", "--seed", "3"]
