@@ -9,6 +9,7 @@ when its process is gone.
 
 import json
 import logging
+import os
 import signal
 import socket
 import threading
@@ -48,7 +49,7 @@ class Claim:
     host: str
     machine: str  # of processes whose numbers mean the same
     pid: int
-    started: float  # of the process, as its kernel counts
+    started: float  # of the process; see started()
     ttl: float
     beat: int = 0
     beaten: float = 0.0  # seconds since the machine's start: of use on the same machine only
@@ -60,7 +61,7 @@ class Claim:
         if self.machine != this_machine():
             return False
         try:
-            return psutil.Process(self.pid).create_time() != self.started
+            return started(self.pid) != self.started
         except psutil.NoSuchProcess:
             return True
 
@@ -78,7 +79,21 @@ def this_machine() -> str:
 
 def since_start() -> float:
     """Seconds since the machine's start, suspended or not."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def started(pid: int) -> float:
+    """When a process began, in a count that nobody sets: the kernel's ticks on Linux (proc_pid_stat(5), field 22).
+
+    psutil adds the time of the machine's start to them, which moves as its clock is set. Raises psutil.NoSuchProcess.
+    """
+    if not psutil.LINUX:
+        return psutil.Process(pid).create_time()
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return float(status.rpartition(")")[2].split()[19])
 
 
 class Lease:
@@ -166,8 +181,7 @@ class Lease:
 
     def _take(self, number: int) -> bool:
         """Create the claim ``number``; whether this process now owns the lease."""
-        process = psutil.Process()
-        place = (socket.gethostname(), this_machine(), process.pid, process.create_time())
+        place = (socket.gethostname(), this_machine(), os.getpid(), started(os.getpid()))
         claim = Claim(uuid.uuid4().hex, *place, self.ttl, beaten=since_start())
         if not self._files.create(file_name(number), claim.to_bytes()):
             return False

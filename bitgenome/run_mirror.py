@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
+from bitgenome.worker_limit import LIMIT_FILE
 from search.errors import StorageError
 from search.files import atomic_write_json, replacing
 from workers.remote import is_url, mirror_root, open_folder
@@ -21,7 +22,14 @@ from workers.transfers import local_sizes, send
 
 log = logging.getLogger(__name__)
 
-GROWING = ("evaluations.jsonl", "events.log", "optuna-journal.log", "results.jsonl", "sensitivity-comparison.jsonl")
+GROWING = (
+    "evaluations.jsonl",
+    "checkpoint-told.jsonl",
+    "events.log",
+    "optuna-journal.log",
+    "results.jsonl",
+    "sensitivity-comparison.jsonl",
+)
 PARTS = ".parts"
 VERSION = "version.json"  # remote: says which push was the last
 STATE = ".pushed.json"  # local: what that push was, and what of the mirror is remote already
@@ -91,7 +99,7 @@ class RunMirror:
         """Digests and marks of the files that differ from what is remote."""
         found: dict[str, tuple[str, list[int]]] = {}
         for name in local_sizes(self.path, ""):
-            if name in GROWING or name.endswith(".lock"):
+            if name in GROWING or name == LIMIT_FILE or name.endswith(".lock"):
                 continue
             status = (self.path / name).stat()
             mark = [status.st_mtime_ns, status.st_size]
@@ -106,26 +114,30 @@ class RunMirror:
 
     def _push_lines(self, name: str) -> None:
         """Send the whole lines behind what is remote of a file that only grows."""
-        path = self.path / name
-        if not path.is_file():
-            return
-        with path.open("rb") as stream:
-            stream.seek(start := self._pushed.bytes.get(name, 0))
-            data = stream.read()
-        data = data[: data.rfind(b"\n") + 1]
-        if data and not self._remote.create(f"{name}{PARTS}/{start:015d}", data):
-            there = self._remote.read(f"{name}{PARTS}/{start:015d}") or b""
-            if not there or not data.startswith(there):
-                raise StorageError(f"expected lines of this run in {self.url}/{name}{PARTS}/{start:015d}, found others")
-            data = there  # sent just before this process or another one of the run died
-        if data:
+        while data := self._new_lines(name, start := self._pushed.bytes.get(name, 0)):
+            segment = f"{name}{PARTS}/{start:015d}"
+            if not self._remote.create(segment, data):
+                there = self._remote.read(segment) or b""
+                if not there or not data.startswith(there):
+                    raise StorageError(f"expected lines of this run in {self.url}/{segment}, found others")
+                data = there  # sent just before this process or another one of the run died, or lost its answer
             self._pushed.bytes[name] = start + len(data)
+
+    def _new_lines(self, name: str, start: int) -> bytes:
+        """Whole lines from byte ``start`` on."""
+        if not (path := self.path / name).is_file():
+            return b""
+        with path.open("rb") as stream:
+            stream.seek(start)
+            data = stream.read()
+        return data[: data.rfind(b"\n") + 1]
 
     def _replace(self) -> None:
         """Replace the mirror by what is remote."""
         log.info("fetching %s", self.url)
-        shutil.rmtree(self.path)
-        self.path.mkdir()
+        for old in self.path.iterdir():
+            if old.name != LIMIT_FILE:  # says what may be held from here
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         names = [name for name in self._remote.sizes() if name != VERSION]
         state = Pushed()
         for name in names:

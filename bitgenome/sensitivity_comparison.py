@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from bitgenome.progress import Track, track
 from bitgenome.run_directory import RunDirectory
 from bitgenome.searching import pool_evaluate
 from bitgenome.sensitivities import GRADIENTS, Measurement, table_of
+from bitgenome.storage import staged_pool
+from bitgenome.worker_limit import read_limit
 from evaluators.text import TokenWindows
 from search.archive import EvaluationLog
 from search.budget import Budget
@@ -90,7 +93,9 @@ def comparison(
 
     with log_file(directory.path / "events.log", directory.path.name):
         try:
-            with open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name) as pool:
+            workers = open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name)
+            workers.limit = partial(read_limit, directory.path)
+            with staged_pool(workers, plan.config, plan.folder) as pool:
                 plan = with_gene_groups(plan, windows, directory, pool, tracked)
                 artefacts = prepare(plan, windows, directory, pool, tracked)
                 measured = measure_all(artefacts, windows, pool, tracked)

@@ -59,7 +59,7 @@ def pull_shared(config: Storage, directory: Path) -> None:
     """Fetch what of a shared directory is remote and not here."""
     if config.storage_url:
         remote = open_folder(config.storage_url)
-        fetch(remote, config.storage_path, remote.sizes(shared_name(directory)))
+        fetch(remote, config.storage_path, shared_name(directory))
 
 
 def push_shared(config: Storage, directory: Path) -> None:

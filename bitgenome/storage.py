@@ -24,7 +24,7 @@ def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
     if config.storage_url:
         places.append(Place(config.storage_path, config.storage_url))
     if is_url(config.model):
-        places.append(Place(folder.path.parent, parent_of(config.model)))
+        places.append(Place(folder.path.parent, parent_of(config.model), changing=True))
     elif config.storage_url:
         places.append(Place(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
     return StagedPool(pool, places) if places else pool
@@ -44,7 +44,7 @@ def local_model(model: str) -> Path:
     if not is_url(model):
         return resolve_model(model).resolve()
     parent, name = parent_of(model), model.rstrip("/").rpartition("/")[2]
-    stage(parent, mirror_root(parent), name, None)
+    stage(parent, mirror_root(parent), name, None, changing=True)
     return mirror_root(parent) / name
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 import psutil
 import torch
 
+from evaluators.host_memory import peak_host_memory
+
 Compute = Literal["auto", "float32", "bfloat16", "float16"]
 ACCELERATOR_SHARE = 0.9  # of an accelerator's free memory; the rest is fragments
 HOST_SHARE = 0.7  # of the host's free memory, divided among workers by their threads; the rest is everybody else's
@@ -62,7 +64,7 @@ def peak_memory() -> int:
     """Bytes that this process has held at most: of the accelerator where there is one, else of the host."""
     if best_device().type != "cpu":
         return int(torch.cuda.max_memory_allocated())
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_host_memory()
 
 
 def release_memory() -> None:

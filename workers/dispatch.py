@@ -5,6 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import count
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class _Job:
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self.pending = deque(range(len(tasks)))
+        self.pending = list(range(len(tasks)))  # a heap: those of lost workers come back in any order
         self.unanswered = set(self.pending)
         self.done: dict[int, Finished | WorkersLostError] = {}  # answered, not yet yielded
         self.attempts: Counter[int] = Counter()  # calls of each task that are on workers
@@ -145,7 +146,7 @@ class Dispatcher(Pool):
             free = self._idle or (self._single if pipelined else {})
             if not free:
                 return
-            self._send(job, job.pending.popleft(), next(iter(free.values())))
+            self._send(job, heappop(job.pending), next(iter(free.values())))
 
     def _send(self, job: _Job, task: int, worker: _Worker) -> None:
         if not worker.calls:
@@ -223,7 +224,7 @@ class Dispatcher(Pool):
             job.answer(call.task, WorkersLostError(f"{label} lost its worker {losses} times, last by {reason}"))
             return
         log.warning("lost worker %d with %s (retry %d): %s", call.worker.number, label, losses, reason)
-        job.pending.appendleft(call.task)
+        heappush(job.pending, call.task)
         self.statistics.retries += 1
 
     def _look_after(self, job: _Job) -> None:

@@ -126,9 +126,9 @@ class Jobs:
         """What the job writes, as it comes, until it ends."""
         loop = asyncio.new_event_loop()
         pieces = self._client.tail_job_logs(job)
+        piece = loop.create_task(anext(pieces, None))
         try:
             while True:
-                piece = loop.create_task(anext(pieces, None))
                 while not piece.done():
                     loop.run_until_complete(asyncio.wait({piece}, timeout=SILENCE_S))
                     self._details(job)
@@ -137,7 +137,10 @@ class Jobs:
                 if text is None:
                     return
                 yield text
+                piece = loop.create_task(anext(pieces, None))
         finally:
+            piece.cancel()  # a generator at work cannot be closed
+            loop.run_until_complete(asyncio.wait({piece}))
             loop.run_until_complete(pieces.aclose())
             loop.close()
 

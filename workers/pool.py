@@ -5,7 +5,6 @@ tasks keep what is worth keeping warm (a loaded model, a mapped bank). One that 
 folder, in ``makes``; every other path in its fields is of what it reads (see workers.staging).
 """
 
-import resource
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from evaluators.host_memory import peak_host_memory
 from search.errors import UserError
 from workers.errors import TaskError
 
@@ -107,7 +107,7 @@ def set_threads(threads: int) -> int:
 def peak_memory_bytes() -> int:
     """What this worker has held at most: of its device, or of its process where it has none."""
     if "torch" not in sys.modules:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_host_memory()
     from evaluators.devices import peak_memory  # noqa: PLC0415
 
     return peak_memory()

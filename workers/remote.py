@@ -32,12 +32,15 @@ def file_sizes(root: Path, place: Path) -> dict[str, int]:
 
 
 def shown(name: str) -> bool:
-    """Whether no part of a file's name is hidden."""
-    return name == "." or not any(part.startswith(".") for part in name.split("/"))
+    """Whether no part of a file's name is hidden, or empty: "a//b" would be an absolute path below "a"."""
+    return name == "." or all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def is_url(place: str | Path) -> bool:
     return "://" in str(place)
+
+
+VERSION_KEYS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "md5Hash")  # of backends
 
 
 class Folder(ABC):
@@ -51,6 +54,10 @@ class Folder(ABC):
 
         Hidden ones, such as locks and leases, are left out.
         """
+
+    @abstractmethod
+    def versions(self, name: str) -> dict[str, str]:
+        """Of the same files, what changes with their content, whatever their size."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -101,6 +108,10 @@ class LocalFolder(Folder):
     def sizes(self, name: str = "") -> dict[str, int]:
         with self._using("list", name) as path:
             return file_sizes(self.path, path)
+
+    def versions(self, name: str) -> dict[str, str]:
+        with self._using("list", name):
+            return {file: f"{(self.path / file).stat().st_mtime_ns}" for file in self.sizes(name)}
 
     def read(self, name: str) -> bytes | None:
         with self._using("read", name) as path:
@@ -168,10 +179,18 @@ class ObjectFolder(Folder):
             reason = " ".join(f"{error}".split()) or type(error).__name__
             raise StorageError(f"expected to {action} {self.place}/{name}, found: {reason}") from None
 
-    def sizes(self, name: str = "") -> dict[str, int]:
+    def _listed(self, name: str) -> dict[str, dict[str, Any]]:
         with self._using("list", name) as path:
             found: dict[str, dict[str, Any]] = self._system.find(path, detail=True)
-        return {name: int(info["size"]) for key, info in found.items() if shown(name := key[len(self._root) + 1 :])}
+        return {name: info for key, info in found.items() if shown(name := key[len(self._root) + 1 :])}
+
+    def sizes(self, name: str = "") -> dict[str, int]:
+        return {name: int(info["size"]) for name, info in self._listed(name).items()}
+
+    def versions(self, name: str) -> dict[str, str]:
+        return {
+            name: " ".join(f"{info.get(key, '')}" for key in VERSION_KEYS) for name, info in self._listed(name).items()
+        }
 
     def read(self, name: str) -> bytes | None:
         with self._using("read", name) as path:

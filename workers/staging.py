@@ -2,12 +2,14 @@
 
 A place is a folder of the driver's machine and the URL of the same files. Paths in tasks lie below such folders; on
 another node they are moved below that node's own copy (workers.remote.mirror_root), on fast local disk, from which
-weights are memory-mapped.
+weights are memory-mapped. Files whose content may change under their names travel as what they are at the time, so that
+a task that runs again reads what it read.
 """
 
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,8 +20,9 @@ from filelock import FileLock
 from search.errors import StorageError
 from workers.pool import Pool, PoolStatistics, Task, work_of
 from workers.remote import cache_root, mirror_root, open_folder
-from workers.transfers import fetch, local_sizes, send, send_missing
+from workers.transfers import fetch, follow, local_sizes, send, send_missing
 
+STAGED = ".staged"  # below a place: files by name and content
 SHARED = "shared"  # below it names are digests of content, so that a file of that name and size is the file
 
 
@@ -29,6 +32,7 @@ class Place:
 
     local: Path  # on the driver's machine
     url: str
+    changing: bool = False  # others may replace its files by some of the same names and sizes
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class StagedTask:
         at_home = self.home == this_node()
         roots = {place: place.local if at_home else mirror_root(place.url) for place in self.places}
         for file in self.needs:
-            stage(file.place.url, roots[file.place], file.name, file.digest)
+            stage(file.place.url, roots[file.place], file.name, file.digest, file.place.changing)
         before = [marks(roots[file.place], file.name) for file in self.makes]
         for file in self.makes:
             path = roots[file.place] / file.name
@@ -91,8 +95,19 @@ def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, in
     there = remote.sizes(target.name)
     new = {name: size for name, (time, size) in marks(root, target.name).items() if before.get(name) != (time, size)}
     files = {n: StagedFile(target.place, n, None if is_shared(n) else digest_of_file(root / n)) for n in new}
-    send(remote, root, [name for name, size in new.items() if files[name].digest or there.get(name) != size])
+    send(remote, root, [name for name, size in new.items() if not files[name].digest and there.get(name) != size])
+    for file in files.values():
+        send_changeable(file, root)
     return list(files.values())
+
+
+def send_changeable(file: StagedFile, root: Path) -> None:
+    if file.digest is not None:
+        open_folder(file.place.url).upload(root / file.name, staged_name(file.name, file.digest))
+
+
+def staged_name(name: str, digest: str) -> str:
+    return f"{STAGED}/{hashlib.sha256(f'{name} {digest}'.encode()).hexdigest()[:32]}"
 
 
 class StagedPool(Pool):
@@ -102,6 +117,7 @@ class StagedPool(Pool):
         self._pool = pool
         self._places = tuple(places)
         self._sent: dict[StagedFile, None] = {}
+        self._made: dict[StagedFile, None] = {}
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -114,11 +130,16 @@ class StagedPool(Pool):
     def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
         for answer in self._pool.map([self._staged(task) for task in tasks]):
             for file in answer.made:
+                self._made[file] = None
                 stage(file.place.url, file.place.local, file.name, file.digest)
             yield answer.result
 
     def close(self) -> None:
         self._pool.close()
+        with suppress(StorageError):  # what is left there harms nobody
+            for file in {**self._sent, **self._made}:
+                if file.digest is not None:
+                    open_folder(file.place.url).delete(staged_name(file.name, file.digest))
 
     def _staged(self, task: Task) -> StagedTask:
         makes = tuple(getattr(task, "makes", ()))
@@ -131,11 +152,9 @@ class StagedPool(Pool):
         return StagedTask(task, self._places, tuple(needs), made, this_node())
 
     def _send(self, file: StagedFile) -> None:
-        remote = open_folder(file.place.url)
         if file.digest is None:
-            send_missing(remote, file.place.local, file.name)
-        else:
-            remote.upload(file.place.local / file.name, file.name)
+            send_missing(open_folder(file.place.url), file.place.local, file.name)
+        send_changeable(file, file.place.local)
         self._sent[file] = None
 
     def _file(self, path: Path, changes: bool = False) -> StagedFile | None:
@@ -157,15 +176,18 @@ def is_shared(name: str) -> bool:
 
 
 @cache
-def stage(url: str, root: Path, name: str, digest: str | None) -> None:
-    """Bring a file or folder below ``url`` to ``root``, once a process, and over the network once a node."""
+def stage(url: str, root: Path, name: str, digest: str | None, changing: bool = False) -> None:
+    """Bring a file or folder below ``url`` to ``root``, once a process, and over the network once a node.
+
+    Raises StorageError if it cannot be fetched, or is not what ``digest`` says.
+    """
     remote, locks = open_folder(url), root / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / hashlib.sha256(name.encode()).hexdigest()[:16]):
         if digest is None:
-            fetch(remote, root, remote.sizes(name))
+            (follow if changing else fetch)(remote, root, name)
         elif digest_of_file(root / name) != digest:
-            remote.download(name, root / name)
+            remote.download(staged_name(name, digest), root / name)
             if digest_of_file(root / name) != digest:
                 raise StorageError(f"expected {url}/{name} as the driver has it, found other content")
 

@@ -1,11 +1,13 @@
 """Many files between a folder of this machine and a remote one: in parallel, only what differs, the last ones last."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from search.files import atomic_write_json
 from workers.remote import Folder, file_sizes
 
 log = logging.getLogger(__name__)
@@ -27,10 +29,27 @@ def local_sizes(root: Path, name: str) -> dict[str, int]:
     return file_sizes(root, root / name)
 
 
-def fetch(remote: Folder, root: Path, sizes: Mapping[str, int]) -> None:
-    """Bring the files of these sizes that are not in ``root``, or of another size there."""
-    missing = {n: size for n, size in sizes.items() if not (f := root / n).is_file() or f.stat().st_size != size}
-    transfer(missing, lambda name: remote.download(name, root / name), f"fetching from {remote.place}")
+def fetch(remote: Folder, root: Path, name: str) -> None:
+    """Bring the files below ``name`` that are not in ``root``, or of another size there."""
+    there, here = remote.sizes(name), local_sizes(root, name)
+    _download(remote, root, {file: size for file, size in there.items() if here.get(file) != size})
+
+
+def follow(remote: Folder, root: Path, name: str) -> None:
+    """Make the files below ``name`` in ``root``, a copy, those that are remote: others may have taken their names."""
+    there, here = remote.sizes(name), local_sizes(root, name)
+    versions, record = remote.versions(name), root / f".{name.replace('/', '-')}.versions.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    changed = {f: size for f, size in there.items() if here.get(f) != size or known.get(f) != versions[f]}
+    _download(remote, root, changed)
+    for file in here.keys() - there.keys():
+        (root / file).unlink()
+    if changed:
+        atomic_write_json(record, versions)
+
+
+def _download(remote: Folder, root: Path, sizes: Mapping[str, int]) -> None:
+    transfer(sizes, lambda name: remote.download(name, root / name), f"fetching from {remote.place}")
 
 
 def send(remote: Folder, root: Path, names: Collection[str]) -> None:

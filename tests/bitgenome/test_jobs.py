@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -127,6 +128,9 @@ def resumed(head: Head, runs: Runs, finished: Finished) -> Finished:
     again = head.call("submit", config)
     assert again.returncode == 2 and again.stderr.count("\n") == 1
     assert re.search(r"expected no running job of job, found job-attempt1 \((pending|running)\): ", again.stderr)
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    left = head.call("logs", "job", "--follow")  # Ctrl-C leaves the log, and the job goes on
+    assert left.returncode == 130, left.stderr
     log = runs.storage / "job" / "evaluations.jsonl"
     wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3, 300)
     stopped = head.call("stop", "job")

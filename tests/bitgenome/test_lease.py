@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bitgenome.lease import FOLDER, Claim, Lease, LeaseHeldError, LeaseLostError
@@ -147,6 +148,16 @@ def test_a_process_number_used_again_does_not_hold_a_lease(tmp_path: Path) -> No
     (tmp_path / FOLDER / "000000009.json").write_bytes(stale.to_bytes())
     with Lease(tmp_path, "the run"):
         assert claim_of(tmp_path).owner != "of before"
+
+
+def test_a_clock_that_is_set_does_not_end_the_lease_of_a_living_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Lease(tmp_path, "the run"):
+        create_time = psutil.Process().create_time()  # counts from the start of the machine, by its clock
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time + 1)
+        with pytest.raises(LeaseHeldError, match="expected the run to be nobody else's"):
+            Lease(tmp_path, "the run").__enter__()
 
 
 def test_a_lease_whose_folder_is_removed_is_lost(tmp_path: Path) -> None:

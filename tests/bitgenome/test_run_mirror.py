@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from bitgenome.run_mirror import RunMirror
@@ -125,9 +126,34 @@ def test_a_push_that_died_half_way_is_finished_by_the_next(
     (remote / f"{LOG}.parts" / f"{0:015d}").write_text("one\n")  # as sent just before the driver was killed
     first.append("two\n")
     first.started().push()
-    first.mirror.push()
     assert list(segments(tmp_path).values()) == ["one\n", "two\n"]
     assert Machine(tmp_path, "second", monkeypatch).text(LOG) == "one\ntwo\n"
+
+
+def test_a_name_that_would_lead_out_of_the_mirror_is_not_fetched(first: Machine, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    system = fsspec.filesystem("memory")
+    for name in (f"run/{outside}/evil", "run/../evil", "run/.hidden", "run//evil", "run/run.json"):
+        system.pipe_file(f"/runs/{name}", b"{}")
+    mirror = RunMirror("memory://runs/run")
+    mirror._remote.write("version.json", b'{"version": "of another"}')
+    mirror.pull()
+    assert [file.name for file in mirror.path.iterdir() if file.name[0] != "."] == ["run.json"]
+    assert not outside.exists()
+
+
+def test_how_many_workers_a_run_may_hold_here_is_not_the_runs_own(
+    first: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first.append("one\n")
+    first.write("workers.json", '{"most": 1}')
+    first.mirror.push()
+    second = Machine(tmp_path, "second", monkeypatch)
+    assert not (second.mirror.path / "workers.json").exists()
+    second.append("two\n")
+    second.mirror.push()
+    first.started()
+    assert (first.text(LOG), first.text("workers.json")) == ("one\ntwo\n", '{"most": 1}')
 
 
 def test_a_reader_never_sees_a_checkpoint_ahead_of_its_evaluations(first: Machine, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.workers.simulated_backend import START_S, Named, SimulatedBackend
+from workers.backend import Event, Lost
 from workers.dispatch import Dispatcher
 from workers.errors import ClusterError, TaskError, WorkersLostError
 from workers.pool import Task, work_of
@@ -137,6 +138,21 @@ def test_tasks_of_lost_workers_run_again_and_the_workers_are_replaced() -> None:
         backend.kill(worker, START_S + 2.5)
     assert list(pool.map(tasks(40))) == results(40)
     assert (pool.statistics.retries, pool.statistics.workers, pool.statistics.completed) == (2, 4, 40)
+
+
+def test_tasks_of_lost_workers_run_in_order_on_the_few_that_are_left() -> None:
+    class Shrinking(SimulatedBackend):
+        def wait(self, timeout: float) -> list[Event]:
+            events = super().wait(timeout)
+            if any(isinstance(event, Lost) for event in events):
+                self.room = 2
+            assert self.now < 2000, "it waits for a task that nobody works on"
+            return events
+
+    backend = Shrinking(lambda task, worker, attempt: 1000.0 if task.label == "t0" and attempt == 1 else 1.0, room=8)
+    for worker in range(1, 7):  # the one at work on t0 first
+        backend.kill(worker, START_S + 2.5 + worker / 1000)
+    assert list(pool_over(backend).map(tasks(60))) == results(60)
 
 
 def test_a_node_that_goes_while_its_workers_are_idle_costs_a_task_one_retry_at_most() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bitgenome.storage import local_model
 from evaluators.bank import Bank, BuildBankGroup
 from evaluators.calibration import group_file
 from quantizers.sparsegpt import CompensationSettings
@@ -14,7 +15,7 @@ from search.errors import StorageError
 from tests.conftest import SmallBank
 from workers.pool import SerialPool, Task
 from workers.remote import mirror_root
-from workers.staging import Place, StagedPool, StagedTask, paths_of, stage
+from workers.staging import STAGED, Place, StagedPool, StagedTask, paths_of, stage, staged_name
 
 
 class OtherNode(SerialPool):
@@ -109,10 +110,60 @@ def test_a_node_fetches_a_folder_over_the_network_once(tmp_path: Path, node: Oth
 
 
 def test_a_file_that_is_not_the_drivers_is_refused(tmp_path: Path, node: OtherNode, place: Place) -> None:
-    (tmp_path / "nfs").mkdir()
-    (tmp_path / "nfs" / "windows").write_text("of another run")
+    staged = tmp_path / "nfs" / staged_name("windows", "0" * 64)
+    staged.parent.mkdir(parents=True)
+    staged.write_text("of another run")
     with pytest.raises(StorageError, match="found other content"):
         stage(place.url, tmp_path / "disk", "windows", "0" * 64)
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Add a letter to a file, in place."""
+
+    file: Path
+    label: str = "advance"
+
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        return (self.file,)
+
+    def run(self, state: dict[Any, Any]) -> str:
+        self.file.write_text(self.file.read_text() + "x")
+        return self.file.read_text()
+
+
+def test_a_task_that_runs_again_reads_what_it_read_although_it_has_rewritten_it(node: OtherNode, place: Place) -> None:
+    (place.local / "run").mkdir(parents=True)
+    file = place.local / "run" / "checkpoint"
+    file.write_text("a")
+    pool = StagedPool(node, [place])
+    task = Advance(file)
+    assert list(pool.map([task])) == ["ax"]
+    (again,) = node.seen
+    answer = node._run(again)  # as after the loss of a worker that had sent what it made
+    assert answer.result == "ax"
+    assert list(pool.map([task])) == ["axx"] and file.read_text() == "axx"
+    pool.close()
+    assert not list((Path(place.url.removeprefix("file://")) / STAGED).iterdir())
+
+
+def test_a_model_that_was_uploaded_again_is_fetched_again_although_its_sizes_are_the_same(
+    tmp_path: Path, node: OtherNode
+) -> None:
+    remote = tmp_path / "nfs" / "models" / "llama"
+    remote.mkdir(parents=True)
+    url = remote.as_uri()
+    for weights in ("first", "other"):
+        stage.cache_clear()  # another run
+        (remote / "model.safetensors").write_text(weights)
+        assert (local_model(url) / "model.safetensors").read_text() == weights
+    (remote / "model.safetensors").rename(remote / "model-00001-of-00001.safetensors")
+    stage.cache_clear()
+    assert [file.name for file in local_model(url).iterdir()] == ["model-00001-of-00001.safetensors"]
+    fetched = (local_model(url) / "model-00001-of-00001.safetensors").stat().st_ino
+    stage.cache_clear()
+    assert (local_model(url) / "model-00001-of-00001.safetensors").stat().st_ino == fetched
 
 
 def test_paths_are_found_in_setups_within_tasks(small_bank: SmallBank) -> None:
