@@ -18,7 +18,9 @@ class WorkersConfig(Section):
     ray: str = "auto"
     count: int | None = Field(None, ge=1, description="a fixed number; none: elastic")
     min: int | None = Field(None, ge=0, description="1; 0 for a cluster that starts empty and scales up")
-    max: int | None = Field(None, ge=1, description="none: as many as the cluster has room for at the time")
+    max: int | None = Field(
+        None, ge=1, description="none: what there is room for at the time: set it where an autoscaler is to add nodes"
+    )
     cpus_per_worker: int = Field(1, ge=1, description="also the threads it computes with")
     gpus_per_worker: float | None = Field(None, ge=0, description="0.25: four share one; none: 1 where there are GPUs")
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
