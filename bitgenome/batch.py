@@ -18,14 +18,13 @@ from rich.console import Console
 
 from bitgenome.batch_config import NAME, BatchRun
 from bitgenome.batch_results import summary, write_results
+from bitgenome.batch_shares import Shares, worker_settings
 from bitgenome.batch_state import RunState, Stage
 from bitgenome.batch_view import BatchView
 from bitgenome.end_with_parent import GRACE_S
 from bitgenome.lease import Lease
-from bitgenome.worker_limit import write_limit
 from search.errors import UserError
 from search.files import atomic_write_json, atomic_write_text
-from workers.open_pool import WorkerSettings
 from workers.shared_cluster import SharedCluster
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ LOGS, CONFIGS = "logs", "configs"  # folders of a batch's directory
 CHILD = "bitgenome.end_with_parent"  # the module that runs are started with
 POLL_S = 0.5
 PREPARED = (Stage.SEARCHING, Stage.FINISHING, Stage.FINISHED)
+START_TIMEOUT_S = 6 * 3600.0  # of workers whose room a neighbour's task may still take: no task is stopped for it
 STOP_S = 60.0  # for the checkpoints of runs that are told to stop
 
 
@@ -79,7 +79,7 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
             cluster = open_cluster(runs)
             try:
                 with view.shown():
-                    Batch(path, states, cluster, order.most, changed).run()
+                    Batch(path, states, Shares(order.name, cluster, order.most), changed).run()
             finally:
                 if cluster:
                     cluster.close()
@@ -140,11 +140,9 @@ class Batch:
 
     path: Path
     states: Sequence[RunState]
-    cluster: SharedCluster | None  # None: every run is one process
-    most: int | None  # runs at a time
+    shares: Shares
     changed: Callable[[RunState], None]
     _live: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by name, the oldest first
-    _shares: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """Until no run is waiting or live; an interrupt first stops the live ones in order."""
@@ -154,26 +152,20 @@ class Batch:
                 time.sleep(POLL_S)
                 self._look()
         finally:
-            self._stop()
+            try:
+                self._stop()
+            finally:
+                self.shares.close()
 
     def _start_what_fits(self) -> bool:
         """Start runs while there is room; whether any was started."""
         started = False
-        while len(self._live) < self._room() and (state := self._next()):
+        left = [state.run for state in self.states if state.live or state.stage is Stage.WAITING]
+        while (state := self._next()) and len(self._live) < self.shares.runs_at_a_time(left):
             self._share(state)
             self._start(state)
             started = True
         return started
-
-    def _room(self) -> int:
-        """How many runs there may be at a time."""
-        cpus = os.cpu_count() or 1
-        settings = [worker_settings(state.run) for state in self.states]
-        if self.cluster is None:
-            room = max(1, cpus // max(s.cpus_per_worker for s in settings))
-            return self.most or room
-        room = min(self.cluster.room(s) for s in settings)
-        return min(self.most or cpus, room)
 
     def _next(self) -> RunState | None:
         """The first that waits, and not for another one to prepare what both need."""
@@ -183,17 +175,9 @@ class Batch:
         return next((s for s in waiting if s.run.preparation not in preparing - prepared), None)
 
     def _share(self, newcomer: RunState | None = None) -> None:
-        """Divide the cluster's workers among the live runs and the one about to start; the oldest get what is over."""
-        if self.cluster is None:
-            return
-        runs = [*(state.run for state in self._live_states()), *([newcomer.run] if newcomer else [])]
-        for place, run in enumerate(runs):
-            share, over = divmod(self.cluster.room(worker_settings(run)), len(runs))
-            most = max(1, share + (place < over))
-            if self._shares.get(run.name) != most:
-                run.directory.mkdir(parents=True, exist_ok=True)
-                write_limit(run.directory, most)
-                self._shares[run.name] = most
+        """Divide the cluster's workers among the live runs and the one about to start."""
+        states = [*self._live_states(), *([newcomer] if newcomer else [])]
+        self.shares.give([state.run for state in states])
 
     def _live_states(self) -> list[RunState]:
         by_name = {state.name: state for state in self.states}
@@ -201,23 +185,17 @@ class Batch:
 
     def _start(self, state: RunState) -> None:
         config = (self.path / CONFIGS / f"{state.name}.yaml").absolute()
-        atomic_write_text(config, yaml.safe_dump(self._settings(state.run), sort_keys=False))
-        environment = {**os.environ, **(self.cluster.environment if self.cluster else {})}
+        atomic_write_text(config, yaml.safe_dump(settings_of(state.run), sort_keys=False))
+        cluster = self.shares.cluster
+        environment = {**os.environ, **(cluster.environment if cluster else {})}
         command = [sys.executable, "-m", CHILD, str(os.getpid()), "run", str(config)]
-        with state.log.open("wb") as stream:
+        state.begin()
+        with state.log.open("ab") as stream:
             self._live[state.name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,  # Ctrl-C comes to this process, which stops the runs in order
             )  # fmt: skip
-        state.stage = Stage.PREPARING
         self.changed(state)
-
-    def _settings(self, run: BatchRun) -> dict[str, Any]:
-        """The run's configuration for its own process, which joins the batch's cluster."""
-        settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
-        if settings["workers"]["ray"] == "local":
-            settings["workers"]["ray"] = "auto"
-        return settings
 
     def _look(self) -> None:
         """What the live runs have done, and which of them have ended."""
@@ -228,7 +206,7 @@ class Batch:
                     self.changed(state)
                 continue
             del self._live[state.name]
-            self._shares.pop(state.name, None)
+            self.shares.take_back(state.run.directory)
             state.end(code)
             self.changed(state)
 
@@ -250,5 +228,11 @@ class Batch:
         self._live.clear()
 
 
-def worker_settings(run: BatchRun) -> WorkerSettings:
-    return WorkerSettings(**run.config.workers.model_dump())
+def settings_of(run: BatchRun) -> dict[str, Any]:
+    """A run's configuration for its own process, which joins the batch's cluster and waits for its share of it."""
+    settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
+    if settings["workers"]["ray"] == "local":
+        settings["workers"]["ray"] = "auto"
+    if "start_timeout" not in run.config.workers.model_fields_set:
+        settings["workers"]["start_timeout"] = START_TIMEOUT_S
+    return settings

@@ -1,12 +1,17 @@
 """``bitgenome batch``: several searches at once."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitgenome.terminal import Overrides, console, errors
 from search.errors import UserError
+
+if TYPE_CHECKING:
+    from bitgenome.batch import BatchOrder
 
 
 def batch(
@@ -28,14 +33,22 @@ def batch(
     try:
         path, frame = run_batch(load_batch(configs, overrides or ()), order, console)
     except KeyboardInterrupt:
-        again = " ".join([*map(str, configs), *(f"--set {o}" for o in overrides or ()), f"--name {called} --resume"])
-        errors.print(f"interrupted; nothing is lost. Continue with: bitgenome batch {again}", soft_wrap=True)
+        again = continuation(configs, overrides or (), order)
+        errors.print(f"interrupted; nothing is lost. Continue with: {again}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     show_results(frame, path, console)
     failed = frame[frame.stage == "failed"].name.tolist()
     if failed:
         errors.print(f"{len(failed)} of {len(frame)} runs failed: {', '.join(failed)}", soft_wrap=True, markup=False)
         raise typer.Exit(1)
+
+
+def continuation(configs: Sequence[Path], overrides: Sequence[str], order: "BatchOrder") -> str:
+    """The command that continues a batch, for a shell."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    bound = [] if order.most is None else ["--max-parallel", str(order.most)]
+    command = ["bitgenome", "batch", *map(str, configs), *settings, "--name", order.name, *bound, "--resume"]
+    return shlex.join(command)
 
 
 def batch_name(configs: list[Path]) -> str:

@@ -1,13 +1,16 @@
 """Where the runs of a batch stand, as their directories and logs tell it."""
 
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from bitgenome.batch_config import BatchRun
-from bitgenome.run_status import RECORD, RunReader
+from bitgenome.run_status import RECORD, RunReader, parsed, size_of
 
 SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # until the search begins
+
+ERROR, ERROR_LEVELS = "error: ", ("ERROR", "CRITICAL")  # in a log of lines, and in one of JSON
 
 
 class Stage(StrEnum):
@@ -39,6 +42,8 @@ class RunState:
     best_loss: float | None = None
     seconds_left: float | None = None  # of the search
     sentence: str = ""  # why it failed
+    _begun: float = 0.0  # when its process was started
+    _log_bytes: int = 0  # of earlier processes
     _reader: RunReader | None = field(default=None, repr=False)
 
     @property
@@ -55,6 +60,11 @@ class RunState:
         search = self.run.config.search
         return 1 if search.strategy == "exact" else search.generations
 
+    def begin(self) -> None:
+        """Its process is about to be started, with a log behind that of earlier ones."""
+        self.stage, self._begun = Stage.PREPARING, round(time.time(), 2)  # as precise as a run's record
+        self._log_bytes = size_of(self.log)
+
     def refresh(self) -> bool:
         """Read what a live run has written; whether something worth a line changed."""
         before = (self.stage, self.doing, self.generation)
@@ -62,10 +72,10 @@ class RunState:
             if not (self.run.directory / RECORD).is_file():
                 return False
             self._reader = RunReader(self.run.directory)
-        status = self._reader.read()
+        status = self._reader.read(running=True)
         self.generation, self.genomes, self.best_loss = status.generation, status.evaluations, status.best_loss
         self.seconds_left = status.seconds_left
-        if status.state == "running" and status.stage:  # and not what an earlier process had come to
+        if status.stage and (status.stage_since or 0.0) >= self._begun:  # and not what an earlier process had come to
             self.doing = status.stage
             self.stage = stage_of(status.stage)
         return before != (self.stage, self.doing, self.generation)
@@ -76,15 +86,24 @@ class RunState:
         if code == 0 and self.run.finished:
             self.stage, self.sentence = Stage.FINISHED, ""
         else:
-            self.stage, self.sentence = Stage.FAILED, last_words(self.log, code)
+            self.stage, self.sentence = Stage.FAILED, last_words(self.log, code, self._log_bytes)
 
 
-def last_words(log: Path, code: int) -> str:
-    """One sentence on why a process with this log ended with ``code``."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+def last_words(log: Path, code: int, start: int = 0) -> str:
+    """One sentence on why a process ended with ``code`` that began its log, of lines or JSON, at byte ``start``."""
+    text = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    lines = [said(line) for line in text.splitlines() if line.strip()]
+    errors = [sentence for is_error, sentence in lines if is_error]
     if errors:
         return errors[-1]
     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-    said = f", last said: {lines[-1].strip()}" if lines else ""
-    return f"expected the run to finish, found it ended {how}{said}"
+    last = f", last said: {lines[-1][1]}" if lines else ""
+    return f"expected the run to finish, found it ended {how}{last}"
+
+
+def said(line: str) -> tuple[bool, str]:
+    """Whether a line of a log is an error, and what it says."""
+    record = parsed(line.encode())
+    if record and "message" in record:
+        return record.get("levelname") in ERROR_LEVELS, str(record["message"])
+    return line.startswith(ERROR), line.removeprefix(ERROR).strip()

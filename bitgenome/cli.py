@@ -1,4 +1,8 @@
-"""The command line. Exit codes: 0 done, 2 the user's to mend, 130 interrupted and resumable."""
+"""The command line.
+
+Exit codes: 0 done; 1 a task that fails, machines lost too often, or a batch of which runs failed: what is done is kept;
+2 the user's to mend; 130 interrupted and resumable; ``submit --wait`` ends with its job's.
+"""
 
 import logging
 import os
@@ -74,9 +78,10 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     from bitgenome.config import load_config  # noqa: PLC0415
     from bitgenome.plan import make_plan  # noqa: PLC0415
     from bitgenome.report import show_plan  # noqa: PLC0415
+    from workers.shared_cluster import usable_cpus  # noqa: PLC0415
 
     settings = load_config(config, overrides or ())
-    cpus = (os.cpu_count() or 1) // settings.workers.cpus_per_worker
+    cpus = usable_cpus() // settings.workers.cpus_per_worker
     show_plan(make_plan(settings), settings.workers.count or max(1, cpus), console)
 
 

@@ -18,6 +18,7 @@ Address = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use another machine's cluster that asks for no token")]
 RunName = Annotated[str, typer.Argument(help="Name of a run (its last attempt), or of an attempt", show_default=False)]
+KINDS = {dict: "mapping", list: "list"}
 DASHBOARD = "http://127.0.0.1:8265"
 
 
@@ -137,7 +138,10 @@ def environment_of(image: str | None, file: Path | None, lock: Path | None, whee
     if file:
         from bitgenome.config_file import read_settings  # noqa: PLC0415
 
-        environment = read_settings(file)
+        environment = {key: value for key, value in read_settings(file).items() if value is not None}  # as if absent
+        for key, kind in (("env_vars", dict), ("py_modules", list)):
+            if not isinstance(found := environment.get(key, kind()), kind):
+                raise UserError(f"expected {key} as a {KINDS[kind]} in {file}, found {found!r}")
     if lock:
         environment["pip"] = requirements_in(lock)
     if wheel:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from bitgenome.proof import RECIPE_FILE, Proof, differing_floats, differing_tens
 from bitgenome.run_directory import EVALUATIONS_FILE, WINDOWS_FILE, RunDirectory
 from bitgenome.searching import SearchResult, pool_evaluate, search
 from bitgenome.storage import staged_pool
-from bitgenome.worker_limit import read_limit
+from bitgenome.worker_limit import WorkerLimit
 from evaluators.bank import Bank, damaged_tensors
 from evaluators.model_folder import ModelFolder
 from evaluators.simulated import genome_formats
@@ -87,7 +86,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
         try:
             with directory.stage("workers"):
                 pool = open_pool(settings, config.name)
-            pool.limit = partial(read_limit, directory.path)
+            pool.limit = WorkerLimit(directory.path)
             with staged_pool(pool, config, plan.folder) as staged, monitor_run(config, pool) as monitor:
                 return run_stages(plan, windows, directory, staged, monitor, console)
         finally:

@@ -29,6 +29,7 @@ class RunStatus:
     state: str  # running, stopped, finished or failed
     error: str | None  # why it failed
     stage: str | None  # the last one that began
+    stage_since: float | None  # seconds since the epoch
     generation: int
     evaluations: int  # genomes searched
     expected: int | None
@@ -80,11 +81,12 @@ class RunReader:
         self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search's text
         self._text = (-1, 0)  # the longest, and of those the last read
 
-    def read(self) -> RunStatus:
+    def read(self, running: bool = False) -> RunStatus:
+        """As it stands; ``running`` is what somebody knows who watches its process, else its lease is looked at."""
         record = json_of(self.path / RECORD)
         for evaluation in self._lines.new():
             self._learn(evaluation)
-        state = self._state(record)
+        state = "running" if running else self._state(record)
         winner = json_of(self.path / BEST) if state == "finished" else {}
         best = winner.get("winner") or self._best.get(self._text, {})
         size, weights = best.get("file_bytes"), record.get("weights")
@@ -98,6 +100,7 @@ class RunReader:
             state=state,
             error=record.get("error") if state == "failed" else None,
             stage=stage.get("name"),
+            stage_since=stage.get("since"),
             generation=(last or {}).get("generation", 0),
             evaluations=len(self._genomes),
             expected=record.get("expected_evaluations"),

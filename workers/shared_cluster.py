@@ -1,6 +1,11 @@
 """One Ray cluster for several runs, each a process of its own: joined, or started and ended by this process."""
 
+import os
+from pathlib import Path
+
 from workers.open_pool import WorkerSettings, close_cluster, join_cluster, placement_of
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container: microseconds and their period, or "max"
 
 
 class SharedCluster:
@@ -18,13 +23,35 @@ class SharedCluster:
         return {"RAY_ADDRESS": self.address}
 
     def room(self, settings: WorkerSettings) -> int:
-        """Workers of that kind that the cluster can hold, taken or not, at least 1.
-
-        That is ``settings.max`` where there is less room: a cluster that scales up does so when it is asked.
-        """
+        """Workers of that kind that fit on the nodes that are there, taken or not, at least 1."""
         from workers.ray_cluster import nodes  # noqa: PLC0415
 
-        return max(1, settings.max or 0, placement_of(settings).room(nodes()) or 0)
+        return max(1, placement_of(settings).room(nodes()) or 0)
 
     def close(self) -> None:
         close_cluster()
+
+
+def fair_share(room: int, most: int | None, place: int, runs: int) -> int:
+    """Workers that one of ``runs`` may hold where ``room`` of them fit, the oldest at ``place`` 0; at least 1.
+
+    ``most`` bounds it (``workers.max``). Where less fits than that, the newest run may ask for the rest, so that a
+    cluster that scales up is asked to; on any other one it cannot take the place of a run that keeps to its share.
+    """
+    each, over = divmod(room, runs)
+    share = max(1, each + (place < over))
+    if most is None:
+        return share
+    if place == runs - 1:
+        share += max(0, most - room)
+    return min(share, most)
+
+
+def usable_cpus(quota: Path = CPU_QUOTA) -> int:
+    """Cores that this process may use: of its affinity and its container's quota, not all that the machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        microseconds, period = quota.read_text(encoding="ascii").split()
+        return max(1, min(cores, int(microseconds) // int(period)))
+    except (OSError, ValueError):  # no container, or one without a quota
+        return cores

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from bitgenome.batch import begin, is_child
 from bitgenome.batch_config import load_batch
+from bitgenome.worker_limit import LIMIT_FILE
 from search.errors import UserError
 from tests.bitgenome.conftest import LITTLE, Finished, Runs
 from tests.bitgenome.test_resume import start
@@ -120,6 +121,12 @@ def test_no_genome_is_evaluated_twice_in_any_run(story: Story) -> None:
     for name in story.names:
         keys = [(tuple(e["genome"]), e["split"], e["tokens"]) for e in story.runs.evaluations(name)]
         assert len(keys) == len(set(keys)) > 0
+
+
+def test_no_run_keeps_the_share_that_the_batch_gave_it(story: Story) -> None:
+    assert list(story.runs.storage.glob(f"*/{LIMIT_FILE}")) == []
+    said = (story.runs.storage / story.names[0] / "events.log").read_text()
+    assert f"{LIMIT_FILE} of the batch six" in said
 
 
 def test_bank_calibration_and_sensitivities_are_made_once_for_all_runs(story: Story) -> None:

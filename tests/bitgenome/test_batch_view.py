@@ -1,15 +1,19 @@
 """What is said of a batch: why a run failed, how long the others take, and a page that only shows."""
 
+import shlex
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from bitgenome.batch import BatchOrder, run_batch
+from bitgenome.batch_command import continuation
 from bitgenome.batch_config import load_batch
 from bitgenome.batch_results import COLUMNS, leaderboard, results_frame, show_results
 from bitgenome.batch_state import RunState, Stage, last_words
 from bitgenome.batch_view import BatchView, duration
+from bitgenome.run_directory import RunDirectory
 from search.errors import UserError
 from tests.bitgenome.test_batch_config import write
 
@@ -31,11 +35,48 @@ def states(tmp_path: Path) -> list[RunState]:
         ("Traceback\nKeyError: 'x'\n", 1, "it ended with exit code 1, last said: KeyError: 'x'"),
         ("12:00 bank\n", -9, "it ended by signal 9, last said: 12:00 bank"),
         ("", -15, "found it ended by signal 15"),
+        (
+            '{"levelname": "ERROR", "message": "worker 1: lost"}\n{"levelname": "ERROR", "message": "no room"}\n'
+            '{"levelname": "INFO", "message": "stored"}\n',
+            2,
+            "no room",
+        ),
+        ('{"asctime": "12:00", "levelname": "INFO", "message": "bank"}\n', -9, "by signal 9, last said: bank"),
     ],
 )
 def test_a_run_fails_with_its_own_last_words(log: str, code: int, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "log").write_text(log)
     assert last_words(tmp_path / "log", code).endswith(sentence)
+
+
+def test_what_an_earlier_attempt_said_stays_in_the_log_and_is_not_why_this_one_failed(states: list[RunState]) -> None:
+    state = states[0]
+    state.log.write_text("error: expected memory, found little\n")
+    state.begin()
+    with state.log.open("a") as log:
+        log.write("12:00 bank\n")
+    state.end(-9)
+    assert state.sentence == "expected the run to finish, found it ended by signal 9, last said: 12:00 bank"
+    assert "found little" in state.log.read_text()
+
+
+def test_what_an_earlier_process_had_come_to_is_not_where_a_run_stands(states: list[RunState]) -> None:
+    state = states[0]
+    directory = RunDirectory.create(state.run.config)
+    directory.record["stage"] = {"name": "search", "since": time.time() - 60, "evaluations": 0}
+    directory.save()
+    state.begin()
+    assert not state.refresh() and state.stage is Stage.PREPARING
+    with directory.stage("search"):
+        assert state.refresh() and state.stage is Stage.SEARCHING
+
+
+def test_the_command_that_continues_a_batch_is_for_a_shell_and_repeats_every_option() -> None:
+    overrides = ["search.seed=1", "budget={bits_per_weight: 3.5}"]
+    again = continuation([Path("my runs.yaml")], overrides, BatchOrder("six", 2))
+    told = ["--set", overrides[0], "--set", overrides[1], "--name", "six", "--max-parallel", "2", "--resume"]
+    assert shlex.split(again) == ["bitgenome", "batch", "my runs.yaml", *told]
+    assert continuation([Path("a.yaml")], [], BatchOrder("a")) == "bitgenome batch a.yaml --name a --resume"
 
 
 def test_a_line_says_where_a_run_stands(states: list[RunState], capsys: pytest.CaptureFixture[str]) -> None:

@@ -238,6 +238,11 @@ def test_a_runtime_environment_comes_from_an_image_a_file_or_a_lock(tmp_path: Pa
     assert environment_of(None, None, None, None) == {}
     assert environment_of("registry/bitgenome:1", None, None, None) == {"image_uri": "registry/bitgenome:1"}
     assert environment_of(None, file, None, None) == {"env_vars": {"A": "1"}}
+    file.write_text("env_vars:\npy_modules:\n")
+    assert environment_of(None, file, None, wheel) == {"py_modules": [str(wheel)]}
+    file.write_text("env_vars: [A]\n")
+    with pytest.raises(UserError, match=r"expected env_vars as a mapping in .*env.yaml, found \['A'\]"):
+        environment_of(None, file, None, None)
     installed = environment_of(None, None, lock, wheel)
     assert installed == {"pip": ["numpy==2.0.0", "ray==2.60.0"], "py_modules": [str(wheel)]}
     with pytest.raises(UserError, match="found both: give --image alone"):
