@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from bitgenome.run_directory import RunDirectory
 from bitgenome.searching import pool_evaluate
 from bitgenome.sensitivities import GRADIENTS, Measurement, table_of
 from bitgenome.storage import staged_pool
-from bitgenome.worker_limit import read_limit
+from bitgenome.worker_limit import WorkerLimit
 from evaluators.text import TokenWindows
 from search.archive import EvaluationLog
 from search.budget import Budget
@@ -94,7 +93,7 @@ def comparison(
     with log_file(directory.path / "events.log", directory.path.name):
         try:
             workers = open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name)
-            workers.limit = partial(read_limit, directory.path)
+            workers.limit = WorkerLimit(directory.path)
             with staged_pool(workers, plan.config, plan.folder) as pool:
                 plan = with_gene_groups(plan, windows, directory, pool, tracked)
                 artefacts = prepare(plan, windows, directory, pool, tracked)
