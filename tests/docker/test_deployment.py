@@ -103,9 +103,9 @@ def test_credentials_of_an_object_store_are_passed_on_only_where_they_are_set() 
         assert set(passed.values()) == {None}  # an empty string would be a region to botocore
 
 
-def test_the_token_of_the_compose_file_cannot_be_committed() -> None:
-    secret = DOCKER / compose_file()["secrets"]["ray-token"]["file"]
-    assert call("git", "check-ignore", "--quiet", str(secret)).returncode == 0
+def test_the_token_and_the_variables_of_the_compose_file_cannot_be_committed() -> None:
+    for file in (DOCKER / compose_file()["secrets"]["ray-token"]["file"], DOCKER / ".env"):
+        assert call("git", "check-ignore", "--quiet", str(file)).returncode == 0, file
 
 
 def test_the_image_is_pinned_and_runs_as_an_ordinary_user() -> None:
