@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -232,13 +233,15 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
             log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
             banks.tensor_file(directory, tensor).unlink(missing_ok=True)
         absent = missing()
-        tasks = [
-            banks.BuildBankGroup(
-                plan.folder.path, group_file(calibration, group), directory, names, settings, plan.sparsity, how
-            )
-            for group in groups
-            if absent & set(banks.group_tensors(group_file(calibration, group)))
-        ]
+        tasks = []
+        for group in groups:
+            file = group_file(calibration, group)
+            tensors = names.keys() & banks.group_tensors(file)
+            if absent & tensors:
+                work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
+                place = (plan.folder.path, file, directory)
+                tasks.append(banks.BuildBankGroup(*place, names, settings, plan.sparsity, how, work))
+        tasks.sort(key=lambda task: -task.work)  # the largest first, so that none is left alone at the end
         for _ in track(pool.map(tasks), len(tasks), "building the bank"):
             pass
         banks.write_manifest(directory, list(names))

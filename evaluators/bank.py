@@ -92,6 +92,7 @@ class BuildBankGroup:
     settings: CompensationSettings
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
     importance: Importance = "conditional"  # that scales are fitted under; pruned tensors take the conditional one
+    work: float = 1.0  # weights, by which the times of tasks are compared
 
     @property
     def label(self) -> str:
