@@ -64,6 +64,15 @@ def nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def check_own_node() -> None:
+    """Raise ClusterError if the node that this driver is connected through is gone: it can start nothing any more."""
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
+        raise ClusterError(
+            "expected the Ray node that this driver is connected through to live, found it gone: continue from another"
+        )
+
+
 def has_accelerators() -> bool:
     return any(node.get("GPU") for node in nodes())
 

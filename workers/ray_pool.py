@@ -14,7 +14,7 @@ from workers.backend import Event, Finished, Lost, Ready, waiting_events
 from workers.dispatch import Dispatcher
 from workers.errors import TaskError
 from workers.pool import Task
-from workers.ray_cluster import Placement, check_room, nodes
+from workers.ray_cluster import Placement, check_own_node, check_room, nodes
 from workers.ray_worker import Worker
 from workers.scheduling import Elasticity, Patience
 
@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class RayBackend:
-    """Actors named ``bitgenome:<run>:worker-<number>``, in a namespace of their own."""
+    """Actors named ``bitgenome:<run>:worker-<number>``, in a namespace of their own.
+
+    Starting one raises ClusterError if the driver's own node is gone.
+    """
 
     def __init__(self, run: str, placement: Placement, threads: int) -> None:
         self._run, self._placement, self._threads = run, placement, threads
@@ -31,6 +34,7 @@ class RayBackend:
         self._events: SimpleQueue[Event] = SimpleQueue()
 
     def start(self, worker: int) -> None:
+        check_own_node()
         name = f"bitgenome:{self._run}:worker-{worker}"
         actor = ray.remote(Worker).options(name=name, namespace=self._namespace, **self._placement.options())
         self._actors[worker] = actor.remote(self._threads)

@@ -11,6 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.workers.pool_tasks import Sleep
+from workers.errors import ClusterError
 from workers.ray_cluster import Placement, connect
 from workers.ray_pool import RayPool
 from workers.scheduling import Elasticity
@@ -63,4 +64,17 @@ def test_a_pool_waits_for_its_first_node(cluster: Any, tmp_path: Path) -> None:
         results = pool.map([Sleep(n, 0.0) for n in range(4)])
         cluster.add_node(num_cpus=1, resources={"far": 1})
         assert list(results) == [0, 1, 2, 3]
+        assert time.monotonic() - started < 60
+
+
+def test_a_driver_whose_own_node_is_gone_says_so_at_once(cluster: Any) -> None:
+    """The last of this file, as the cluster has no head from then on."""
+    add_node(cluster, 1)
+    with RayPool(WORKER, Elasticity(1, 2), threads=0, run="headless") as pool:
+        results = pool.map([Sleep(n, 0.3) for n in range(100)])
+        assert next(results) == 0
+        cluster.head_node.all_processes["raylet"][0].process.kill()
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match="expected the Ray node that this driver is connected through to live"):
+            list(results)
         assert time.monotonic() - started < 60
