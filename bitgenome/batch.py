@@ -23,8 +23,11 @@ from bitgenome.batch_state import RunState, Stage
 from bitgenome.batch_view import BatchView
 from bitgenome.end_with_parent import GRACE_S
 from bitgenome.lease import Lease
+from bitgenome.run_mirror import mirrored
+from bitgenome.worker_limit import withdraw_limit
 from search.errors import UserError
 from search.files import atomic_write_json, atomic_write_text
+from workers.remote import open_folder
 from workers.shared_cluster import SharedCluster
 
 log = logging.getLogger(__name__)
@@ -51,19 +54,25 @@ class BatchOrder:
 def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> tuple[Path, pd.DataFrame]:
     """Run all that have no result yet; the batch's directory, and a row a run. Runs that fail do so alone.
 
+    Behind a URL the directory is a mirror, sent at the start and whenever a run ends.
+
     Raises UserError for a batch that was begun, unless it is to be resumed, and for one that another process runs.
     """
     if not re.fullmatch(NAME, order.name):
         raise UserError(
             f"expected a batch's name of letters, digits, '.', '_' and '-', found {order.name!r}: choose it by --name"
         )
-    path = runs[0].config.storage_path / f"batch-{order.name}"
+    path, place = directory_of(runs, order.name)
     if any(run.directory == path for run in runs):
         raise UserError(f"expected runs with other names than their batch's directory, found a run named {path.name}")
-    states = begin(runs, path, order.resume)
-    with Lease(path, f"the batch {path}"):
+    states = begin(runs, path, place, order.resume)
+    with Lease(place, f"the batch {place}"), mirrored(place) as mirror:
         make_directory(runs, path)
+        if mirror:
+            mirror.push()
         wait_for_orphans(path)
+        for run in runs:
+            withdraw_limit(run.directory, order.name)  # of a process of this batch that was killed
         view = BatchView(states, console)
 
         def changed(state: RunState) -> None:
@@ -71,6 +80,8 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
             said = ""
             if not state.live:
                 frame = write_results(path, order.name, states)
+                if mirror:
+                    mirror.push()
                 said = summary(frame[frame.name == state.name].to_dict("records")[0])
             view.changed(state, said)
 
@@ -92,16 +103,22 @@ def open_cluster(runs: Sequence[BatchRun]) -> SharedCluster | None:
     return None if settings.ray == "off" else SharedCluster(settings)
 
 
-def begin(runs: Sequence[BatchRun], path: Path, resume: bool) -> list[RunState]:
+def directory_of(runs: Sequence[BatchRun], name: str) -> tuple[Path, str]:
+    """That of the batch ``name`` on this machine, and its path or URL."""
+    config, folder = runs[0].config, f"batch-{name}"
+    return config.storage_path / folder, f"{config.place}/{folder}"
+
+
+def begin(runs: Sequence[BatchRun], path: Path, place: str, resume: bool) -> list[RunState]:
     """The runs, those that have a result finished. Raises UserError for a batch that was begun, unless ``resume``."""
     states = [RunState(run, path / LOGS / f"{run.name}.log") for run in runs]
     for state in states:
         if state.run.finished:
             state.stage = Stage.FINISHED
     left = sum(state.stage is not Stage.FINISHED for state in states)
-    if left and (path / BATCH_FILE).is_file() and not resume:
+    if left and not resume and open_folder(place).read(BATCH_FILE) is not None:
         raise UserError(
-            f"expected a new batch, found {path} with {left} of {len(states)} runs unfinished: continue it with "
+            f"expected a new batch, found {place} with {left} of {len(states)} runs unfinished: continue it with "
             "--resume, or give this one another --name"
         )
     return states

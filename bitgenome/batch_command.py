@@ -24,19 +24,22 @@ def batch(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a batch; what is finished stays")] = False,
 ) -> None:
     """Run several searches on one cluster: they share banks, sensitivities and workers, and end in one table."""
-    from bitgenome.batch import BatchOrder, run_batch  # noqa: PLC0415 - commands import what they need: fast start
+    from bitgenome.batch import BatchOrder, directory_of, run_batch  # noqa: PLC0415 - a fast start
     from bitgenome.batch_config import load_batch  # noqa: PLC0415
     from bitgenome.batch_results import show_results  # noqa: PLC0415
 
     called = name or batch_name(configs)
     order = BatchOrder(called, most, resume)
     try:
-        path, frame = run_batch(load_batch(configs, overrides or ()), order, console)
+        runs = load_batch(configs, overrides or ())
+        path, frame = run_batch(runs, order, console)
     except KeyboardInterrupt:
         again = continuation(configs, overrides or (), order)
         errors.print(f"interrupted; nothing is lost. Continue with: {again}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     show_results(frame, path, console)
+    if runs[0].config.storage_url:
+        console.print(f"stored  {directory_of(runs, called)[1]}", soft_wrap=True, highlight=False)
     failed = frame[frame.stage == "failed"].name.tolist()
     if failed:
         errors.print(f"{len(failed)} of {len(frame)} runs failed: {', '.join(failed)}", soft_wrap=True, markup=False)

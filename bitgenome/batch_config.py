@@ -20,6 +20,7 @@ from bitgenome.run_directory import RunDirectory
 from bitgenome.shared_storage import digest_of
 from evaluators.model_folder import ModelFolder
 from search.errors import UserError
+from workers.remote import open_folder
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others stand between, as in the file
@@ -67,6 +68,11 @@ class BatchRun:
         return self.config.storage_path / self.name
 
     @property
+    def place(self) -> str:
+        """Path or URL of its directory, of which ``directory`` is the mirror."""
+        return f"{self.config.place}/{self.name}"
+
+    @property
     def preparation(self) -> str:
         """Runs of equal ones share calibration, bank and sensitivities (but those around a budget's base)."""
         settings = self.config.result_keys()
@@ -74,10 +80,10 @@ class BatchRun:
 
     @property
     def finished(self) -> bool:
-        """Whether its directory holds the result of the same settings, model and text."""
-        if not (self.directory / BEST_FILE).is_file():
+        """Whether its directory, behind a URL the remote one, holds the result of the same settings, model and text."""
+        if open_folder(self.place).read(BEST_FILE) is None:
             return False
-        found = RunDirectory.open(self.directory)
+        found = RunDirectory.open(self.place)
         digests = {"text": self.text_digest, "model": self.plan.folder.digest}
         return found.config.digest == self.config.digest and digests.items() <= found.record["digests"].items()
 

@@ -1,6 +1,5 @@
 """What a batch ends in: a row a run, as Parquet, CSV, a page and a table in the terminal."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
+from bitgenome.batch_config import BatchRun
 from bitgenome.batch_state import RunState, Stage
 from bitgenome.pipeline import BEST_FILE
-from bitgenome.run_directory import EVALUATIONS_FILE, RunDirectory
+from bitgenome.run_directory import EVALUATIONS_FILE, RECORD_FILE
+from bitgenome.run_files import run_files
 from search.files import atomic_write_bytes, atomic_write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -50,7 +51,9 @@ def results_frame(states: Sequence[RunState], path: Path) -> pd.DataFrame:
 def record(state: RunState, path: Path) -> dict[str, Any]:
     """What is known of one run; figures only of a finished one."""
     config, directory = state.run.config, state.run.directory
-    found: dict[str, Any] = {
+    if state.stage is Stage.FINISHED and state.figures is None:
+        state.figures = figures_of(state.run)
+    return {
         "name": state.name,
         "stage": str(state.stage),
         "model": state.run.plan.folder.name,
@@ -59,19 +62,23 @@ def record(state: RunState, path: Path) -> dict[str, Any]:
         "seed": config.search.seed,
         "run": os.path.relpath(directory, path),
         "sentence": state.sentence or None,
+        **(state.figures or {}),
     }
-    if state.stage is not Stage.FINISHED:
-        return found
-    best = json.loads((directory / BEST_FILE).read_text(encoding="utf-8"))
+
+
+def figures_of(run: BatchRun) -> dict[str, Any]:
+    """Of a finished run, from its directory; behind a URL from the remote one. Raises StorageError."""
+    files = run_files(run.place)
+    best = files.record(BEST_FILE)
     proof = best["proof"]
-    return found | {
+    return {
         "file_bytes": proof["file_bytes"],
         "bits_per_weight": best["bits_per_weight"],
         "kl": proof["simulated_kl"],
         "perplexity": proof["simulated_perplexity"],
         **{key: proof[key] for key in ("full_perplexity", "runtime_kl", "runtime_perplexity")},
-        "evaluations": (directory / EVALUATIONS_FILE).read_bytes().count(b"\n"),
-        "seconds": round(sum(RunDirectory.open(directory).seconds.values()), 1),
+        "evaluations": sum(line.endswith(b"\n") for line in files.lines(EVALUATIONS_FILE)),
+        "seconds": round(sum(files.record(RECORD_FILE)["stages"].values()), 1),
         "gguf": best["gguf"],
     }
 

@@ -4,9 +4,11 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from bitgenome.batch_config import BatchRun
-from bitgenome.run_status import RECORD, RunReader, parsed, size_of
+from bitgenome.run_status import RECORD, RunReader
+from search.files import json_object
 
 SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # until the search begins
 
@@ -42,6 +44,7 @@ class RunState:
     best_loss: float | None = None
     seconds_left: float | None = None  # of the search
     sentence: str = ""  # why it failed
+    figures: dict[str, Any] | None = None  # of its result, once they were read
     _begun: float = 0.0  # when its process was started
     _log_bytes: int = 0  # of earlier processes
     _reader: RunReader | None = field(default=None, repr=False)
@@ -63,7 +66,7 @@ class RunState:
     def begin(self) -> None:
         """Its process is about to be started, with a log behind that of earlier ones."""
         self.stage, self._begun = Stage.PREPARING, round(time.time(), 2)  # as precise as a run's record
-        self._log_bytes = size_of(self.log)
+        self._log_bytes = self.log.stat().st_size if self.log.is_file() else 0
 
     def refresh(self) -> bool:
         """Read what a live run has written; whether something worth a line changed."""
@@ -103,7 +106,7 @@ def last_words(log: Path, code: int, start: int = 0) -> str:
 
 def said(line: str) -> tuple[bool, str]:
     """Whether a line of a log is an error, and what it says."""
-    record = parsed(line.encode())
-    if record and "message" in record:
+    record = json_object(line.encode())
+    if "message" in record:
         return record.get("levelname") in ERROR_LEVELS, str(record["message"])
     return line.startswith(ERROR), line.removeprefix(ERROR).strip()

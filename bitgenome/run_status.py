@@ -1,10 +1,11 @@
 """What a run directory says of its run: state, progress and best genome, read without a cluster, a model or a lock.
 
+Of a run behind a URL what is remote is read, as of its last push, and no mirror is touched.
+
 A run may be writing meanwhile, or have been killed while it wrote: lines without an end and files that are not there
 yet are passed over.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bitgenome.lease import FOLDER, TTL_S, Claim, since_start, this_machine
+from bitgenome.run_files import RunFiles, run_files
 from search.errors import UserError
+from search.files import json_object
+from workers.remote import is_url, mirror_root, open_folder
 
 RECORD, EVALUATIONS, GENERATIONS, BEST, EVENTS = (
     "run.json", "evaluations.jsonl", "generations.jsonl", "best.json", "events.log",
 )  # fmt: skip
-TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -47,61 +50,65 @@ class RunStatus:
 class Lines:
     """A growing file of JSON objects, a line each, of which ``new`` gives those that are whole and not yet given."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, files: RunFiles, name: str):
+        self._files, self._name = files, name
         self._offset = 0
         self.count = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        if size_of(self._path) < self._offset:  # cut or begun anew
+        if self._files.size(self._name) < self._offset:  # cut or begun anew
             self._offset = self.count = 0
-        try:
-            with self._path.open("rb") as stream:
-                stream.seek(self._offset)
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        return
-                    self._offset += len(line)
-                    self.count += 1
-                    if record := parsed(line):
-                        yield record
-        except OSError:
-            return
+        for line in self._files.lines(self._name, self._offset):
+            if not line.endswith(b"\n"):
+                return
+            self._offset += len(line)
+            self.count += 1
+            if record := json_object(line):
+                yield record
 
 
 class RunReader:
-    """Reads one run directory again and again, what was appended since only. Raises UserError if it is none."""
+    """Reads the run directory at a path or URL again and again, what was appended since only.
 
-    def __init__(self, path: Path):
-        self.path = path
-        if not (path / RECORD).is_file():
-            raise UserError(f"expected a run directory with {RECORD}, found none at {path}")
-        self._lines = Lines(path / EVALUATIONS)
+    Raises UserError if it is none, and StorageError.
+    """
+
+    def __init__(self, place: str | Path):
+        self.place = str(place).rstrip("/")
+        self._files = run_files(place)
+        if not self._files.size(RECORD):
+            raise UserError(f"expected a run directory with {RECORD}, found none at {place}")
+        self._lines = Lines(self._files, EVALUATIONS)
         self._genomes: set[tuple[int, ...]] = set()
         self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search's text
         self._text = (-1, 0)  # the longest, and of those the last read
 
+    @property
+    def name(self) -> str:
+        return self.place.rpartition("/")[2]
+
     def read(self, running: bool = False) -> RunStatus:
         """As it stands; ``running`` is what somebody knows who watches its process, else its lease is looked at."""
-        record = json_of(self.path / RECORD)
+        self._files.look()
+        record = self._files.record(RECORD)
         for evaluation in self._lines.new():
             self._learn(evaluation)
         state = "running" if running else self._state(record)
-        winner = json_of(self.path / BEST) if state == "finished" else {}
+        winner = self._files.record(BEST) if state == "finished" else {}
         best = winner.get("winner") or self._best.get(self._text, {})
         size, weights = best.get("file_bytes"), record.get("weights")
-        generations = read_tail(self.path / GENERATIONS)
-        last = parsed(generations[-1].encode()) if generations else None
-        events = read_tail(self.path / EVENTS)
+        generations = self._files.tail(GENERATIONS)
+        last = json_object(generations[-1].encode()) if generations else {}
+        events = self._files.tail(EVENTS)
         stage = record.get("stage") or {}
         return RunStatus(
-            name=self.path.name,
-            path=str(self.path),
+            name=self.name,
+            path=self.place,
             state=state,
             error=record.get("error") if state == "failed" else None,
             stage=stage.get("name"),
             stage_since=stage.get("since"),
-            generation=(last or {}).get("generation", 0),
+            generation=last.get("generation", 0),
             evaluations=len(self._genomes),
             expected=record.get("expected_evaluations"),
             best_loss=best.get("loss"),
@@ -127,9 +134,17 @@ class RunReader:
             self._best[text] = dict(evaluation)
 
     def _state(self, record: Mapping[str, Any]) -> str:
-        if is_owned(self.path):
+        if is_owned(self._lease_place(record)):
             return "running"
-        return record.get("ended") or ("finished" if (self.path / BEST).is_file() else "stopped")
+        return record.get("ended") or ("finished" if self._files.size(BEST) else "stopped")
+
+    def _lease_place(self, record: Mapping[str, Any]) -> str:
+        """Where its driver has the lease: of a mirror, at the URL."""
+        config = record.get("config")
+        url = config.get("storage_url") if isinstance(config, dict) else None
+        if url and Path(self.place).absolute().parent.name == mirror_root(url).name:
+            return f"{url}/{self.name}"
+        return self.place
 
     @staticmethod
     def _seconds(record: Mapping[str, Any], state: str) -> dict[str, float]:
@@ -151,60 +166,33 @@ class RunReader:
         return round(max(0, expected - len(self._genomes)) * lines_a_genome * passed / done, 1)
 
 
-def runs_under(storage: Path) -> list[Path]:
-    """Run directories of a storage path, by name. Raises UserError if there is no such folder."""
-    if not storage.is_dir():
+def runs_under(storage: str) -> list[str]:
+    """Run directories of a storage path or URL, by name. Raises UserError if there is no such folder, or no run."""
+    if is_url(storage):
+        found = [name.split("/") for name in open_folder(storage).sizes()]
+        runs = sorted(name for name, *rest in found if rest == [RECORD])
+        if not runs:
+            raise UserError(f"expected a storage path with runs, found none at {storage}")
+        return [f"{storage.rstrip('/')}/{name}" for name in runs]
+    if not Path(storage).is_dir():
         raise UserError(f"expected a storage path with runs, found no folder at {storage}")
-    return sorted(path.parent for path in storage.glob(f"*/{RECORD}"))
+    return sorted(str(path.parent) for path in Path(storage).glob(f"*/{RECORD}"))
 
 
-def is_owned(run: Path) -> bool:
-    """Whether a living driver has the run's lease.
+def is_owned(place: str | Path) -> bool:
+    """Whether a living driver has the lease of a run at a path or URL. Raises StorageError.
 
-    Of a driver on another machine only the time of its last beat can be seen, by this machine's clock.
+    Of a driver on another machine only the time of its last beat can be seen, by the storage's clock and this one's.
     """
-    claims = sorted((run / FOLDER).glob("*.json"))
-    try:
-        claim = Claim(**json_of(claims[-1]))
-        beaten = since_start() - claim.beaten
-        if claim.machine != this_machine():
-            beaten = time.time() - claims[-1].stat().st_mtime
-        return not claim.released and not claim.gone and beaten < max(TTL_S, claim.ttl)
-    except (IndexError, TypeError, OSError):
+    folder = open_folder(f"{place}/{FOLDER}")
+    name = max(folder.sizes(), default=None)
+    if name is None:
         return False
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none that can be read."""
     try:
-        return parsed(path.read_bytes()) or {}
-    except OSError:
-        return {}
-
-
-def parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def read_tail(path: Path) -> list[str]:
-    """The last whole lines of a file, up to ``TAIL_BYTES``."""
-    size = size_of(path)
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, size - TAIL_BYTES))
-            text = stream.read()
-    except OSError:
-        return []
-    whole = text[: text.rfind(b"\n") + 1]
-    return [line for line in whole.decode("utf-8", "replace").splitlines() if line]
-
-
-def size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+        claim = Claim(**json_object(folder.read(name) or b""))
+    except TypeError:
+        return False
+    beaten = since_start() - claim.beaten
+    if claim.machine != this_machine():
+        beaten = time.time() - (folder.modified(name) or 0.0)
+    return not claim.released and not claim.gone and beaten < max(TTL_S, claim.ttl)

@@ -14,21 +14,23 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bitgenome.config_file import refuse_secrets
 from bitgenome.run_status import RECORD, RunReader, RunStatus, runs_under
 from bitgenome.terminal import console
+from workers.remote import is_url
 
 EVERY_S = 2.0
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(help="A run directory, or a name under --storage")] = None,
-    storage: Annotated[Path, typer.Option(help="Where the runs lie")] = Path("runs"),
+    run: Annotated[str | None, typer.Argument(help="A run directory or its URL, or a name under --storage")] = None,
+    storage: Annotated[str, typer.Option(help="Where the runs lie: a folder or URL")] = "runs",
     watch: Annotated[bool, typer.Option("--watch", help="Again every 2 s, until the run ends")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, an object a line")] = False,
 ) -> None:
     """Show what a run is doing, or all of a storage path; reads their directories, needs no cluster."""
-    paths = runs_under(storage) if run is None else [run_at(run, storage)]
-    readers = [RunReader(path) for path in paths]
+    refuse_secrets({"a run": run, "--storage": storage}, "bitgenome status")
+    readers = [RunReader(place) for place in (runs_under(storage) if run is None else [run_at(run, storage)])]
     looks = looks_at(readers, watch)
     if as_json:
         for found in looks:
@@ -44,9 +46,9 @@ def status(
         console.print(view(next(looks), single=run is not None))
 
 
-def run_at(run: str, storage: Path) -> Path:
-    """``run`` itself where it is a run directory, else the one of that name."""
-    return Path(run) if (Path(run) / RECORD).is_file() else storage / run
+def run_at(run: str, storage: str) -> str:
+    """``run`` itself where it is a URL or a run directory, else the one of that name."""
+    return run if is_url(run) or (Path(run) / RECORD).is_file() else f"{storage.rstrip('/')}/{run}"
 
 
 def looks_at(readers: list[RunReader], again: bool) -> Iterator[list[RunStatus]]:

@@ -3,12 +3,10 @@
 A person writes ``{"most": 3}``; a batch adds its name, so that it can tell its own word from a person's.
 """
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
-from search.files import atomic_write_json
+from search.files import atomic_write_json, json_object
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class WorkerLimit:
         if content is None:
             log.info("as many workers as there is work for: %s is gone", self._file)
             return None
-        found = parsed(content)
+        found = json_object(content)
         most = found.get("most")
         if not isinstance(most, int) or isinstance(most, bool):
             text = content.decode("utf-8", "replace")[:SHOWN]
@@ -63,21 +61,12 @@ def write_limit(run: Path, most: int, batch: str | None = None) -> None:
     file = run / LIMIT_FILE
     if batch is None:
         atomic_write_json(file, {"most": most})
-    elif not file.is_file() or "batch" in parsed(file.read_bytes()):
+    elif not file.is_file() or "batch" in json_object(file.read_bytes()):
         atomic_write_json(file, {"most": most, "batch": batch})
 
 
 def withdraw_limit(run: Path, batch: str) -> None:
     """Remove what ``batch`` wrote."""
     file = run / LIMIT_FILE
-    if file.is_file() and parsed(file.read_bytes()).get("batch") == batch:
+    if file.is_file() and json_object(file.read_bytes()).get("batch") == batch:
         file.unlink(missing_ok=True)
-
-
-def parsed(content: bytes) -> dict[str, Any]:
-    """The object in a file, empty if there is none."""
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -65,6 +65,15 @@ def atomic_write_json(path: Path | str, value: Any, indent: int | None = 2) -> N
     atomic_write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object in a JSON text, which may be half a one; empty if there is none."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def cut_torn_tail(path: Path) -> int:
     """Cut off what follows the last newline, as a killed writer of lines leaves it; the number of bytes cut."""
     if not path.exists():

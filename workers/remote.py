@@ -11,6 +11,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class Folder(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes | None:
         """The content, None where there is no such file."""
+
+    @abstractmethod
+    def modified(self, name: str) -> float | None:
+        """When it was written last, in seconds since the epoch; None where there is no such file."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -116,6 +121,10 @@ class LocalFolder(Folder):
     def read(self, name: str) -> bytes | None:
         with self._using("read", name) as path:
             return path.read_bytes() if path.is_file() else None
+
+    def modified(self, name: str) -> float | None:
+        with self._using("look at", name) as path:
+            return path.stat().st_mtime if path.is_file() else None
 
     def write(self, name: str, data: bytes) -> None:
         with self._using("write", name) as path:
@@ -199,6 +208,14 @@ class ObjectFolder(Folder):
             except FileNotFoundError:
                 return None
         return data
+
+    def modified(self, name: str) -> float | None:
+        with self._using("look at", name) as path:
+            try:
+                when: datetime = self._system.modified(path)
+            except FileNotFoundError:
+                return None
+        return when.timestamp()
 
     def write(self, name: str, data: bytes) -> None:
         with self._using("write", name) as path:

@@ -85,7 +85,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     kept = [storage / "shared", *(path.parent for path in storage.glob("*/best.json"))]
     before = {path.name: stamps(path) for path in kept}
     with pytest.raises(UserError) as refused:
-        begin(load_batch(files), path, resume=False)
+        begin(load_batch(files), path, str(path), resume=False)
     resumed = runs.call(*arguments, "--resume")
     return Story(runs, path, len(children), before, str(refused.value), resumed)
 

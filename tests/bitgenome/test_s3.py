@@ -1,5 +1,6 @@
 """Runs on a local S3 server: killed, the disk wiped, resumed elsewhere; and storage that cannot be used."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from bitgenome.lease import Lease, LeaseHeldError
+from bitgenome.lease import FOLDER, Lease, LeaseHeldError
+from bitgenome.run_status import RunReader
 from tests.bitgenome.conftest import Finished, Runs
 from tests.bitgenome.test_bad_input import refusal
+from tests.bitgenome.test_status import driven, said
 from tests.conftest import REPOSITORY
 from workers.remote import open_folder
 
@@ -109,6 +112,22 @@ def test_a_run_killed_and_its_disk_wiped_ends_elsewhere_as_if_undisturbed(
     (gguf,) = (mirror.storage / "killed-on-s3").glob("stdlib-6m-*.gguf")
     assert gguf.read_bytes() == (runs.storage / "base" / gguf.name).read_bytes()
     assert open_folder(f"{url}/killed-on-s3").read(gguf.name) == gguf.read_bytes()
+
+
+def test_status_reads_runs_on_s3_and_who_drives_them(
+    s3: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3}/watched"
+    with driven(runs, url, tmp_path / "disk") as run:
+        found = json.loads(said(capsys, monkeypatch, "--storage", url, "--json"))
+        assert (found["path"], found["state"], found["evaluations"]) == (run.place, "running", 3)
+        leases = open_folder(f"{run.place}/{FOLDER}")
+        (name,) = leases.sizes()
+        mine = leases.read(name) or b""
+        leases.write(name, json.dumps(json.loads(mine) | {"machine": "another"}).encode())
+        assert RunReader(run.place).read().state == "running", "its last beat is young"
+        leases.write(name, mine)
+    assert RunReader(run.place).read().state == "finished"
 
 
 Refused = Callable[[str], str]

@@ -1,9 +1,14 @@
 """``bitgenome status`` tells from a run directory alone what its run does, whatever state its files are in."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +18,10 @@ from bitgenome.cli import main
 from bitgenome.config import load_config
 from bitgenome.lease import FOLDER
 from bitgenome.run_directory import RunDirectory
-from bitgenome.run_status import RunReader
+from bitgenome.run_status import RunReader, is_owned
 from bitgenome.status_command import duration
 from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.test_bad_input import refusal
 from tests.conftest import REPOSITORY
 
 
@@ -134,6 +140,90 @@ def test_a_finished_run_shows_what_ships(
     assert text.startswith("base: finished, proof, generation 3, 24 of 24 evaluations, loss 0.0")
     table = said(capsys, monkeypatch, "--storage", runs.storage)
     assert "24 of 24" in table and f"{best['winner']['file_bytes']:,}" in table
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A run behind a URL whose driver has sent two evaluations and lives."""
+
+    url: str
+    name: str
+    mirror: Path
+
+    @property
+    def place(self) -> str:
+        return f"{self.url}/{self.name}"
+
+    @property
+    def claim(self) -> Path:
+        """The driver's, where storage is a file system."""
+        return next((Path(self.place.removeprefix("file://")) / FOLDER).iterdir())
+
+
+@contextmanager
+def driven(runs: Runs, url: str, disk: Path, name: str = "far") -> Iterator[Remote]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITGENOME_CACHE", str(disk))
+        config = load_config(runs.write(name, storage_path=url, workers={"ray": "off"}))
+        with RunDirectory.owned(config) as directory:
+            append(directory.path / "evaluations.jsonl", evaluation(0, 0.5))
+            (directory.path / "events.log").write_text("12:00 bank\n")
+            with directory.stage("search"):
+                directory.sync()
+                append(directory.path / "evaluations.jsonl", evaluation(1, 0.25), evaluation(2, 0.125))
+                directory.sync()
+                yield Remote(url, name, directory.path)
+
+
+def test_status_of_a_url_reads_what_is_remote_and_touches_no_mirror(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "another disk"))
+    url = (tmp_path / "nfs").as_uri()
+    with driven(runs, url, tmp_path / "disk") as run:
+        reader = RunReader(run.place)
+        found = reader.read()
+        assert (found.state, found.stage, found.evaluations, found.best_loss) == ("running", "search", 3, 0.125)
+        assert (found.name, found.path, found.last_line) == ("far", run.place, "12:00 bank")
+        append(run.mirror / "evaluations.jsonl", evaluation(3, 0.0625))
+        assert reader.read().evaluations == 3, "what is not sent is not there"
+        for arguments in ([run.place], ["far", "--storage", url], ["--storage", url]):
+            assert json.loads(said(capsys, monkeypatch, *arguments, "--json"))["state"] == "running"
+    found = reader.read()
+    assert (found.state, found.evaluations) == ("finished", 4)
+    assert not (tmp_path / "another disk").exists()
+
+
+def test_a_mirror_shows_its_run_as_living_as_its_lease_at_the_url_is(runs: Runs, tmp_path: Path) -> None:
+    with driven(runs, (tmp_path / "nfs").as_uri(), tmp_path / "disk") as run:
+        assert RunReader(run.mirror).read().state == "running"
+        copy = shutil.copytree(run.mirror, tmp_path / "elsewhere" / "far")
+        assert RunReader(copy).read().state == "stopped", "a copy is nobody's run"
+    assert RunReader(run.mirror).read().state == "finished"
+
+
+def test_a_driver_on_another_machine_lives_as_long_as_its_beats_are_young(runs: Runs, tmp_path: Path) -> None:
+    with driven(runs, (tmp_path / "nfs").as_uri(), tmp_path / "disk") as run:
+        mine = run.claim.read_text()
+        run.claim.write_text(json.dumps(json.loads(mine) | {"machine": "another", "beaten": 0.0}))
+        assert is_owned(run.place)
+        os.utime(run.claim, (time.time() - 120, time.time() - 120))
+        assert not is_owned(run.place)
+        run.claim.write_text(mine)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("file:///nowhere/at/all", "expected a storage path with runs, found none at file:///nowhere/at/all"),
+        ("s3://key:secret@genomes/x", "expected --storage in bitgenome status without a password, found one in its"),
+    ],
+)
+def test_a_url_without_runs_is_answered_in_one_sentence(
+    place: str, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = refusal(capsys, monkeypatch, "status", "--storage", place)
+    assert sentence in told and "secret" not in told
 
 
 def test_a_run_that_is_not_there_is_answered_in_one_sentence(
