@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,10 +16,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from bitgenome.batch import begin, is_child
+from bitgenome.batch import LOGS, BatchOrder, begin, is_child, run_batch
 from bitgenome.batch_config import load_batch
+from bitgenome.lease import Lease, LeaseHeldError
 from bitgenome.worker_limit import LIMIT_FILE
 from search.errors import UserError
 from tests.bitgenome.conftest import LITTLE, Finished, Runs
@@ -191,3 +194,35 @@ def test_an_interrupted_batch_stops_its_runs_in_order_and_says_how_to_continue(s
     assert not any(process.is_running() for process in family)
     assert "interrupted; nothing is lost" in (storage / "batch-long" / "logs" / "stdlib-6m-3.2bpw.log").read_text()
     assert json.loads(checkpoint.read_text())
+
+
+def test_a_batch_behind_a_url_is_known_to_another_machine(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = (tmp_path / "nfs").as_uri()
+    base: dict[str, Any] = {**LITTLE, "storage_path": url, "workers": {"ray": "off"}}
+    matrix = {"budget": [{"bits_per_weight": 3.0}], "search.strategy": ["exact"]}
+    file = tmp_path / "far.yaml"
+    file.write_text(yaml.safe_dump({"base": base, "matrix": matrix}))
+    name, place = "stdlib-6m-3.0bpw-exact", f"{url}/batch-far"
+    monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "disk"))
+    shutil.copytree(story.runs.storage / "shared", tmp_path / "nfs" / "shared")  # as an earlier run left it
+    with Lease(place, "the batch"), pytest.raises(LeaseHeldError, match=f"expected the batch {place} to be nobody"):
+        run_batch(load_batch([file]), BatchOrder("far"), Console(quiet=True))
+    done = story.runs.call("batch", file)
+    assert done.returncode == 0, done.stderr
+    assert f"stored  {place}" in done.stdout
+    assert f"{name}: finishing" in done.stdout, "the batch sees how far a run has come"
+    monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "another disk"))
+    _, again = run_batch(load_batch([file]), BatchOrder("far", resume=True), Console())
+    assert f"{name}: finished already" in capsys.readouterr().out
+    assert not list((tmp_path / "another disk").glob(f"*/{name}")), "and has nothing to do"
+    (first,) = pd.read_parquet(next((tmp_path / "disk").glob("*/batch-far/results.parquet"))).to_dict("records")
+    (second,) = again.to_dict("records")
+    assert first == second and first["kl"] > 0 and first["evaluations"] > 0
+    remote = tmp_path / "nfs" / "batch-far"
+    assert pd.read_csv(remote / "results.csv").kl.tolist() == pytest.approx([first["kl"]])
+    assert (remote / LOGS / f"{name}.log").is_file() and (remote / "leaderboard.html").is_file()
+    file.write_text(yaml.safe_dump({"base": base, "matrix": {**matrix, "search.strategy": ["exact", "genetic"]}}))
+    with pytest.raises(UserError, match=f"expected a new batch, found {place} with 1 of 2 runs unfinished"):
+        begin(load_batch([file]), tmp_path, place, resume=False)
