@@ -44,9 +44,9 @@ def wait_until(what: Callable[[], bool], driver: "subprocess.Popen[str]") -> Non
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of every file."""
+    """Inode and time of every file of a run; the share that a batch gave it goes with the batch."""
     files = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {name: (found.st_ino, found.st_mtime_ns) for name, found in files.items() if "/lease/" not in name}
+    return {name: (found.st_ino, found.st_mtime_ns) for name, found in files.items() if name != LIMIT_FILE}
 
 
 @dataclass(frozen=True)
