@@ -19,6 +19,7 @@ from bitgenome.batch_shares import Shares, worker_settings
 from bitgenome.batch_state import RunState, Stage
 from bitgenome.worker_limit import LIMIT_FILE, write_limit
 from tests.bitgenome.test_batch_config import write
+from workers.cluster_access import use_token
 from workers.open_pool import WorkerSettings
 from workers.shared_cluster import SharedCluster, fair_share, usable_cpus
 
@@ -29,9 +30,12 @@ ON_RAY = {"ray": "local", "max": 8, "cpus_per_worker": 4}
 def cluster() -> Iterator[SharedCluster]:
     """16 CPUs by Ray's count."""
     ray.shutdown()
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
-    yield SharedCluster(WorkerSettings(ray="local"))
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")  # of this cluster only
+        use_token()
+        ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
+        yield SharedCluster(WorkerSettings(ray="local"))
+        ray.shutdown()
 
 
 def runs_on(path: Path, workers: dict[str, Any]) -> list[BatchRun]:
