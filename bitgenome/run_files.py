@@ -29,13 +29,17 @@ class RunFiles(ABC):
     def lines(self, name: str, start: int = 0) -> Iterator[bytes]:
         """Lines behind the byte ``start``, the last one perhaps without its end."""
 
+    def last_segment(self, name: str) -> int:
+        """The byte that the lines which were sent last begin at."""
+        return 0
+
     def record(self, name: str) -> dict[str, Any]:
         """The object in a file; empty if there is none that can be read."""
         return json_object(b"".join(self.lines(name)))
 
     def tail(self, name: str) -> list[str]:
-        """The last whole lines, up to ``TAIL_BYTES``."""
-        lines = self.lines(name, max(0, self.size(name) - TAIL_BYTES))
+        """The last whole lines, up to ``TAIL_BYTES``; of segments those of the last one."""
+        lines = self.lines(name, max(self.last_segment(name), self.size(name) - TAIL_BYTES))
         whole = [line.decode("utf-8", "replace").rstrip("\r\n") for line in lines if line.endswith(b"\n")]
         return [line for line in whole if line]
 
@@ -73,6 +77,9 @@ class RemoteRunFiles(RunFiles):
 
     def size(self, name: str) -> int:
         return max((start + self._sizes[part] for start, part in self._parts(name)), default=0)
+
+    def last_segment(self, name: str) -> int:
+        return max((start for start, _ in self._parts(name)), default=0)
 
     def lines(self, name: str, start: int = 0) -> Iterator[bytes]:
         for offset, part in self._parts(name):
