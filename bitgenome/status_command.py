@@ -14,7 +14,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bitgenome.config_file import refuse_secrets
 from bitgenome.run_status import RECORD, RunReader, RunStatus, runs_under
 from bitgenome.terminal import console
 from workers.remote import is_url
@@ -29,6 +28,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="JSON, an object a line")] = False,
 ) -> None:
     """Show what a run is doing, or all of a storage path; reads their directories, needs no cluster."""
+    from bitgenome.config_file import refuse_secrets  # noqa: PLC0415 - pydantic takes its time
+
     refuse_secrets({"a run": run, "--storage": storage}, "bitgenome status")
     readers = [RunReader(place) for place in (runs_under(storage) if run is None else [run_at(run, storage)])]
     looks = looks_at(readers, watch)

@@ -1,5 +1,6 @@
 """Shared by all tests: the embedded model and one bank of it, built once a session; a disk that is soon full."""
 
+import signal
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from search.fitness import FitnessSettings
 from search.types import SearchSpace
 from workers.pool import SerialPool
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 REPOSITORY = Path(__file__).parents[1]
 EMBEDDED = REPOSITORY / "models" / "stdlib-6m"
 LEVELS = ("W2", "W3", "W4", "W8")
