@@ -58,11 +58,11 @@ def test_a_run_killed_three_times_ends_as_if_undisturbed(runs: Runs, finished: F
 
 
 def test_a_ladder_of_new_text_killed_on_two_workers_ends_as_undisturbed_in_one_process(runs: Runs) -> None:
-    search = {"ladder": [0, 256], "refresh": 1}
-    calm = runs.call("run", runs.write("calm-ladder", search=search, workers={"ray": "off"}))
+    changes = {"search": {"ladder": [0, 256], "refresh": 1}, "healing": {"enabled": "off"}}
+    calm = runs.call("run", runs.write("calm-ladder", **changes, workers={"ray": "off"}))
     assert calm.returncode == 0, calm.stderr
     log = runs.storage / "killed-ladder" / "evaluations.jsonl"
-    driver = start(runs, "run", runs.write("killed-ladder", search=search))
+    driver = start(runs, "run", runs.write("killed-ladder", **changes))
     wait_for_lines(log, 20, driver)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
@@ -74,7 +74,7 @@ def test_a_ladder_of_new_text_killed_on_two_workers_ends_as_undisturbed_in_one_p
 
 
 def test_a_worker_killed_in_the_middle_changes_nothing(runs: Runs, finished: Finished) -> None:
-    driver = start(runs, "run", runs.write("bereaved"))
+    driver = start(runs, "run", runs.write("bereaved", healing={"enabled": "off"}))
     wait_for_lines(runs.storage / "bereaved" / "evaluations.jsonl", 3, driver)
     processes = psutil.Process(driver.pid).children(recursive=True)
     victim = next(p for p in processes if " ".join(p.cmdline()).startswith(("ray::eval", "ray::Worker")))

@@ -116,9 +116,10 @@ def test_export_and_verify_repeat_what_the_run_reported(runs: Runs, finished: Fi
     assert f"{best['proof']['runtime_kl']:.5f}" in verified.stdout
 
 
-@pytest.mark.parametrize("strategy", ["optuna", "exact", "random"])
+@pytest.mark.parametrize("strategy", ["optuna", "random"])  # exact: test_codebook_run.py
 def test_every_strategy_does_the_whole_job_alone(strategy: str, runs: Runs, finished: Finished) -> None:
-    done = runs.call("run", runs.write(strategy, search={"strategy": strategy}, workers={"ray": "off"}))
+    changes = {"search": {"strategy": strategy}, "workers": {"ray": "off"}, "healing": {"enabled": "off"}}
+    done = runs.call("run", runs.write(strategy, **changes))
     assert done.returncode == 0, done.stderr
     best = runs.best(strategy)
     assert 0.995 * best["budget_bytes"] <= best["winner"]["file_bytes"] <= best["budget_bytes"]
