@@ -54,6 +54,14 @@ SETTINGS: dict[str, Any] = {
     "search": {"population": 12, "generations": 5, "validation_candidates": 2},
     "healing": {"enabled": "off"},
 }
+QUICK: dict[str, Any] = SETTINGS | {  # less of everything, for tests
+    "levels": ["W2", "W4"],
+    "text": {
+        "splits": str(MODEL / "splits.json"),
+        "window": 64,
+        "tokens": {"calibration": 1024, "sensitivity": 128, "search": 256, "validation": 128, "test": 256},
+    },
+}
 
 
 class ChaosError(AssertionError):
@@ -103,9 +111,10 @@ class Storage:
 
     path: Path
     address: str
+    settings: dict[str, Any]
 
     def start(self, name: str) -> "subprocess.Popen[str]":
-        config = SETTINGS | {"name": name, "storage_path": str(self.path)}
+        config = self.settings | {"name": name, "storage_path": str(self.path)}
         config["workers"] = {"ray": self.address, "min": 1, "max": NODES}
         file = self.path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -176,12 +185,12 @@ def disturbed(
     return time.monotonic() - started
 
 
-def chaos(path: Path, rounds: int, kills: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def chaos(path: Path, settings: dict[str, Any], rounds: int, kills: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """A record a round: what was killed when, and seconds beyond the undisturbed run. Raises ChaosError."""
     rng = random.Random(seed)
     nodes = Nodes()
     try:
-        storage = Storage(path, nodes.cluster.address)
+        storage = Storage(path, nodes.cluster.address, settings)
         undisturbed(storage, "first")  # makes the bank
         calm = undisturbed(storage, "calm")
         records = []
@@ -200,9 +209,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--kills", nargs="+", choices=KILLS, default=list(KILLS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a smaller run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        records = chaos(Path(folder), arguments.rounds, arguments.kills, arguments.seed)
+        settings = QUICK if arguments.quick else SETTINGS
+        records = chaos(Path(folder), settings, arguments.rounds, arguments.kills, arguments.seed)
     table = Table(title=f"{len(records)} rounds, undisturbed {records[0]['calm']:.1f} s: all ended with the same bytes")
     for column in ("round", "killed at (s)", "seconds", "lost"):
         table.add_column(column, justify="left" if column.startswith("killed") else "right")

@@ -2,7 +2,7 @@
 
 from tests.bitgenome.conftest import Runs
 
-LEVELS = ["IQ2_XXS", "IQ3_S", "IQ4_XS", "W6"]
+LEVELS = ["IQ2_XXS", "IQ4_XS", "W6"]
 
 
 def test_a_file_of_codebook_types_runs_as_it_was_scored(runs: Runs) -> None:
