@@ -24,23 +24,24 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bitgenome.artefacts import Artefacts, prepare, read_windows
-from bitgenome.config import RunConfig, absolute_paths, parse_config
-from bitgenome.plan import make_plan
-from bitgenome.progress import track
-from bitgenome.run_directory import RunDirectory
-from bitgenome.searching import pool_evaluate
-from search.archive import EvaluationLog
-from search.checkpoint import Checkpoint
-from search.files import atomic_write_json
-from search.ladder import Ladder
-from search.loop import Evaluate, Progress, choose_winner, evaluate_missing, run_search, search_best
-from search.paired import Estimate
-from search.seeds import seed_genomes
+from bitgenome.common.files import atomic_write_json
+from bitgenome.config.run import RunConfig, absolute_paths, parse_config
+from bitgenome.observe.progress import track
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import Artefacts, prepare, read_windows
+from bitgenome.run.search import pool_evaluate
+from bitgenome.storage.run_directory import RunDirectory
+from search.allocation.seeds import seed_genomes
+from search.loop.archive import EvaluationLog
+from search.loop.checkpoint import Checkpoint
+from search.loop.ladder import Ladder
+from search.loop.paired import Estimate
+from search.loop.search import Evaluate, Progress, evaluate_missing, run_search
+from search.loop.winner import choose_winner, search_best
 from search.strategies.factory import make_strategy
 from search.strategies.genetic import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome
-from workers.pool import SerialPool
+from workers.pool.base import SerialPool
 
 CONFIG = {
     "model": "models/stdlib-6m",

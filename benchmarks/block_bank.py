@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from evaluators.devices import best_device
-from quantizers.formats import FORMATS, LEVEL_FORMATS, LEVEL_PRESETS, QuantFormat
-from quantizers.hessian import inverse_factor
-from quantizers.sparsegpt import compensate
+from bitgenome.common.devices import best_device
+from quantizers.formats.table import FORMATS, LEVEL_FORMATS, LEVEL_PRESETS, QuantFormat
+from quantizers.rounding.sparsegpt import compensate
+from quantizers.statistics.hessian import inverse_factor
 
 GPTQ_BLOCK = 128
 MIB = 1 << 20

@@ -25,22 +25,21 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bitgenome.artefacts import build_bank, calibrate, evaluator_setup, read_windows, record_inputs
-from bitgenome.config import load_config
-from bitgenome.plan import make_plan
-from bitgenome.run_directory import RunDirectory
-from evaluators.bank import Bank
-from evaluators.block_model import BlockModel
-from evaluators.devices import best_device
-from evaluators.divergence import Reference
-from evaluators.evaluator import EvaluatorSetup
-from evaluators.head import Head
-from evaluators.model_folder import ModelFolder
-from evaluators.simulated import genome_formats
-from evaluators.text import TokenWindows
-from quantizers.formats import QuantFormat
+from bitgenome.common.devices import best_device
+from bitgenome.config.run import load_config
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_windows, record_inputs
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.data.windows import TokenWindows
+from evaluators.engine.divergence import Reference
+from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.model.block_model import BlockModel
+from evaluators.model.folder import ModelFolder
+from evaluators.model.head import Head
+from evaluators.prepare.bank import Bank
+from quantizers.formats.table import QuantFormat
 from search.types import Genome
-from workers.pool import SerialPool
+from workers.pool.base import SerialPool
 
 BLOCKS, WINDOW = 2, 512
 CHANGED = 3  # genes in which neighbours differ
@@ -114,7 +113,7 @@ class Simulation:
         return hidden.float(), model.head_with(head.weight.to(self.computation.head).float())
 
     def kl(self, genome: Genome) -> float:
-        return self.reference.compare(*self.outputs(genome_formats(self.setup.space, genome))).kl
+        return self.reference.compare(*self.outputs(self.setup.space.formats_of(genome))).kl
 
 
 def prepared(arguments: argparse.Namespace) -> EvaluatorSetup:

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantizers.codec import dequantize, quantize
-from quantizers.formats import FORMATS, LEVEL_FORMATS, QuantFormat
-from quantizers.sparsegpt import compensate
+from quantizers.formats.packed import dequantize
+from quantizers.formats.table import FORMATS, LEVEL_FORMATS, QuantFormat
+from quantizers.rounding.nearest import quantize
+from quantizers.rounding.sparsegpt import compensate
 from tests import ggml_reference
 from tests.quantizers.weights import correlated_hessian, heavy_tailed, skewed_importance
 

@@ -21,16 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from bitgenome.artefacts import prepare, read_windows
-from bitgenome.config import load_config
-from bitgenome.plan import make_plan
-from bitgenome.run_directory import RunDirectory
-from evaluators.bank import Bank
-from evaluators.evaluator import EvaluatorSetup, GenomeEvaluator
-from evaluators.simulated import genome_formats
-from evaluators.sweep import Candidate
+from bitgenome.config.run import load_config
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import prepare, read_windows
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
+from evaluators.engine.sweep import Candidate
+from evaluators.prepare.bank import Bank
 from search.types import Fidelity, Genome, SearchSpace
-from workers.pool import SerialPool
+from workers.pool.base import SerialPool
 
 ELITES = 4
 
@@ -129,11 +128,11 @@ def compare(setup: EvaluatorSetup, arguments: argparse.Namespace, console: Conso
     space, rng = setup.space, random.Random(0)
     comparison = Comparison(setup, arguments.tokens, arguments.sample)
     elites = elites_of(space, rng)
-    kept = [genome_formats(space, genome) for genome in elites]
+    kept = [space.formats_of(genome) for genome in elites]
     for breed, name in ((mutated, "1 to 3 changed genes"), (crossed, "crossover")):
         for size in arguments.generations:
             children = sorted({breed(elites, space, rng) for _ in range(size)})
-            comparison.add(f"{len(children)} by {name}", [genome_formats(space, child) for child in children], kept)
+            comparison.add(f"{len(children)} by {name}", [space.formats_of(child) for child in children], kept)
     single = [dict.fromkeys(gene.tensors, fmt) for gene in space.genes for fmt in gene.formats]
     comparison.add(f"sensitivities, {len(single)}", single, [{}])
     console.print(comparison.table)
@@ -143,7 +142,7 @@ def exponents(setup: EvaluatorSetup, console: Console) -> None:
     """Slope of log seconds over log tokens, and over log genomes of a generation of offspring."""
     space, rng = setup.space, random.Random(0)
     elites = elites_of(space, rng)
-    children = [genome_formats(space, g) for g in sorted({mutated(elites, space, rng) for _ in range(64)})]
+    children = [space.formats_of(g) for g in sorted({mutated(elites, space, rng) for _ in range(64)})]
     evaluator = GenomeEvaluator(setup)
 
     def slope(name: str, cases: Sequence[tuple[int, int, int]]) -> None:

@@ -25,26 +25,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bitgenome.artefacts import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
-from bitgenome.config import QuantizationConfig, RunConfig, load_config
-from bitgenome.healing import heal
-from bitgenome.plan import Plan, make_plan
-from bitgenome.progress import track
-from bitgenome.run_directory import RunDirectory
-from evaluators.block_model import BlockModel
-from evaluators.calibration import InputGroup, group_file
-from evaluators.devices import best_device
-from evaluators.divergence import Reference
-from evaluators.evaluator import EvaluateGenomes
-from evaluators.simulated import final_hidden
-from evaluators.text import TokenWindows
-from quantizers.codec import dequantize, quantize
-from quantizers.formats import FORMATS, QuantFormat
-from quantizers.sparsegpt import row_errors
+from bitgenome.common.devices import best_device
+from bitgenome.config.run import QuantizationConfig, RunConfig, load_config
+from bitgenome.observe.progress import track
+from bitgenome.run.healing import heal
+from bitgenome.run.plan import Plan, make_plan
+from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.data.windows import TokenWindows
+from evaluators.engine.divergence import Reference
+from evaluators.engine.evaluator import EvaluateGenomes
+from evaluators.model.block_model import BlockModel
+from evaluators.model.forward import final_hidden
+from evaluators.prepare.calibration import InputGroup, group_file
+from quantizers.formats.packed import dequantize
+from quantizers.formats.table import FORMATS, QuantFormat
+from quantizers.rounding.nearest import quantize
+from quantizers.rounding.sparsegpt import row_errors
 from search.types import Evaluation, Fidelity, Genome
 from tests import ggml_reference
-from workers.open_pool import WorkerSettings, open_pool
-from workers.pool import Pool
+from workers.cluster.open_pool import WorkerSettings, open_pool
+from workers.pool.base import Pool
 
 Encode = Callable[[QuantFormat, Tensor, Tensor], Tensor]  # format, W, importance -> bytes
 ENCODERS: dict[str, Encode] = {

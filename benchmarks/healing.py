@@ -2,8 +2,8 @@
 
     python -m benchmarks.healing [--config configs/stdlib-6m.yaml] [--genomes W2 W3 W4 mixed] [--set steps=96 ...]
 
-Every ``--set`` gives settings of evaluators.tuning.HealingSettings; several settings are measured one after another on
-each genome. ``learning_rate`` is by default the pipeline's own rule. Text and bank are those of the configuration.
+Every ``--set`` gives settings of HealingSettings (evaluators.healing); several settings are measured one after another
+on each genome. ``learning_rate`` is by default the pipeline's own rule. Text and bank are those of the configuration.
 """
 
 import argparse
@@ -18,20 +18,20 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from bitgenome.artefacts import build_bank, calibrate, evaluator_setup, read_windows, record_inputs
-from bitgenome.config import load_config
-from bitgenome.healing import RATE_PER_ROOT_KL, float_tensors
-from bitgenome.plan import Plan, make_plan
-from bitgenome.run_directory import RunDirectory
-from evaluators.evaluator import EvaluateGenomes, EvaluatorSetup
-from evaluators.healing import Healed, MeasureHealing, WholeHealing
-from evaluators.healing_blocks import HealBlock
-from evaluators.tuning import HealingCheckpoint, HealingSettings
+from bitgenome.config.run import load_config
+from bitgenome.run.healing import RATE_PER_ROOT_KL, float_tensors
+from bitgenome.run.plan import Plan, make_plan
+from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_windows, record_inputs
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
+from evaluators.healing.blocks import HealBlock
+from evaluators.healing.tuner import HealingCheckpoint, HealingSettings
+from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
+from search.allocation.seeds import pure_uniform
 from search.budget import Budget
-from search.seeds import pure_uniform
 from search.types import Fidelity, Genome
-from workers.open_pool import WorkerSettings, close_cluster, open_pool
-from workers.pool import Pool
+from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.pool.base import Pool
 
 MIXED = {"embed_tokens": "W6", "lm_head": "W6", "mlp": "W2", "self_attn": "W3"}  # an allocation as searches find them
 

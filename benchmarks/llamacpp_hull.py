@@ -21,14 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from scipy.spatial import ConvexHull
 
-from bitgenome.artefacts import IMATRIX_FILE
-from bitgenome.config import RunConfig, load_config
-from bitgenome.pipeline import Outcome, run
-from bitgenome.plan import make_plan
-from bitgenome.proof import Proof, prove
-from bitgenome.run_directory import WINDOWS_FILE
-from evaluators.text import TokenWindows
-from exporters.gguf_file import export_float
+from bitgenome.common import layout
+from bitgenome.config.run import RunConfig, load_config
+from bitgenome.run.pipeline import Outcome, run
+from bitgenome.run.plan import make_plan
+from bitgenome.run.proof import Proof, prove
+from evaluators.data.windows import TokenWindows
+from exporters.files.gguf_writer import export_float
 
 THEIRS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 BITS = (3.0, 3.5, 4.0, 4.5, 5.0)
@@ -56,13 +55,13 @@ def their_files(reference: Outcome, config: RunConfig, directory: Path) -> dict[
     """llama-quantize's own file of each type, proved on the test text of ``reference``."""
     folder = make_plan(config).folder
     quantize = Path(os.environ["LLAMA_CPP_BIN"]) / "llama-quantize"
-    windows = TokenWindows.load(reference.run / WINDOWS_FILE).windows["test"]
+    windows = TokenWindows.load(reference.run / layout.WINDOWS).windows["test"]
     full = directory / "full.gguf"
     export_float(folder, full)
     proofs = {}
     for name in THEIRS:
         file = directory / f"{name}.gguf"
-        command = [quantize, "--imatrix", reference.run / IMATRIX_FILE, full, file, name, "2"]
+        command = [quantize, "--imatrix", reference.run / layout.IMATRIX, full, file, name, "2"]
         subprocess.run(command, check=True, capture_output=True)
         proofs[name] = prove(file, folder, windows)
         logging.info("%s: %s bytes, KL %.6f", name, f"{proofs[name].file_bytes:,}", proofs[name].runtime_kl)

@@ -17,19 +17,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bitgenome.artefacts import WINDOWS_FILE
-from bitgenome.config import RunConfig, load_config
-from bitgenome.pipeline import run
-from bitgenome.plan import make_plan
-from bitgenome.proof import Proof, prove
-from evaluators.calibration import InputGroup
-from evaluators.model_folder import ModelFolder
-from evaluators.text import TokenWindows
-from exporters.gguf_file import export_gguf
-from exporters.llamacpp_mixes import llamacpp_mix
-from exporters.provenance import Provenance
-from exporters.tensor_names import quantizable_tensors, tensor_table
-from quantizers.formats import QuantFormat
+from benchmarks.mix_formats import llamacpp_mix
+from bitgenome.config.run import RunConfig, load_config
+from bitgenome.run.pipeline import run
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import WINDOWS_FILE
+from bitgenome.run.proof import Proof, prove
+from evaluators.data.windows import TokenWindows
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.calibration import InputGroup
+from exporters.files.gguf_writer import export_gguf
+from exporters.metadata.provenance import Provenance
+from exporters.metadata.tensor_names import quantizable_tensors, tensor_table
+from quantizers.formats.table import QuantFormat
 from tests import ggml_reference
 
 

@@ -23,19 +23,19 @@ from typing import Any
 import psutil
 
 from benchmarks.sleeping import Pace, SleepGenomes
-from bitgenome.searching import divided
-from search.archive import EvaluationLog
-from search.checkpoint import Checkpoint
-from search.ladder import Ladder
-from search.loop import Progress, run_search
-from search.seeds import seed_genomes
+from bitgenome.run.search import divided
+from search.allocation.seeds import seed_genomes
+from search.loop.archive import EvaluationLog
+from search.loop.checkpoint import Checkpoint
+from search.loop.ladder import Ladder
+from search.loop.search import Progress, run_search
 from search.strategies.factory import make_strategy
 from search.strategies.genetic import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome
 from tests.search.synthetic import middle_budget, random_table, transformer_space
-from tests.workers.thread_backend import ThreadBackend
-from workers.dispatch import Dispatcher
-from workers.scheduling import Elasticity, Patience
+from tests.workers.pool.thread_backend import ThreadBackend
+from workers.pool.dispatcher import Dispatcher
+from workers.pool.scheduling import Elasticity, Patience
 
 CHECKPOINTS = 8  # of memory and CPU that are printed
 
@@ -133,8 +133,8 @@ def open_workers(kind: str, workers: int, patience: Patience) -> Dispatcher:
     elasticity = Elasticity(workers, workers)
     if kind == "threads":
         return Dispatcher(ThreadBackend(), elasticity, patience)
-    from workers.ray_cluster import Placement, connect  # noqa: PLC0415
-    from workers.ray_pool import RayPool  # noqa: PLC0415
+    from workers.cluster.ray_cluster import Placement, connect  # noqa: PLC0415
+    from workers.cluster.ray_pool import RayPool  # noqa: PLC0415
 
     connect("local")
     return RayPool(Placement(cpus=0), elasticity, patience, threads=0, run="load")

@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.synthetic import WINDOW, synthetic_setup
-from evaluators.evaluator import GenomeEvaluator
-from evaluators.memory import Load
-from search.archive import EvaluationLog
+from evaluators.engine.evaluator import GenomeEvaluator
+from evaluators.engine.memory import Load
 from search.budget import Budget
-from search.checkpoint import Checkpoint
-from search.ladder import Ladder
-from search.loop import run_search
+from search.loop.archive import EvaluationLog
+from search.loop.checkpoint import Checkpoint
+from search.loop.ladder import Ladder
+from search.loop.search import run_search
 from search.strategies.factory import make_strategy
 from search.strategies.genetic import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome

@@ -22,31 +22,32 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bitgenome.artefacts import calibrate, read_windows
-from bitgenome.config import load_config
-from bitgenome.plan import Plan, make_plan
-from evaluators.block_model import BlockModel
-from evaluators.calibration import InputGroup, group_file
-from evaluators.devices import best_device
-from evaluators.divergence import Divergence, Reference
-from evaluators.simulated import final_hidden
-from quantizers.codec import dequantize, pad_rows
-from quantizers.column_loop import Segment, column_loop
-from quantizers.formats import FORMATS, QuantFormat
-from quantizers.grid import GRIDS, Grid, Scales
-from quantizers.hessian import inverse_factor
-from quantizers.packing import pack
-from quantizers.pruned import encode_pruned, prune_and_compensate
-from quantizers.pruning import ColumnMasks, Sparsity, group_mask, unstructured_mask
-from quantizers.sparsegpt import (
+from bitgenome.common.devices import best_device
+from bitgenome.config.run import load_config
+from bitgenome.run.plan import Plan, make_plan
+from bitgenome.run.prepare import calibrate, read_windows
+from evaluators.engine.divergence import Divergence, Reference
+from evaluators.model.block_model import BlockModel
+from evaluators.model.forward import final_hidden
+from evaluators.prepare.calibration import InputGroup, group_file
+from quantizers.formats.grids import GRIDS, Grid, Scales
+from quantizers.formats.packed import dequantize
+from quantizers.formats.scalar_packing import pack
+from quantizers.formats.table import FORMATS, QuantFormat
+from quantizers.rounding.column_loop import Segment, column_loop
+from quantizers.rounding.nearest import pad_rows
+from quantizers.rounding.pruned_sparsegpt import encode_pruned, prune_and_compensate
+from quantizers.rounding.pruning_masks import ColumnMasks, Sparsity, group_mask, unstructured_mask
+from quantizers.rounding.sparsegpt import (
     DESCENT_ROUNDS,
     CompensationSettings,
     compensate,
     conditional_importance,
     row_errors,
 )
-from quantizers.zero_grids import ZERO_GRIDS, pack_with_zero
-from workers.pool import SerialPool
+from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero
+from quantizers.statistics.hessian import inverse_factor
+from workers.pool.base import SerialPool
 
 SPARSITIES = (Sparsity.of_fraction(0.5), Sparsity.of_pattern("2:4"))
 CHOICES = {"Q4_K": FORMATS["Q4_K"], "Q4_0": FORMATS["Q4_0"], "alone (F16)": FORMATS["F16"]}

@@ -21,22 +21,21 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from bitgenome.artefacts import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
-from bitgenome.config import load_config
-from bitgenome.plan import make_plan
-from bitgenome.proof import prove
-from bitgenome.run_directory import RunDirectory
-from evaluators.bank import Bank
-from evaluators.calibration import InputGroup
-from evaluators.evaluator import EvaluatorSetup, GenomeEvaluator
-from evaluators.model_folder import ModelFolder
-from evaluators.scaled_view import scaled
-from evaluators.simulated import genome_formats
-from exporters.gguf_file import export_gguf
-from quantizers.formats import format_for
-from quantizers.sparsegpt import row_errors
+from bitgenome.config.run import load_config
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
+from bitgenome.run.proof import prove
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
+from evaluators.model.folder import ModelFolder
+from evaluators.model.scaled_view import scaled
+from evaluators.prepare.bank import Bank
+from evaluators.prepare.calibration import InputGroup
+from exporters.files.gguf_writer import export_gguf
+from quantizers.formats.table import format_for
+from quantizers.rounding.sparsegpt import row_errors
 from search.types import Fidelity, Genome
-from workers.pool import SerialPool
+from workers.pool.base import SerialPool
 
 LEVELS = ("W2", "W3", "W4", "W5", "W6")
 VARIANTS = {
@@ -132,7 +131,7 @@ def measure_activations(arguments: argparse.Namespace, console: Console) -> None
     windows = evaluators[0].windows.take("test", arguments.tokens)
     rows, seconds = [], ([], [])
     for genome in neighbours((LEVELS.index("W4"),) * len(setup.space.genes), len(LEVELS), arguments.files):
-        formats = genome_formats(setup.space, genome)
+        formats = setup.space.formats_of(genome)
         for evaluator, taken in zip(evaluators, seconds, strict=True):
             taken.append(evaluator.evaluate([genome], Fidelity("test", arguments.tokens))[0].seconds)
         with tempfile.TemporaryDirectory() as scratch:

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from evaluators.bank import save_tensor
-from evaluators.evaluator import EvaluatorSetup
-from evaluators.memory import Load
-from evaluators.model_folder import ModelFolder
-from evaluators.text import TokenWindows
-from quantizers.codec import PackedTensor, quantize
-from quantizers.formats import format_for
-from quantizers.sparsegpt import Compensated
+from evaluators.data.windows import TokenWindows
+from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.engine.memory import Load
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.bank import save_tensor
+from quantizers.formats.packed import PackedTensor
+from quantizers.formats.table import format_for
+from quantizers.rounding.nearest import quantize
+from quantizers.rounding.sparsegpt import Compensated
 from search.fitness import FitnessSettings
 from search.types import SearchSpace
 

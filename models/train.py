@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from evaluators.stdlib_text import SPLITS, load_held_out, read_modules, training_documents
+from evaluators.data.stdlib import SPLITS, load_held_out, read_modules, training_documents
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from quantizers.formats import QuantFormat, legal_formats, padded
+from quantizers.formats.table import QuantFormat, legal_formats, padded
 
 Genome = tuple[int, ...]  # genome[g] indexes genes[g].formats
 
@@ -72,6 +72,11 @@ class SearchSpace:
     def bits_per_weight(self, genome: Genome) -> float:
         """Bits of the whole file over all weights of the model."""
         return 8 * self.file_bytes(genome) / self.weights
+
+    def formats_of(self, genome: Genome) -> dict[str, QuantFormat]:
+        """The format of every tensor that ``genome`` decides, by Hugging Face name."""
+        chosen = zip(self.genes, genome, strict=True)
+        return {tensor: gene.formats[choice] for gene, choice in chosen for tensor in gene.tensors}
 
     def smallest(self) -> Genome:
         return (0,) * len(self.genes)

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from evaluators.bank import BuildBankGroup
-from evaluators.calibration import Calibrate, group_file
-from evaluators.evaluator import EvaluatorSetup
-from evaluators.model_folder import ModelFolder
-from evaluators.stdlib_text import load_held_out
-from evaluators.text import TokenWindows, load_tokenizer, stdlib_documents, token_windows
-from exporters.gguf_file import fixed_bytes
-from exporters.tensor_names import quantizable_tensors
-from quantizers.sparsegpt import CompensationSettings
+from evaluators.data.stdlib import load_held_out
+from evaluators.data.windows import TokenWindows, load_tokenizer, stdlib_documents, token_windows
+from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.bank import BuildBankGroup
+from evaluators.prepare.calibration import Calibrate, group_file
+from exporters.files.gguf_writer import fixed_bytes
+from exporters.metadata.tensor_names import quantizable_tensors
+from quantizers.rounding.sparsegpt import CompensationSettings
 from search.fitness import FitnessSettings
 from search.types import SearchSpace
-from workers.pool import SerialPool
+from workers.pool.base import SerialPool
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests send it
 REPOSITORY = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantizers.formats import QuantFormat
+from quantizers.formats.table import QuantFormat
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 

@@ -1,6 +1,6 @@
 """What can go wrong where tasks run."""
 
-from search.errors import UserError
+from bitgenome.common.errors import UserError
 
 
 class ClusterError(UserError):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from search.repair import Repair
-from search.rng import rng_from_json, rng_to_json
-from search.surrogate import usable
+from search.allocation.repair import Repair
+from search.strategies.rng import rng_from_json, rng_to_json
+from search.strategies.surrogate import usable
 from search.types import Evaluation, Fidelity, Genome, Scored, fingerprint
 
 Batch = list[Scored]  # in the order of ask, then the incumbents if the text is new

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from search.allocation.repair import Repair
+from search.allocation.seeds import seed_genomes
+from search.allocation.sensitivity import SensitivityTable
 from search.budget import Budget
-from search.repair import Repair
-from search.seeds import seed_genomes
-from search.sensitivity import SensitivityTable
 from search.strategies.genetic import GeneticSettings, GeneticStrategy
 from search.strategies.optuna_tpe import OptunaSettings, OptunaStrategy
 from search.strategies.random_search import RandomSettings, RandomStrategy

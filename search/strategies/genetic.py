@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from deap import base, tools
 
-from search.repair import Repair
-from search.screening import Screening
-from search.sensitivity import SensitivityTable
+from search.allocation.repair import Repair
+from search.allocation.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
-from search.surrogate import MOST
+from search.strategies.screening import Screening
+from search.strategies.surrogate import MOST
 from search.types import Genome, Scored
 
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this

@@ -18,10 +18,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from search.files import cut_torn_tail
-from search.repair import Repair
-from search.rng import rng_to_json
+from bitgenome.common.files import cut_torn_tail
+from search.allocation.repair import Repair
 from search.strategies.base import Batch, BatchStrategy
+from search.strategies.rng import rng_to_json
 from search.types import Fidelity, Genome
 
 STUDY_NAME = "bitgenome"

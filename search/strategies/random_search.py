@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from search.repair import Repair
+from search.allocation.repair import Repair
 from search.strategies.base import Batch, BatchStrategy
 from search.types import Genome
 

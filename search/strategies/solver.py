@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from search.exact import lagrangian
-from search.repair import Repair
-from search.sensitivity import SensitivityTable
+from search.allocation.exact import lagrangian
+from search.allocation.repair import Repair
+from search.allocation.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
 from search.types import Genome
 

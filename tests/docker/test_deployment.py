@@ -13,9 +13,9 @@ import jsonschema
 import pytest
 import yaml
 
-from bitgenome.workers_config import WorkersConfig
+from bitgenome.config.workers import WorkersConfig
 from tests.conftest import REPOSITORY
-from workers.metrics import COUNTERS, GAUGES, SECONDS, TAGS
+from workers.cluster.metrics import COUNTERS, GAUGES, SECONDS, TAGS
 
 DOCKER = REPOSITORY / "docker"
 SCHEMA = json.loads((Path(__file__).parent / "kuberay-v1.schema.json").read_text())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluators.model_folder import ModelFolder
-from quantizers.formats import FORMATS, QuantFormat
+from evaluators.model.folder import ModelFolder
+from quantizers.formats.table import FORMATS, QuantFormat
 from tests.small_models import save_small_model
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"

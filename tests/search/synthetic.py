@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from quantizers.formats import legal_formats
+from quantizers.formats.table import legal_formats
+from search.allocation.sensitivity import SensitivityTable
 from search.budget import Budget
-from search.sensitivity import SensitivityTable
 from search.types import Evaluation, Fidelity, Gene, Genome, SearchSpace
 
 LEVELS = ("W2", "W3", "W4", "W5", "W6", "W8")

@@ -1,0 +1,239 @@
+"""A batch: runs as processes of their own, a few at a time, on one cluster whose workers they share fairly."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from rich.console import Console
+
+from bitgenome.batch.children import CHILD, wait_for_orphans
+from bitgenome.batch.config import NAME, BatchRun
+from bitgenome.batch.results import summary, write_results
+from bitgenome.batch.shares import Shares, worker_settings
+from bitgenome.batch.state import RunState, Stage
+from bitgenome.batch.view import BatchView
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import atomic_write_json, atomic_write_text
+from bitgenome.storage.lease import Lease
+from bitgenome.storage.mirror import mirrored
+from bitgenome.storage.worker_limit import withdraw_limit
+from workers.cluster.shared_cluster import SharedCluster
+from workers.storage.folders import open_folder
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+POLL_S = 0.5
+PREPARED = (Stage.SEARCHING, Stage.FINISHING, Stage.FINISHED)
+START_TIMEOUT_S = 6 * 3600.0  # of workers whose room a neighbour's task may still take: no task is stopped for it
+STOP_S = 60.0  # for the checkpoints of runs that are told to stop
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """How a batch is to be run."""
+
+    name: str
+    most: int | None = None  # runs at a time; by default as many as there are workers and CPUs
+    resume: bool = False
+
+
+def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> tuple[Path, pd.DataFrame]:
+    """Run all that have no result yet; the batch's directory, and a row a run. Runs that fail do so alone.
+
+    Behind a URL the directory is a mirror, sent at the start and whenever a run ends.
+
+    Raises UserError for a batch that was begun, unless it is to be resumed, and for one that another process runs.
+    """
+    if not re.fullmatch(NAME, order.name):
+        raise UserError(
+            f"expected a batch's name of letters, digits, '.', '_' and '-', found {order.name!r}: choose it by --name"
+        )
+    path, place = directory_of(runs, order.name)
+    if any(run.directory == path for run in runs):
+        raise UserError(f"expected runs with other names than their batch's directory, found a run named {path.name}")
+    states = begin(runs, path, place, order.resume)
+    with Lease(place, f"the batch {place}"), mirrored(place) as mirror:
+        make_directory(runs, path)
+        if mirror:
+            mirror.push()
+        wait_for_orphans(path)
+        for run in runs:
+            withdraw_limit(run.directory, order.name)  # of a process of this batch that was killed
+        view = BatchView(states, console)
+
+        def changed(state: RunState) -> None:
+            """Results are there from the first run that ends."""
+            said = ""
+            if not state.live:
+                frame = write_results(path, order.name, states)
+                if mirror:
+                    mirror.push()
+                said = summary(frame[frame.name == state.name].to_dict("records")[0])
+            view.changed(state, said)
+
+        view.begun()
+        if any(state.stage is Stage.WAITING for state in states):
+            cluster = open_cluster(runs)
+            try:
+                with view.shown():
+                    Batch(path, states, Shares(order.name, cluster, order.most), changed).run()
+            finally:
+                if cluster:
+                    cluster.close()
+        return path, write_results(path, order.name, states)
+
+
+def open_cluster(runs: Sequence[BatchRun]) -> SharedCluster | None:
+    """The cluster of all runs; None where each is one process. Raises ClusterError."""
+    settings = worker_settings(runs[0])
+    return None if settings.ray == "off" else SharedCluster(settings)
+
+
+def directory_of(runs: Sequence[BatchRun], name: str) -> tuple[Path, str]:
+    """That of the batch ``name`` on this machine, and its path or URL."""
+    config, folder = runs[0].config, f"batch-{name}"
+    return config.storage_path / folder, f"{config.place}/{folder}"
+
+
+def begin(runs: Sequence[BatchRun], path: Path, place: str, resume: bool) -> list[RunState]:
+    """The runs, those that have a result finished. Raises UserError for a batch that was begun, unless ``resume``."""
+    states = [RunState(run, path / layout.LOGS / f"{run.name}.log") for run in runs]
+    for state in states:
+        if state.run.finished:
+            state.stage = Stage.FINISHED
+    left = sum(state.stage is not Stage.FINISHED for state in states)
+    if left and not resume and open_folder(place).read(layout.BATCH) is not None:
+        raise UserError(
+            f"expected a new batch, found {place} with {left} of {len(states)} runs unfinished: continue it with "
+            "--resume, or give this one another --name"
+        )
+    return states
+
+
+def make_directory(runs: Sequence[BatchRun], path: Path) -> None:
+    """Folders and record of a batch. Raises UserError if they cannot be written."""
+    try:
+        for folder in (layout.LOGS, layout.CONFIGS):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected to create the batch's directory {path}, found {error.strerror}") from None
+    record = {
+        "schema": SCHEMA,
+        "runs": [{"name": r.name, "source": str(r.source), "config_digest": r.config.digest} for r in runs],
+    }
+    atomic_write_json(path / layout.BATCH, record)
+
+
+@dataclass
+class Batch:
+    """Runs every state that is waiting; ``changed`` is told of each that changes."""
+
+    path: Path
+    states: Sequence[RunState]
+    shares: Shares
+    changed: Callable[[RunState], None]
+    _live: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by name, the oldest first
+
+    def run(self) -> None:
+        """Until no run is waiting or live; an interrupt first stops the live ones in order."""
+        try:
+            while self._start_what_fits() or self._live:
+                self._share()
+                time.sleep(POLL_S)
+                self._look()
+        finally:
+            try:
+                self._stop()
+            finally:
+                self.shares.close()
+
+    def _start_what_fits(self) -> bool:
+        """Start runs while there is room; whether any was started."""
+        started = False
+        left = [state.run for state in self.states if state.live or state.stage is Stage.WAITING]
+        while (state := self._next()) and len(self._live) < self.shares.runs_at_a_time(left):
+            self._share(state)
+            self._start(state)
+            started = True
+        return started
+
+    def _next(self) -> RunState | None:
+        """The first that waits, and not for another one to prepare what both need."""
+        preparing = {s.run.preparation for s in self.states if s.stage is Stage.PREPARING}
+        prepared = {s.run.preparation for s in self.states if s.stage in PREPARED}
+        waiting = (s for s in self.states if s.stage is Stage.WAITING)
+        return next((s for s in waiting if s.run.preparation not in preparing - prepared), None)
+
+    def _share(self, newcomer: RunState | None = None) -> None:
+        """Divide the cluster's workers among the live runs and the one about to start."""
+        states = [*self._live_states(), *([newcomer] if newcomer else [])]
+        self.shares.give([state.run for state in states])
+
+    def _live_states(self) -> list[RunState]:
+        by_name = {state.name: state for state in self.states}
+        return [by_name[name] for name in self._live]
+
+    def _start(self, state: RunState) -> None:
+        config = (self.path / layout.CONFIGS / f"{state.name}.yaml").absolute()
+        atomic_write_text(config, yaml.safe_dump(settings_of(state.run), sort_keys=False))
+        cluster = self.shares.cluster
+        environment = {**os.environ, **(cluster.environment if cluster else {})}
+        command = [sys.executable, "-m", CHILD, str(os.getpid()), "run", str(config)]
+        state.begin()
+        with state.log.open("ab") as stream:
+            self._live[state.name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True,  # Ctrl-C comes to this process, which stops the runs in order
+            )  # fmt: skip
+        self.changed(state)
+
+    def _look(self) -> None:
+        """What the live runs have done, and which of them have ended."""
+        for state in self._live_states():
+            code = self._live[state.name].poll()
+            if code is None:
+                if state.refresh():
+                    self.changed(state)
+                continue
+            del self._live[state.name]
+            self.shares.take_back(state.run.directory)
+            state.end(code)
+            self.changed(state)
+
+    def _stop(self) -> None:
+        """Tell live runs to stop, and wait for their checkpoints; a second interrupt or too long a wait kills them."""
+        if not self._live:
+            return
+        log.info("stopping %d runs", len(self._live))
+        for process in self._live.values():
+            process.terminate()
+        deadline = time.monotonic() + STOP_S
+        try:
+            for process in self._live.values():
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in self._live.values():
+                process.kill()
+                process.wait()
+        self._live.clear()
+
+
+def settings_of(run: BatchRun) -> dict[str, Any]:
+    """A run's configuration for its own process, which joins the batch's cluster and waits for its share of it."""
+    settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
+    if settings["workers"]["ray"] == "local":
+        settings["workers"]["ray"] = "auto"
+    if "start_timeout" not in run.config.workers.model_fields_set:
+        settings["workers"]["start_timeout"] = START_TIMEOUT_S
+    return settings

@@ -1,0 +1,203 @@
+"""Configurations of a batch: files of one run each or with a matrix of settings, all checked before any work."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from bitgenome.config.file import Section, apply_override, parse_section, read_settings, set_key
+from bitgenome.config.run import RunConfig, absolute_paths, parse_config
+from bitgenome.run.memory import check_memory
+from bitgenome.run.plan import Plan, make_plan
+from bitgenome.run.prepare import read_windows
+from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.shared import digest_of
+from evaluators.model.folder import ModelFolder
+from workers.storage.folders import open_folder
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others stand between, as in the file
+OF_ONE_RUN = ("budget", "search", "healing", "fitness")  # settings that runs with one bank may differ in
+BUDGET_UNITS = {"bits_per_weight": "bpw", "compression_ratio": "x", "file_size": ""}
+
+
+class MatrixConfig(Section):
+    """A batch in one file: every combination of the lists in ``matrix``, set in ``base``, less those of ``exclude``."""
+
+    name: str | None = Field(None, pattern=NAME, description="first in the runs' names; by default the model's")
+    base: dict[str, Any] | str = Field(description="settings of a run, or the file that holds them, beside this one")
+    matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        min_length=1, description="dotted keys, each with the values that it takes"
+    )
+    exclude: list[dict[str, Any]] = Field([], description="combinations to leave out: some of matrix's keys and values")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Models by name, and digests of texts that fit by model and settings: each is read once for all runs."""
+
+    folders: dict[str, ModelFolder]
+    texts: dict[tuple[str, str], str]
+
+
+@dataclass(frozen=True)
+class BatchRun:
+    """One run of a batch, and what it amounts to."""
+
+    source: Path
+    plan: Plan
+    text_digest: str
+
+    @property
+    def config(self) -> RunConfig:
+        return self.plan.config
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def directory(self) -> Path:
+        return self.config.storage_path / self.name
+
+    @property
+    def place(self) -> str:
+        """Path or URL of its directory, of which ``directory`` is the mirror."""
+        return f"{self.config.place}/{self.name}"
+
+    @property
+    def preparation(self) -> str:
+        """Runs of equal ones share calibration, bank and sensitivities (but those around a budget's base)."""
+        settings = self.config.result_keys()
+        return digest_of(self.config.model, {k: v for k, v in settings.items() if k not in OF_ONE_RUN})
+
+    @property
+    def finished(self) -> bool:
+        """Whether its directory, behind a URL the remote one, holds the result of the same settings, model and text."""
+        if open_folder(self.place).read(layout.BEST) is None:
+            return False
+        found = RunDirectory.open(self.place)
+        digests = {"text": self.text_digest, "model": self.plan.folder.digest}
+        return found.config.digest == self.config.digest and digests.items() <= found.record["digests"].items()
+
+
+def load_batch(paths: Sequence[Path], overrides: Sequence[str] = ()) -> list[BatchRun]:
+    """Runs of all files in order, each one checked. Raises UserError, naming file and run, for the first mistake."""
+    loaded = [(path, settings) for path in paths for settings in expand(path, overrides)]
+    names = [str(settings.get("name")) for _, settings in loaded]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        files = " and ".join(dict.fromkeys(str(path) for path, s in loaded if str(s.get("name")) == twice))
+        raise UserError(f"expected runs of different names, found {twice!r} twice in {files}")
+    inputs = Inputs({}, {})
+    runs = [check(path, settings, inputs) for path, settings in loaded]
+    for key in ("storage_path", "workers.ray"):
+        one_for_all(runs, key)
+    return runs
+
+
+def check(path: Path, settings: dict[str, Any], inputs: Inputs) -> BatchRun:
+    """A run that can begin. Raises UserError."""
+    source = f"{path}, run {settings.get('name')}"
+    config = absolute_paths(parse_config(settings, source))
+    try:
+        plan = make_plan(config)
+        check_memory(plan)
+        plan = replace(plan, folder=inputs.folders.setdefault(config.model, plan.folder))
+        text = (config.model, config.text.model_dump_json())
+        if text not in inputs.texts:
+            inputs.texts[text] = read_windows(plan).digest
+        RunDirectory.find(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return BatchRun(path, plan, inputs.texts[text])
+
+
+def one_for_all(runs: Sequence[BatchRun], key: str) -> None:
+    """Raise UserError unless all runs have the same value of a dotted key."""
+    found: dict[Any, BatchRun] = {}
+    for run in runs:
+        value: Any = run.config
+        for part in key.split("."):
+            value = getattr(value, part)
+        found.setdefault(value, run)
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise UserError(
+            f"expected one {key} for all runs of a batch, found {one} in {first.source}, run {first.name}, and {other} "
+            f"in {second.source}, run {second.name}"
+        )
+
+
+def expand(path: Path, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Settings of every run of a file, overrides applied, with their names."""
+    data = read_settings(path)
+    if "matrix" not in data:
+        yield read_settings(path, overrides)
+        return
+    config = parse_section(MatrixConfig, data, str(path))
+    base = read_settings(path.parent / config.base) if isinstance(config.base, str) else config.base
+    varied = {override.partition("=")[0] for override in overrides} & config.matrix.keys()
+    if varied:
+        raise UserError(f"expected --set of settings that {path} does not vary, found {min(varied)}")
+    for combination in combinations(config, str(path)):
+        settings = copy.deepcopy(base)
+        for key, value in combination.items():
+            set_key(settings, key, value, f"matrix of {path}")
+        for override in overrides:
+            apply_override(settings, override)
+        yield {**settings, "name": run_name(config.name, settings, combination)}
+
+
+def combinations(config: MatrixConfig, source: str) -> list[dict[str, Any]]:
+    """What ``exclude`` leaves of every combination. Raises UserError for an exclusion that leaves out nothing."""
+    values = product(*config.matrix.values())
+    found = [dict(zip(config.matrix, combination, strict=True)) for combination in values]
+    left = found
+    for excluded in config.exclude:
+        matches = [c for c in found if excluded and all(k in c and c[k] == v for k, v in excluded.items())]
+        if not matches:
+            raise UserError(f"expected each exclude of {source} to match a combination of its matrix, found {excluded}")
+        left = [combination for combination in left if combination not in matches]
+    if not left:
+        raise UserError(f"expected exclude of {source} to leave a run, found none left")
+    return left
+
+
+def run_name(batch: str | None, settings: Mapping[str, Any], combination: Mapping[str, Any]) -> str:
+    """Such as stdlib-6m-3.0bpw-genetic-s0: the model, unless the batch has a name and one model, then what varies."""
+    first = [key for key in NAMED_FIRST if any(within(varied, key) for varied in combination)]
+    middle = [key for key in combination if key != NAMED_LAST and not any(within(key, named) for named in NAMED_FIRST)]
+    last = [NAMED_LAST] if NAMED_LAST in combination else []
+    parts = [batch] if batch else []
+    if not batch and "model" not in first:
+        parts.append(label("model", settings.get("model")))
+    for key in [*first, *middle, *last]:
+        parts.append(label(key, settings.get("budget") if key == "budget" else combination.get(key)))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+
+
+def within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def label(key: str, value: Any) -> str:
+    """A setting as a part of a name."""
+    if key == "model":
+        return Path(str(value)).name
+    if key == "budget" and isinstance(value, dict):
+        return "-".join(f"{amount}{BUDGET_UNITS.get(kind, '')}" for kind, amount in value.items()).replace(" ", "")
+    if key == "search.strategy":
+        return str(value)
+    if key == NAMED_LAST:
+        return f"s{value}"
+    if isinstance(value, dict):
+        return "-".join(label(f"{key}.{inner}", v) for inner, v in value.items())
+    values = value if isinstance(value, list) else [value]
+    return key.rpartition(".")[2] + "-".join(map(str, values))

@@ -1,0 +1,147 @@
+"""What a batch ends in: a row a run, as Parquet, CSV, a page and a table in the terminal."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+
+from bitgenome.batch.config import BatchRun
+from bitgenome.batch.state import RunState, Stage
+from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_bytes, atomic_write_text
+from bitgenome.storage.run_files import run_files
+
+TEMPLATES = Path(__file__).parent / "templates"
+LOG_WIDTH = 120
+COLUMNS = {  # of results.parquet and results.csv
+    "name": "string",
+    "stage": "string",
+    "model": "string",
+    "budget_bytes": "Int64",
+    "file_bytes": "Int64",
+    "bits_per_weight": "Float64",
+    "kl": "Float64",  # nats per token on held-out text, simulated from the file's bytes
+    "perplexity": "Float64",
+    "full_perplexity": "Float64",
+    "runtime_kl": "Float64",  # the same by llama.cpp
+    "runtime_perplexity": "Float64",
+    "evaluations": "Int64",
+    "seconds": "Float64",  # of all attempts, waiting for what other runs prepare included
+    "strategy": "string",
+    "seed": "Int64",
+    "run": "string",  # its directory, from the batch's own
+    "gguf": "string",
+    "sentence": "string",  # why it failed
+}
+
+
+def results_frame(states: Sequence[RunState], path: Path) -> pd.DataFrame:
+    """A row a run with COLUMNS: by model and budget, the best first, runs without a result last."""
+    frame = pd.DataFrame([record(state, path) for state in states], columns=list(COLUMNS)).astype(COLUMNS)
+    return frame.sort_values(["model", "budget_bytes", "kl", "name"], na_position="last", ignore_index=True)
+
+
+def record(state: RunState, path: Path) -> dict[str, Any]:
+    """What is known of one run; figures only of a finished one."""
+    config, directory = state.run.config, state.run.directory
+    if state.stage is Stage.FINISHED and state.figures is None:
+        state.figures = figures_of(state.run)
+    return {
+        "name": state.name,
+        "stage": str(state.stage),
+        "model": state.run.plan.folder.name,
+        "budget_bytes": state.run.plan.budget.file_bytes,
+        "strategy": config.search.strategy,
+        "seed": config.search.seed,
+        "run": os.path.relpath(directory, path),
+        "sentence": state.sentence or None,
+        **(state.figures or {}),
+    }
+
+
+def figures_of(run: BatchRun) -> dict[str, Any]:
+    """Of a finished run, from its directory; behind a URL from the remote one. Raises StorageError."""
+    files = run_files(run.place)
+    best = files.record(layout.BEST)
+    proof = best["proof"]
+    return {
+        "file_bytes": proof["file_bytes"],
+        "bits_per_weight": best["bits_per_weight"],
+        "kl": proof["simulated_kl"],
+        "perplexity": proof["simulated_perplexity"],
+        **{key: proof[key] for key in ("full_perplexity", "runtime_kl", "runtime_perplexity")},
+        "evaluations": sum(line.endswith(b"\n") for line in files.lines(layout.EVALUATIONS)),
+        "seconds": round(sum(files.record(layout.RECORD)["stages"].values()), 1),
+        "gguf": best["gguf"],
+    }
+
+
+def write_results(path: Path, name: str, states: Sequence[RunState]) -> pd.DataFrame:
+    """results.parquet, results.csv and leaderboard.html in ``path``; the frame that they show."""
+    frame = results_frame(states, path)
+    atomic_write_bytes(path / layout.RESULTS_PARQUET, frame.to_parquet(index=False))
+    atomic_write_text(path / layout.RESULTS_CSV, frame.to_csv(index=False))
+    atomic_write_text(path / layout.LEADERBOARD, leaderboard(frame, name))
+    return frame
+
+
+def leaderboard(frame: pd.DataFrame, name: str) -> str:
+    """The page: a table for each model and budget, the best run first, then the runs without a result."""
+    finished, others = frame[frame.stage == Stage.FINISHED], frame[frame.stage != Stage.FINISHED]
+    groups = [
+        {
+            "model": model,
+            "budget": size(group.budget_bytes.iloc[0]),
+            "full_perplexity": group.full_perplexity.iloc[0],
+            "runs": group.to_dict("records"),
+        }
+        for (model, _), group in finished.groupby(["model", "budget_bytes"])
+    ]
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.filters["size"] = size
+    template = environment.get_template(layout.LEADERBOARD)
+    rest = others.fillna({"sentence": ""}).to_dict("records")
+    return template.render(name=name, groups=groups, others=rest, total=len(frame), finished=len(finished))
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:.3f} MB"
+
+
+def summary(row: Mapping[Any, Any]) -> str:
+    """The figures of a finished run in one line, "" of another."""
+    if row["stage"] != Stage.FINISHED:
+        return ""
+    return (
+        f"KL {row['kl']:.5f}, by llama.cpp {row['runtime_kl']:.5f}, perplexity {row['perplexity']:.3f}, "
+        f"{row['bits_per_weight']:.3f} bits per weight, {size(row['file_bytes'])}, {row['evaluations']} evaluations, "
+        f"{row['seconds']:.0f} s"
+    )
+
+
+def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
+    """The closing table of a batch."""
+    width = None if console.is_terminal else LOG_WIDTH
+    table = Table(title="Held-out test text, by model and budget", title_justify="left", width=width)
+    for column in ("run", "size", "bits/weight", "KL", "llama.cpp", "perplexity", "evaluations", "seconds"):
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    last = None
+    for row in frame.to_dict("records"):
+        group = (row["model"], row["budget_bytes"])
+        if last not in (None, group):
+            table.add_section()
+        last = group
+        if row["stage"] != Stage.FINISHED:
+            table.add_row(row["name"], str(row["stage"]), style="red" if row["stage"] == Stage.FAILED else "dim")
+            continue
+        figures = (f"{row['bits_per_weight']:.3f}", f"{row['kl']:.5f}", f"{row['runtime_kl']:.5f}")
+        more = (f"{row['perplexity']:.3f}", str(row["evaluations"]), f"{row['seconds']:.0f}")
+        table.add_row(row["name"], size(row["file_bytes"]), *figures, *more)
+    console.print(table, soft_wrap=True)
+    for what, file in (("table", layout.RESULTS_CSV), ("page", layout.LEADERBOARD)):
+        console.print(f"{what:>6}  {path / file}", soft_wrap=True)

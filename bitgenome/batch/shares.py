@@ -1,0 +1,53 @@
+"""How a batch shares its cluster: how many runs go at a time, and how many workers each of them may hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitgenome.batch.config import BatchRun
+from bitgenome.common.cpus import usable_cpus
+from bitgenome.storage.worker_limit import withdraw_limit, write_limit
+from workers.cluster.open_pool import WorkerSettings
+from workers.cluster.shared_cluster import SharedCluster, fair_share
+
+
+@dataclass
+class Shares:
+    """Of the batch ``batch``; without a ``cluster`` every run is one process, and there is nothing to share."""
+
+    batch: str
+    cluster: SharedCluster | None
+    most: int | None  # runs at a time
+    _given: dict[Path, int] = field(default_factory=dict)  # by directory of a run
+
+    def runs_at_a_time(self, runs: Sequence[BatchRun]) -> int:
+        """Of these runs: each needs a worker; every driver is a process of this machine."""
+        cpus, settings = usable_cpus(), [worker_settings(run) for run in runs]
+        if self.cluster is None:
+            return self.most or max(1, cpus // max(s.cpus_per_worker for s in settings))
+        return min(self.most or cpus, *(self.cluster.room(s) for s in settings))
+
+    def give(self, runs: Sequence[BatchRun]) -> None:
+        """Divide the cluster's workers among ``runs``, the oldest first, and tell those of which the share changed."""
+        if self.cluster is None:
+            return
+        for place, run in enumerate(runs):
+            settings = worker_settings(run)
+            share = fair_share(self.cluster.room(settings), settings.max, place, len(runs))
+            if self._given.get(run.directory) != share:
+                run.directory.mkdir(parents=True, exist_ok=True)
+                self._given[run.directory] = share
+                write_limit(run.directory, share, self.batch)
+
+    def take_back(self, run: Path) -> None:
+        """The run at ``run`` has ended: whoever continues it alone may hold as many workers as it likes."""
+        if self._given.pop(run, None) is not None:
+            withdraw_limit(run, self.batch)
+
+    def close(self) -> None:
+        for run in list(self._given):
+            self.take_back(run)
+
+
+def worker_settings(run: BatchRun) -> WorkerSettings:
+    return WorkerSettings(**run.config.workers.model_dump())

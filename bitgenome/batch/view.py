@@ -1,0 +1,87 @@
+"""Batches for people: a line for every change in a log, a live table on a terminal."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from bitgenome.batch.state import RunState, Stage
+
+STYLES = {Stage.WAITING: "dim", Stage.FINISHED: "green", Stage.FAILED: "red"}
+
+
+class BatchView:
+    """Told of every run that changes; ``summary`` is the line of one that has finished."""
+
+    def __init__(self, states: Sequence[RunState], console: Console):
+        self.states, self.console = states, console
+        self._live: Live | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """On a terminal the table stays in place meanwhile."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self.table, console=self.console, refresh_per_second=2, transient=True) as self._live:
+            yield
+
+    def begun(self) -> None:
+        """Say what is there and what is left."""
+        finished = [state.name for state in self.states if state.stage is Stage.FINISHED]
+        self.console.print(f"{len(self.states)} runs, {len(finished)} of them finished already", markup=False)
+        for name in finished:
+            self.console.print(f"{name}: finished already", soft_wrap=True, markup=False)
+
+    def changed(self, state: RunState, summary: str = "") -> None:
+        if self._live is None or state.stage in (Stage.FINISHED, Stage.FAILED):
+            self.console.print(line(state, summary), soft_wrap=True, markup=False)
+
+    def table(self) -> Table:
+        """All runs as they stand."""
+        done = sum(state.stage is Stage.FINISHED for state in self.states)
+        table = Table(title=f"{done} of {len(self.states)} runs finished", title_justify="left")
+        for column in ("run", "state", "generation", "best loss", "evaluations", "left"):
+            table.add_column(column, justify="left" if column in ("run", "state") else "right")
+        for state in self.states:
+            generation, loss, genomes, left = figures(state)
+            doing = f"{state.stage}, {state.doing}" if state.doing not in ("", "search") else str(state.stage)
+            table.add_row(state.name, doing, generation, loss, genomes, left, style=STYLES.get(state.stage))
+        return table
+
+
+def figures(state: RunState) -> tuple[str, str, str, str]:
+    """Generation, best loss, evaluations and time left, as far as they are known."""
+    if state.best_loss is None:
+        return "", "", "", ""
+    left = state.seconds_left
+    return (
+        f"{state.generation}/{state.generations}",
+        f"{state.best_loss:.6f}",
+        f"{state.genomes}",
+        "" if left is None else duration(left),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def line(state: RunState, summary: str) -> str:
+    """Where one run stands."""
+    said = f"{state.name}: {state.stage}"
+    if state.stage is Stage.FAILED:
+        return f"{said}: {state.sentence}"
+    if state.stage is Stage.FINISHED:
+        return f"{said}: {summary}"
+    if state.doing and state.doing != "search":
+        said += f", {state.doing}"
+    generation, loss, genomes, left = figures(state)
+    if generation and state.stage is Stage.SEARCHING:
+        said += f", generation {generation}, best loss {loss}, {genomes} evaluations"
+    return said + (f", about {left} left" if left else "")

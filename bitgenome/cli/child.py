@@ -1,0 +1,29 @@
+"""``python -m bitgenome.cli.child PID ARGUMENTS``: the command line, ended in order once process PID is gone.
+
+For processes that another one starts and watches: one that is killed cannot end them itself.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from bitgenome.batch.children import GRACE_S
+from bitgenome.cli.main import main
+
+LOOK_EVERY_S = 1.0
+
+
+def watch(parent: int) -> None:
+    """Send this process SIGTERM once ``parent`` is not its parent any more, and SIGKILL if that does not end it."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_EVERY_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=watch, args=(int(sys.argv.pop(1)),), name="parent", daemon=True).start()
+    main()

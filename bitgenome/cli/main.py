@@ -1,0 +1,222 @@
+"""The command line.
+
+Exit codes: 0 done; 1 a task that fails, machines lost too often, or a batch of which runs failed: what is done is kept;
+2 the user's to mend; 130 interrupted and resumable; ``submit --wait`` ends with its job's.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from importlib.metadata import version
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.markup import escape
+from typer.exceptions import TyperException
+
+from bitgenome.cli.batch import batch
+from bitgenome.cli.jobs import logs, stop, submit
+from bitgenome.cli.status import status
+from bitgenome.cli.terminal import ConfigFile, Overrides, console, errors
+from bitgenome.common.errors import UserError
+from bitgenome.observe.logs import log_handler
+from workers.cluster.worker_logs import LOG_JSON
+from workers.errors import TaskError, WorkersLostError
+
+if TYPE_CHECKING:  # commands import what they need, so that those which need little start at once
+    from bitgenome.config.run import RunConfig
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+terminated = threading.Event()
+
+RunPath = Annotated[str, typer.Argument(help="Run directory, or its URL", show_default=False)]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"bitgenome {version('bitgenome')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", envvar=LOG_JSON, help="Log JSON objects, a line each; Ray's workers too")
+    ] = False,
+) -> None:
+    """Search mixed-precision GGUF quantizations: what is searched is what ships."""
+    if log_json:
+        os.environ[LOG_JSON] = "1"  # for whoever starts workers
+        logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=True)], force=True)
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Search, export and prove; continues a run of the same configuration."""
+    from bitgenome.config.run import load_config  # noqa: PLC0415 - here and below: see RunConfig
+
+    execute(load_config(config, overrides or ()))
+
+
+@app.command()
+def resume(run: RunPath) -> None:
+    """Continue an interrupted run to the same result."""
+    from bitgenome.storage.run_directory import RunDirectory  # noqa: PLC0415
+    from bitgenome.storage.staged import with_stored_model  # noqa: PLC0415
+
+    directory = RunDirectory.open(run)
+    execute(with_stored_model(directory.config, directory.record.get("digests", {}).get("model")))
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show genes, sizes, budget, evaluations and time; loads no weights."""
+    from bitgenome.cli.report import show_plan  # noqa: PLC0415
+    from bitgenome.common.cpus import usable_cpus  # noqa: PLC0415
+    from bitgenome.config.run import load_config  # noqa: PLC0415
+    from bitgenome.run.plan import make_plan  # noqa: PLC0415
+
+    settings = load_config(config, overrides or ())
+    cpus = usable_cpus() // settings.workers.cpus_per_worker
+    show_plan(make_plan(settings), settings.workers.count or max(1, cpus), console)
+
+
+@app.command()
+def export(run: RunPath) -> None:
+    """Write the GGUF and the recipe of a finished run again, from its bank."""
+    from bitgenome.run.pipeline import export_again  # noqa: PLC0415
+
+    gguf = export_again(run)
+    console.print(f"wrote {run}/{gguf.name} and {run}/recipe.txt", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    file: Annotated[str, typer.Argument(help="GGUF file of a run, or its URL", show_default=False)],
+    run: Annotated[str | None, typer.Option(help="Its run directory, if the file has left it")] = None,
+) -> None:
+    """Read a file back through llama.cpp: perplexity, KL and speed beside the simulated figures."""
+    from bitgenome.cli.report import show_proof  # noqa: PLC0415
+    from bitgenome.run.pipeline import verify_file  # noqa: PLC0415
+
+    show_proof(verify_file(file, run or file.rpartition("/")[0] or "."), console)
+
+
+@app.command()
+def study(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    allocations: Annotated[bool, typer.Option(help="Show how each method spread its bits, layer by layer")] = False,
+) -> None:
+    """Compare quantization methods by simulation: a table and a picture; methods already measured are kept."""
+    from bitgenome.config.study import load_study  # noqa: PLC0415
+    from bitgenome.study.report import show_allocation, show_results, statistics_of  # noqa: PLC0415
+    from bitgenome.study.study import run_study  # noqa: PLC0415
+
+    try:
+        path, results = run_study(load_study(config, overrides or ()), console)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; what is measured is kept. Continue with: bitgenome study {config}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if allocations:
+        for result in results:
+            show_allocation(statistics_of(result), console)
+    show_results(results, path, console)
+
+
+@app.command()
+def sensitivity(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    genomes: Annotated[int, typer.Option(min=3, help="Random genomes that each measure is held against")] = 60,
+    bits: Annotated[list[float] | None, typer.Option(help="Budget of the exact solver, bits per weight")] = None,
+) -> None:
+    """Compare sensitivity measures: what each costs, how it ranks genomes, and the KL that its exact solution has."""
+    from bitgenome.config.run import load_config  # noqa: PLC0415
+    from bitgenome.run.sensitivity_comparison import compare_sensitivities, show_comparison  # noqa: PLC0415
+
+    try:
+        path, frame = compare_sensitivities(load_config(config, overrides or ()), genomes, bits or (), console)
+    except KeyboardInterrupt:
+        errors.print(
+            f"interrupted; what is measured is kept. Continue with: bitgenome sensitivity {config}", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+    show_comparison(frame, path, console)
+
+
+app.command()(batch)
+app.command()(submit)
+app.command()(logs)
+app.command()(stop)
+app.command()(status)
+
+
+def execute(config: "RunConfig") -> None:
+    from bitgenome.cli.report import show_outcome  # noqa: PLC0415
+    from bitgenome.run.pipeline import run as run_pipeline  # noqa: PLC0415
+
+    directory = f"{config.place}/{config.name}"
+    try:
+        show_outcome(run_pipeline(config, console), console)
+        if config.storage_url:
+            console.print(f"stored  {directory}", soft_wrap=True, highlight=False)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; nothing is lost. Continue with: bitgenome resume {directory}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM, as Ray and schedulers send it, ends a run as Ctrl-C does; once, so that nothing disturbs the ending."""
+    terminated.set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after SIGTERM at once, as libraries take seconds to be torn down and Ray grants three."""
+    if terminated.is_set():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Entry point: users' mistakes end in one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=False)], force=True)
+    for noisy in ("httpx", "gguf", "ray", "botocore", "aiobotocore", "gguf.gguf_writer"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        code = app(standalone_mode=False)  # an Exit of a command comes back as its code
+    except (typer.Abort, KeyboardInterrupt):
+        leave(130)
+    except UserError as error:
+        fail(str(error), 2)
+    except (TaskError, WorkersLostError) as error:
+        fail(f"{error}; what was done is kept, and resume continues from there", 1)
+    except TyperException as error:
+        fail(error.format_message(), 2)
+    except OSError as error:
+        fail(f"expected to read or write {error.filename or 'files'}, found: {error.strerror or error}", 2)
+    leave(code or 0)
+
+
+def fail(sentence: str, code: int) -> NoReturn:
+    if os.environ.get(LOG_JSON):
+        logging.getLogger("bitgenome").error(sentence)
+    else:
+        errors.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

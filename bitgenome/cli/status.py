@@ -1,0 +1,141 @@
+"""``bitgenome status``: what runs are doing, from their directories alone."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bitgenome.cli.terminal import console
+from bitgenome.common import layout
+from bitgenome.observe.run_status import RunReader, RunStatus, runs_under
+from workers.storage.folders import is_url
+
+EVERY_S = 2.0
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run directory or its URL, or a name under --storage")] = None,
+    storage: Annotated[str, typer.Option(help="Where the runs lie: a folder or URL")] = "runs",
+    watch: Annotated[bool, typer.Option("--watch", help="Again every 2 s, until the run ends")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, an object a line")] = False,
+) -> None:
+    """Show what a run is doing, or all of a storage path; reads their directories, needs no cluster."""
+    from bitgenome.config.file import refuse_secrets  # noqa: PLC0415 - pydantic takes its time
+
+    refuse_secrets({"a run": run, "--storage": storage}, "bitgenome status")
+    readers = [RunReader(place) for place in (runs_under(storage) if run is None else [run_at(run, storage)])]
+    looks = looks_at(readers, watch)
+    if as_json:
+        for found in looks:
+            for one in found:
+                typer.echo(json.dumps(asdict(one)))
+    elif watch and console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for found in looks:
+                live.update(view(found, single=run is not None), refresh=True)
+    elif watch:
+        show_lines(looks)
+    else:
+        console.print(view(next(looks), single=run is not None))
+
+
+def run_at(run: str, storage: str) -> str:
+    """``run`` itself where it is a URL or a run directory, else the one of that name."""
+    return run if is_url(run) or (Path(run) / layout.RECORD).is_file() else f"{storage.rstrip('/')}/{run}"
+
+
+def looks_at(readers: list[RunReader], again: bool) -> Iterator[list[RunStatus]]:
+    """The runs as they stand; ``again`` and again until none of them is running."""
+    while True:
+        found = [reader.read() for reader in readers]
+        yield found
+        if not again or all(one.state != "running" for one in found):
+            return
+        time.sleep(EVERY_S)
+
+
+def show_lines(looks: Iterator[list[RunStatus]]) -> None:
+    """A line for each run whenever something has changed."""
+    said: dict[str, str] = {}
+    for found in looks:
+        for one in found:
+            line = f"{one.name}: {one.state}, {one.stage}, {progress_of(one)}, {best_of(one)}"
+            if said.get(one.path) != line:
+                typer.echo(line)
+            said[one.path] = line
+
+
+def view(found: list[RunStatus], single: bool) -> Group | Table:
+    return details(found[0]) if single else table_of(found)
+
+
+def table_of(found: list[RunStatus]) -> Table:
+    """A row for each run."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    for column in ("state", "stage"):
+        table.add_column(column, no_wrap=True)
+    for column in ("gen", "evaluated", "KL", "bytes", "bits", "s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in found:
+        table.add_row(
+            one.name, one.state, one.stage or "", str(one.generation), evaluations_of(one),
+            number(one.best_kl, ".5f"), number(one.best_bytes, ","), number(one.bits_per_weight, ".3f"),
+            f"{sum(one.seconds.values()):.0f}",
+        )  # fmt: skip
+    return table
+
+
+def details(one: RunStatus) -> Group:
+    """Everything of one run."""
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "run": one.path,
+        "state": one.state + (f": {one.error}" if one.error else ""),
+        "stage": one.stage,
+        "progress": progress_of(one),
+        "best": best_of(one),
+        "budget": one.budget_bytes and f"{one.budget_bytes:,} bytes",
+        "seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in one.seconds.items()),
+        "workers": one.workers and str(one.workers),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
+    return Group(table, Text(one.last_line or ""))
+
+
+def progress_of(one: RunStatus) -> str:
+    left = f", about {duration(one.seconds_left)} left" if one.seconds_left is not None else ""
+    return f"generation {one.generation}, {evaluations_of(one)} evaluations{left}"
+
+
+def evaluations_of(one: RunStatus) -> str:
+    return f"{one.evaluations} of {one.expected}" if one.expected else str(one.evaluations)
+
+
+def best_of(one: RunStatus) -> str:
+    if one.best_loss is None:
+        return "nothing evaluated"
+    found = f"loss {one.best_loss:.6f}, KL {number(one.best_kl, '.6f')} in {number(one.best_bytes, ',')} bytes"
+    return found + (f" = {one.bits_per_weight:.4f} bits per weight" if one.bits_per_weight else "")
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

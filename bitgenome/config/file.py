@@ -1,0 +1,119 @@
+"""Reading a YAML file into checked settings; what does not fit is answered with one sentence."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bitgenome.common.errors import UserError
+
+S = TypeVar("S", bound=BaseModel)
+
+URL_WITH_PASSWORD = re.compile(r"[\w+.-]+://[^/@\s]*:[^/@\s]+@")
+STANDARD_INPUT = Path("-")
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and a loaded configuration does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, - for standard input, with overrides such as ``search.generations=20``.
+
+    Raises UserError.
+    """
+    if path != STANDARD_INPUT and not path.is_file():
+        raise UserError(f"expected a configuration file, found nothing at {path}")
+    try:
+        data = yaml.safe_load(sys.stdin.read() if path == STANDARD_INPUT else path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"expected a mapping of settings in {path}, found {type(data).__name__}")
+    for override in overrides:
+        apply_override(data, override)
+    return data
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place, its value read as YAML; setting one kind of budget replaces another."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"expected --set KEY=VALUE, found {override!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
+    set_key(data, key, parsed, f"--set {key}")
+
+
+def set_key(data: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set one dotted key in place; setting one kind of budget replaces another. ``source`` names it in errors."""
+    *parents, last = key.split(".")
+    section = data
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"expected a section {parent!r} for {source}, found a value")
+    if parents == ["budget"]:
+        section.clear()
+    section[last] = value
+
+
+def parse_section(kind: type[S], data: Any, source: str) -> S:
+    """``data`` as settings of ``kind``; ``source`` names it in errors. Raises UserError for the first problem."""
+    refuse_secrets(data, source)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source, kind)) from None
+
+
+def refuse_secrets(data: Any, source: str, key: str = "") -> None:
+    """Raise UserError for a password in a URL: settings are recorded in run directories and shown by dashboards."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            refuse_secrets(value, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, str) and URL_WITH_PASSWORD.match(data):
+        raise UserError(
+            f"expected {key} in {source} without a password, found one in its URL: give it in the environment"
+        )
+
+
+def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in problem["loc"])
+        names = _section_at(kind, parents).model_fields
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"known keys: {', '.join(names)}"
+        return f"unknown key {location!r} in {source}: {hint}"
+    if problem["type"] == "missing":
+        return f"expected key {location!r} in {source}, found none"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{location or 'configuration'} in {source}: {message}" + ("" if "found" in message else found)
+
+
+def _section_at(kind: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    section = kind
+    for part in path:
+        if part in section.model_fields:  # not a place in a list
+            section = next(_sections_in(section.model_fields[part].annotation), section)
+    return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Sections that an annotation names, also inside optional values and lists."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

@@ -1,0 +1,112 @@
+"""What a run publishes while it works: told by the driver, counted here, sent on by a thread every second or so."""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from bitgenome.config.run import RunConfig
+from search.loop.search import Evaluate, Progress
+from search.types import Evaluation, Fidelity, Genome
+from workers.pool.base import Pool, PoolStatistics
+
+PUBLISH_EVERY_S = 1.0
+
+
+class Metrics(Protocol):
+    """Where figures go: workers.cluster.metrics.RunMetrics."""
+
+    def set(self, name: str, value: float) -> None:
+        """A gauge's present value."""
+
+    def add(self, name: str, amount: float) -> None:
+        """What a counter has risen by."""
+
+    def observe(self, seconds: float) -> None:
+        """One evaluated genome."""
+
+
+class Monitor:
+    """Counts what the driver tells it, and publishes that and the pool's statistics whenever ``publish`` is called.
+
+    Telling costs the driver an append; ``publish`` may be called from another thread.
+    """
+
+    def __init__(self, statistics: PoolStatistics, metrics: Metrics | None):
+        self._statistics = statistics
+        self._metrics = metrics
+        self._finished: deque[Evaluation] = deque()
+        self._progress: Progress | None = None
+        self._published: dict[str, float] = {}  # totals of counters
+
+    def watch(self, evaluate: Evaluate) -> Evaluate:
+        """``evaluate``, with every finished evaluation told to this monitor."""
+        if self._metrics is None:
+            return evaluate
+
+        def watched(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
+            for evaluation in evaluate(genomes, fidelity):
+                self._finished.append(evaluation)
+                yield evaluation
+
+        return watched
+
+    def progressed(self, progress: Progress) -> None:
+        """Hear of a generation."""
+        self._progress = progress
+
+    def publish(self) -> None:
+        """Send on everything that was told since the last time."""
+        if self._metrics is None:
+            return
+        while self._finished:
+            evaluation = self._finished.popleft()
+            self._metrics.observe(evaluation.seconds)
+            self._metrics.add("bitgenome_evaluations", 1)
+            self._metrics.add("bitgenome_tokens_scored", evaluation.tokens)
+        if progress := self._progress:
+            self._metrics.set("bitgenome_generation", progress.generation)
+            for name, value in (("best_loss", progress.best.loss), ("best_kl", progress.best.kl)):
+                if math.isfinite(value):
+                    self._metrics.set(f"bitgenome_{name}", value)
+            self._add_total("bitgenome_cache_hits", progress.answered)
+        pool = self._statistics
+        self._metrics.set("bitgenome_workers", pool.workers)
+        self._metrics.set("bitgenome_queue_depth", pool.queued)
+        self._metrics.set("bitgenome_running_tasks", pool.running)
+        self._metrics.set("bitgenome_device_memory_bytes", pool.peak_memory_bytes)
+        self._add_total("bitgenome_retries", pool.retries)
+        self._add_total("bitgenome_speculations", pool.speculations)
+
+    def _add_total(self, name: str, total: float) -> None:
+        assert self._metrics is not None
+        self._metrics.add(name, total - self._published.get(name, 0))
+        self._published[name] = total
+
+
+@contextmanager
+def monitor_run(config: RunConfig, pool: Pool) -> Iterator[Monitor]:
+    """A monitor that publishes every second until it is left; without Ray nothing is published."""
+    if config.workers.ray == "off":
+        yield Monitor(pool.statistics, None)
+        return
+    from workers.cluster.metrics import RunMetrics  # noqa: PLC0415 - a run without Ray does not import it
+
+    tags = {"run": config.name, "model": Path(config.model).name, "strategy": config.search.strategy}
+    monitor, done = Monitor(pool.statistics, RunMetrics(tags)), threading.Event()
+
+    def keep_publishing() -> None:
+        while not done.wait(PUBLISH_EVERY_S):
+            monitor.publish()
+
+    thread = threading.Thread(target=keep_publishing, name="monitoring", daemon=True)
+    thread.start()
+    try:
+        yield monitor
+    finally:
+        done.set()
+        thread.join()
+        monitor.publish()

@@ -1,0 +1,195 @@
+"""What a run directory says of its run: state, progress and best genome, read without a cluster, a model or a lock.
+
+Of a run behind a URL what is remote is read, as of its last push, and no mirror is touched.
+
+A run may be writing meanwhile, or have been killed while it wrote: lines without an end and files that are not there
+yet are passed over.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import json_object
+from bitgenome.storage.lease import TTL_S, Claim, since_start, this_machine
+from bitgenome.storage.run_files import RunFiles, run_files
+from workers.storage.folders import is_url, mirror_root, open_folder
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as it stands; None is what its directory does not say."""
+
+    name: str
+    path: str
+    state: str  # running, stopped, finished or failed
+    error: str | None  # why it failed
+    stage: str | None  # the last one that began
+    stage_since: float | None  # seconds since the epoch
+    generation: int
+    evaluations: int  # genomes searched
+    expected: int | None
+    best_loss: float | None
+    best_kl: float | None
+    best_bytes: int | None
+    bits_per_weight: float | None
+    budget_bytes: int | None
+    seconds: dict[str, float]  # by stage, over all attempts
+    seconds_left: float | None  # of the search
+    workers: int | None  # that the run began with
+    last_line: str | None  # of its log
+
+
+class Lines:
+    """A growing file of JSON objects, a line each, of which ``new`` gives those that are whole and not yet given."""
+
+    def __init__(self, files: RunFiles, name: str):
+        self._files, self._name = files, name
+        self._offset = 0
+        self.count = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        if self._files.size(self._name) < self._offset:  # cut or begun anew
+            self._offset = self.count = 0
+        for line in self._files.lines(self._name, self._offset):
+            if not line.endswith(b"\n"):
+                return
+            self._offset += len(line)
+            self.count += 1
+            if record := json_object(line):
+                yield record
+
+
+class RunReader:
+    """Reads the run directory at a path or URL again and again, what was appended since only.
+
+    Raises UserError if it is none, and StorageError.
+    """
+
+    def __init__(self, place: str | Path):
+        self.place = str(place).rstrip("/")
+        self._files = run_files(place)
+        if not self._files.size(layout.RECORD):
+            raise UserError(f"expected a run directory with {layout.RECORD}, found none at {place}")
+        self._lines = Lines(self._files, layout.EVALUATIONS)
+        self._genomes: set[tuple[int, ...]] = set()
+        self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search's text
+        self._text = (-1, 0)  # the longest, and of those the last read
+
+    @property
+    def name(self) -> str:
+        return self.place.rpartition("/")[2]
+
+    def read(self, running: bool = False) -> RunStatus:
+        """As it stands; ``running`` is what somebody knows who watches its process, else its lease is looked at."""
+        self._files.look()
+        record = self._files.record(layout.RECORD)
+        for evaluation in self._lines.new():
+            self._learn(evaluation)
+        state = "running" if running else self._state(record)
+        winner = self._files.record(layout.BEST) if state == "finished" else {}
+        best = winner.get("winner") or self._best.get(self._text, {})
+        size, weights = best.get("file_bytes"), record.get("weights")
+        generations = self._files.tail(layout.GENERATIONS)
+        last = json_object(generations[-1].encode()) if generations else {}
+        events = self._files.tail(layout.EVENTS)
+        stage = record.get("stage") or {}
+        return RunStatus(
+            name=self.name,
+            path=self.place,
+            state=state,
+            error=record.get("error") if state == "failed" else None,
+            stage=stage.get("name"),
+            stage_since=stage.get("since"),
+            generation=last.get("generation", 0),
+            evaluations=len(self._genomes),
+            expected=record.get("expected_evaluations"),
+            best_loss=best.get("loss"),
+            best_kl=best.get("kl"),
+            best_bytes=size,
+            bits_per_weight=8 * size / weights if size and weights else None,
+            budget_bytes=record.get("budget_bytes"),
+            seconds=self._seconds(record, state),
+            seconds_left=self._seconds_left(record, state),
+            workers=record.get("workers"),
+            last_line=events[-1] if events else None,
+        )
+
+    def _learn(self, evaluation: Mapping[str, Any]) -> None:
+        if evaluation.get("split") != "search":
+            return
+        self._genomes.add(tuple(evaluation.get("genome", ())))
+        text = (evaluation.get("tokens", 0), evaluation.get("draw", 0))
+        if text[0] >= self._text[0]:
+            self._text = text
+        loss, best = evaluation.get("loss"), self._best.get(text)
+        if loss is not None and (best is None or loss < best["loss"]):
+            self._best[text] = dict(evaluation)
+
+    def _state(self, record: Mapping[str, Any]) -> str:
+        if is_owned(self._lease_place(record)):
+            return "running"
+        return record.get("ended") or ("finished" if self._files.size(layout.BEST) else "stopped")
+
+    def _lease_place(self, record: Mapping[str, Any]) -> str:
+        """Where its driver has the lease: of a mirror, at the URL."""
+        config = record.get("config")
+        url = config.get("storage_url") if isinstance(config, dict) else None
+        if url and Path(self.place).absolute().parent.name == mirror_root(url).name:
+            return f"{url}/{self.name}"
+        return self.place
+
+    @staticmethod
+    def _seconds(record: Mapping[str, Any], state: str) -> dict[str, float]:
+        """Of every stage, the present one's until now."""
+        seconds, stage = dict(record.get("stages", {})), record.get("stage") or {}
+        if state == "running" and "since" in stage:
+            seconds[stage["name"]] = round(seconds.get(stage["name"], 0.0) + max(0.0, time.time() - stage["since"]), 2)
+        return seconds
+
+    def _seconds_left(self, record: Mapping[str, Any], state: str) -> float | None:
+        """Of the search, at the rate of this attempt; None for other stages and before there is a rate."""
+        stage, expected = record.get("stage") or {}, record.get("expected_evaluations")
+        if state != "running" or stage.get("name") != "search" or not expected or not self._genomes:
+            return None
+        done, passed = self._lines.count - stage.get("evaluations", 0), time.time() - stage["since"]
+        if done <= 0 or passed <= 0:
+            return None
+        lines_a_genome = self._lines.count / len(self._genomes)
+        return round(max(0, expected - len(self._genomes)) * lines_a_genome * passed / done, 1)
+
+
+def runs_under(storage: str) -> list[str]:
+    """Run directories of a storage path or URL, by name. Raises UserError if there is no such folder, or no run."""
+    if is_url(storage):
+        found = [name.split("/") for name in open_folder(storage).sizes()]
+        runs = sorted(name for name, *rest in found if rest == [layout.RECORD])
+        if not runs:
+            raise UserError(f"expected a storage path with runs, found none at {storage}")
+        return [f"{storage.rstrip('/')}/{name}" for name in runs]
+    if not Path(storage).is_dir():
+        raise UserError(f"expected a storage path with runs, found no folder at {storage}")
+    return sorted(str(path.parent) for path in Path(storage).glob(f"*/{layout.RECORD}"))
+
+
+def is_owned(place: str | Path) -> bool:
+    """Whether a living driver has the lease of a run at a path or URL. Raises StorageError.
+
+    Of a driver on another machine only the time of its last beat can be seen, by the storage's clock and this one's.
+    """
+    folder = open_folder(f"{place}/{layout.LEASE}")
+    name = max(folder.sizes(), default=None)
+    if name is None:
+        return False
+    try:
+        claim = Claim(**json_object(folder.read(name) or b""))
+    except TypeError:
+        return False
+    beaten = since_start() - claim.beaten
+    if claim.machine != this_machine():
+        beaten = time.time() - (folder.modified(name) or 0.0)
+    return not claim.released and not claim.gone and beaten < max(TTL_S, claim.ttl)

@@ -1,0 +1,157 @@
+"""What a configuration amounts to before any weight is read: genes, sizes, budget, evaluations, time."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from bitgenome.common.devices import best_device
+from bitgenome.common.errors import UserError
+from bitgenome.config.pruning import sparsity_by_tensor
+from bitgenome.config.run import BudgetConfig, RunConfig, TextConfig
+from bitgenome.storage.staged import local_model
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.scaling import check_scalable
+from exporters.files.gguf_writer import fixed_bytes
+from exporters.metadata.tensor_names import quantizable_tensors
+from quantizers.rounding.pruning_masks import Sparsity
+from search.budget import Budget
+from search.gene_groups import kind_labels, layer_labels, tied_genes
+from search.types import SearchSpace
+
+LABELS = {"kind": kind_labels, "layer": layer_labels}  # groups known before there is a measurement
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that can be met."""
+
+    config: RunConfig
+    folder: ModelFolder
+    space: SearchSpace
+    budget: Budget
+    sparsity: Mapping[str, Sparsity]  # of the tensors that are pruned
+
+    @property
+    def search_evaluations(self) -> int:
+        if self.config.search.strategy == "exact":
+            return 0
+        return self.config.search.population * self.config.search.generations
+
+    @property
+    def search_rungs(self) -> list[tuple[int, int]]:
+        """Tokens and evaluations of each rung, without genomes promoted for doubt; new text re-scores the elites."""
+        ladder, search = self.config.ladder, self.config.search
+        generations = self.search_evaluations // search.population
+        counts = [generations * count for count in ladder.counts(search.population)]
+        if search.strategy == "genetic":
+            counts[-1] += search.elites * sum(map(ladder.turns_to_new_text, range(generations)))
+        return list(zip(ladder.rungs, counts, strict=True))
+
+    @property
+    def sensitivity_evaluations(self) -> int:
+        return sum(len(gene.formats) for gene in self.space.genes)
+
+    @property
+    def sensitivity_passes(self) -> float:
+        """The work of the sensitivities in forward passes over their text.
+
+        Genes branch off one model in their own blocks, which leaves half of each pass. Gradients take two passes
+        forward, one backward, and a product of every tensor at every level.
+        """
+        if self.config.sensitivity.measure == "gradient":
+            return 3 + self.sensitivity_evaluations / len(self.space.genes)
+        return self.sensitivity_evaluations / 2
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
+    folder = ModelFolder(local_model(config.model))
+    shapes = quantizable_tensors(folder)
+    if config.quantization.scaling.settings.active:
+        check_scalable(folder)
+    fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
+    free = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)
+    groups = config.search.gene_groups
+    if groups.count is not None and groups.count > len(shapes):
+        raise UserError(
+            f"expected search.gene_groups.count from 1 to {len(shapes)}, the model's quantizable tensors, "
+            f"found {groups.count}"
+        )
+    if groups.by == "mutual_information" and groups.samples > config.text.tokens.calibration:
+        raise UserError(
+            f"expected search.gene_groups.samples up to text.tokens.calibration ({config.text.tokens.calibration}), "
+            f"found {groups.samples}"
+        )
+    labels = LABELS[groups.by](free) if groups.by in LABELS else {}
+    space, budget = tied_space(config, folder, free, labels)
+    check_text(config.text, folder)
+    return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
+
+
+def tied_space(
+    config: RunConfig, folder: ModelFolder, space: SearchSpace, labels: Mapping[str, str]
+) -> tuple[SearchSpace, Budget]:
+    """``space`` with the tensors of one label in one gene, and the budget in it.
+
+    The genome is in the file, so its length changes the size. Raises UserError if the budget cannot be met.
+    """
+    genes = tied_genes(space, labels)
+    tied = SearchSpace(genes, fixed_bytes(folder, len(genes)), space.fixed_weights)
+    try:
+        return tied, budget_of(config.budget, tied)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
+    """Exact bytes of a configured budget. Raises ValueError, with both bounds, if the space cannot meet it."""
+    if config.bits_per_weight is not None:
+        return Budget.from_bits_per_weight(space, config.bits_per_weight)
+    if config.compression_ratio is not None:
+        return Budget.from_compression(space, config.compression_ratio)
+    assert config.file_size is not None
+    return Budget.from_size(space, config.file_size)
+
+
+def check_text(text: TextConfig, folder: ModelFolder) -> None:
+    """Refuse a missing text file or a window that the model cannot read, before minutes of work."""
+    longest = folder.config.get("max_position_embeddings")
+    if longest and text.window > longest:
+        raise UserError(
+            f"expected text.window at most the model's context ({longest}, max_position_embeddings), "
+            f"found {text.window}"
+        )
+    needed: dict[str, Path | None] = {"text.splits": text.splits if text.source == "stdlib" else None}
+    if text.source == "file":
+        needed["text.path"] = text.path
+    for name, path in {**needed, **(text.files or {})}.items():
+        if path is not None and not path.is_file():
+            raise UserError(f"expected a file for {name}, found nothing at {path}")
+
+
+def matmul_flops(device: torch.device) -> float:
+    """Floating-point operations per second of a float32 product of transformer-like shape, measured in place."""
+    a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)
+    (a @ b).sum().item()
+    started = time.perf_counter()
+    repeats = 8
+    for _ in range(repeats):
+        (a @ b).sum().item()
+    return repeats * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
+
+
+def estimated_seconds(plan: Plan, workers: int, cpus_per_worker: int) -> float:
+    """Seconds of sensitivities and search: two operations a weight and token, at half the rate of a bare product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpus_per_worker)
+    try:
+        rate = workers * matmul_flops(best_device()) / 2
+    finally:
+        torch.set_num_threads(threads)
+    read = plan.sensitivity_passes * plan.config.text.tokens.sensitivity
+    read += sum(tokens * evaluations for tokens, evaluations in plan.search_rungs)
+    return 2 * plan.space.weights * read / rate

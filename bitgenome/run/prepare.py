@@ -1,0 +1,296 @@
+"""Stages before the search: text, Hessians, scaling, bank, sensitivities. Each leaves an artefact for the next one.
+
+What several runs can share (Hessians, bank, sensitivities) lies under ``<storage_path>/shared/<kind>/<digest>``; a
+stage whose artefact is there and whole is skipped.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+
+from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_bytes, atomic_write_text
+from bitgenome.config.run import TextConfig
+from bitgenome.observe.progress import Track
+from bitgenome.run.compute_floor import log_compute_floor
+from bitgenome.run.memory import heaviest_load
+from bitgenome.run.plan import Plan
+from bitgenome.run.sensitivities import measure_sensitivities, table_of
+from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.shared import Storage, build_once, digest_of, shared_directory
+from evaluators.data.stdlib import SPLITS, load_held_out
+from evaluators.data.windows import (
+    TokenWindows,
+    divide_file,
+    file_documents,
+    load_tokenizer,
+    stdlib_documents,
+    token_windows,
+)
+from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare import bank as banks
+from evaluators.prepare import scaling
+from evaluators.prepare.activation_samples import SampleActivations
+from evaluators.prepare.activation_samples import readable as samples_readable
+from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable, mean_squares
+from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
+from exporters.files.imatrix import write_imatrix
+from exporters.metadata.tensor_names import tensor_table
+from quantizers.rounding.sparsegpt import CompensationSettings
+from search.allocation.sensitivity import SensitivityTable
+from search.fitness import FitnessSettings
+from workers.pool.base import Pool
+
+log = logging.getLogger(__name__)
+
+COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
+CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
+
+
+class StorageAndText(Storage, Protocol):
+    """The settings that text and calibration depend on."""
+
+    @property
+    def text(self) -> TextConfig: ...
+
+
+class ModelAndText(Protocol):
+    """A plan of a run or of a study, as far as text and calibration go."""
+
+    @property
+    def config(self) -> StorageAndText: ...
+
+    @property
+    def folder(self) -> ModelFolder: ...
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What the search reads."""
+
+    plan: Plan  # of the model that is quantized: the scaled one, where channels are scaled
+    setup: EvaluatorSetup
+    sensitivities: pd.DataFrame  # a record a gene and choice: the configured measure, reconstruction, relative
+    prior: tuple[float, ...] | None = None  # a value a gene, where the configuration asks for one
+
+    def table(self, measure: str) -> SensitivityTable:
+        """The additive table of one measure."""
+        return table_of(self.setup.space, self.sensitivities, measure)
+
+    @property
+    def tables(self) -> list[SensitivityTable]:
+        """Those that seed the search, the most trusted first."""
+        return [self.table(measure) for measure in (self.plan.config.sensitivity.measure, "reconstruction")]
+
+
+def read_windows(plan: ModelAndText) -> TokenWindows:
+    """Token windows of all splits. Raises TextError if a split is too short."""
+    text = plan.config.text
+    if text.source == "stdlib":
+        documents = stdlib_documents(load_held_out(text.splits))
+    elif text.source == "file" and text.path:
+        documents = divide_file(text.path, text.shares)
+    else:
+        documents = file_documents(text.files or {})
+    tokens = {split: getattr(text.tokens, split) for split in SPLITS}
+    return token_windows(load_tokenizer(plan.folder), documents, text.window, tokens, text.seed)
+
+
+def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
+    """Windows and digests into the run directory; raises UserError if a run was begun with another text or model."""
+    run.pin("text", windows.digest)
+    run.pin("model", plan.folder.digest)
+    atomic_write_bytes(run.path / layout.WINDOWS, windows.to_bytes())
+
+
+def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
+    """Whether the list of groups ``done`` is there, and the file of each beside it is whole."""
+    if not done.is_file():
+        return False
+    names: list[str] = json.loads(done.read_text(encoding="utf-8"))
+    return all(readable(group_file(done.parent, name)) for name in names)
+
+
+def calibrate(
+    plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track, upstream_level: str | None = None
+) -> tuple[Path, list[str]]:
+    """Directory of the input groups' Hessians, and the groups' names in order."""
+    calibration = windows.windows["calibration"]
+    text = hashlib.sha256(calibration.tobytes()).hexdigest()
+    inputs = plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT, upstream_level
+    digest = digest_of(CALIBRATION_SCHEMA, *inputs)
+    directory = shared_directory(plan.config, layout.CALIBRATION_KIND, digest)
+    done = directory / layout.GROUPS
+
+    def build() -> None:
+        windows_file = directory / layout.WINDOWS
+        atomic_write_bytes(windows_file, windows.to_bytes())
+        task = Calibrate(plan.folder.path, windows_file, directory, upstream_level)
+        (groups,) = track(pool.map([task]), 1, "calibrating")
+        atomic_write_text(done, json.dumps(groups))
+
+    build_once(plan.config, directory, "the calibration", lambda: all_readable(done, group_readable), build)
+    names: list[str] = json.loads(done.read_text(encoding="utf-8"))
+    return directory, names
+
+
+def sample_activations(
+    plan: ModelAndText, calibration: Path, groups: Sequence[str], windows: Path, samples: int, pool: Pool, track: Track
+) -> Path:
+    """Directory of activation samples of the input groups, taken where they are not there yet."""
+    directory = shared_directory(plan.config, layout.SAMPLES_KIND, digest_of(calibration.name, samples))
+    files = tuple(group_file(calibration, name) for name in groups)
+    done = directory / layout.GROUPS
+
+    def build() -> None:
+        task = SampleActivations(plan.folder.path, windows.resolve(), files, directory, samples)
+        for _ in track(pool.map([task]), 1, "sampling activations"):
+            pass
+        taken = [name for name in groups if group_file(directory, name).is_file()]
+        atomic_write_text(done, json.dumps(taken))
+
+    build_once(plan.config, directory, "the activation samples", lambda: all_readable(done, samples_readable), build)
+    return directory
+
+
+def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path: Path) -> None:
+    """The importance matrix of the blocks, for llama-quantize; without the head, as llama-imatrix leaves it out."""
+    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
+    importance = {}
+    for group in groups:
+        squares = mean_squares(group).numpy()
+        members = [names[name] for name in banks.group_tensors(group)]
+        importance.update({name: squares for name in members if name.startswith("blk.")})
+    text = windows.windows["calibration"]
+    write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.source)
+
+
+def compensation_settings(plan: Plan) -> CompensationSettings:
+    """How the bank rounds."""
+    return CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
+
+
+def scale_channels(
+    plan: Plan, calibration: Path, groups: list[str], run: RunDirectory, pool: Pool, track: Track
+) -> tuple[Plan, Path]:
+    """Plan of the scaled model, and the directory of its input groups; the choices go into the run's scaling.json."""
+    settings, compensation = plan.config.quantization.scaling.settings, compensation_settings(plan)
+    parts = (plan.folder.digest, calibration.name, asdict(settings), asdict(compensation))
+    digest = digest_of(scaling.SCHEMA, *parts)
+    directory = shared_directory(plan.config, layout.SCALING_KIND, digest)
+
+    def missing() -> list[str]:
+        return [group for group in groups if not scaling.scaling_done(directory, group)]
+
+    def build() -> None:
+        tasks = [
+            scaling.ScaleGroup(plan.folder.path, group_file(calibration, group), directory, settings, compensation)
+            for group in missing()
+        ]
+        for _ in track(pool.map(tasks), len(tasks), "scaling channels"):
+            pass
+        scaling.write_scaled_model(plan.folder, directory, groups)
+
+    build_once(
+        plan.config,
+        directory,
+        "the scaling",
+        lambda: not missing() and scaling.view_done(plan.folder, directory),
+        build,
+    )
+    folder = ModelFolder(directory / layout.SCALED_MODEL)
+    records = [scaling.scaling_record(directory, group) for group in groups]
+    atomic_write_text(run.path / layout.SCALING, json.dumps(records, indent=1))
+    run.record["scaled_model"] = str(folder.path)
+    return replace(plan, folder=folder), directory
+
+
+def quantized_plan(plan: Plan, run: RunDirectory) -> Plan:
+    """``plan`` of the model whose tensors the run's file holds: the scaled one, where channels were scaled."""
+    return replace(plan, folder=ModelFolder(run.artefact("scaled_model"))) if "scaled_model" in run.record else plan
+
+
+def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
+    """Directory of the bank, built tensor by tensor where it is not there yet; damaged tensors are rebuilt."""
+    formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
+    names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
+    settings = compensation_settings(plan)
+    how = plan.config.quantization.importance
+    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity, how)
+    directory = shared_directory(plan.config, layout.BANK_KIND, digest)
+
+    def missing() -> set[str]:
+        return {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
+
+    def done() -> bool:
+        return (directory / layout.MANIFEST).is_file() and not banks.damaged_tensors(directory) and not missing()
+
+    def build() -> None:
+        for tensor in banks.damaged_tensors(directory):
+            log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
+            banks.tensor_file(directory, tensor).unlink(missing_ok=True)
+        absent = missing()
+        tasks = []
+        for group in groups:
+            file = group_file(calibration, group)
+            tensors = names.keys() & banks.group_tensors(file)
+            if absent & tensors:
+                work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
+                place = (plan.folder.path, file, directory)
+                tasks.append(banks.BuildBankGroup(*place, names, settings, plan.sparsity, how, work))
+        tasks.sort(key=lambda task: -task.work)  # the largest first, so that none is left alone at the end
+        for _ in track(pool.map(tasks), len(tasks), "building the bank"):
+            pass
+        banks.write_manifest(directory, list(names))
+
+    build_once(plan.config, directory, "the bank", done, build)
+    return directory
+
+
+def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup:
+    fitness = FitnessSettings(**plan.config.fitness.model_dump())
+    windows = (run.path / layout.WINDOWS).resolve()
+    evaluation = plan.config.evaluation
+    key = digest_of(str(bank), str(windows), plan.config.digest, evaluation.memory)
+    return EvaluatorSetup(
+        plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key,
+        load=heaviest_load(plan), **evaluation.model_dump(),
+    )  # fmt: skip
+
+
+def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:
+    """All artefacts of a run, in order, each stage timed in the run's record."""
+    record_inputs(plan, windows, run)
+    with run.stage("calibration"):
+        calibration, groups = calibrate(plan, windows, pool, track, plan.config.quantization.upstream_level)
+        save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)
+    if plan.config.quantization.scaling.settings.active:
+        with run.stage("scaling"):
+            plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
+    with run.stage("bank"):
+        bank = build_bank(plan, calibration, groups, pool, track)
+    setup = evaluator_setup(plan, run, bank)
+    with run.stage("sensitivity"):
+        log_compute_floor(setup, plan.config.text.tokens.sensitivity, pool)
+        sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
+    return Artefacts(plan, setup, sensitivities, mutation_prior(plan, calibration, groups, pool, track))
+
+
+def mutation_prior(
+    plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track
+) -> tuple[float, ...] | None:
+    """Five-dimensional importance of every gene, if the configuration asks for it."""
+    if plan.config.search.mutation_prior == "none":
+        return None
+    damping = plan.config.quantization.damping
+    tasks = [MeasureImportance(plan.folder.path, group_file(calibration, group), damping) for group in groups]
+    found = list(track(pool.map(tasks), len(tasks), "measuring importance"))
+    return gene_importance(plan.space, {name: values for part in found for name, values in part.items()})

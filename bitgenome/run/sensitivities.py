@@ -1,0 +1,170 @@
+"""Sensitivity tables: each measured on the pool once for a bank, a text and a measure, part by part resumable."""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_bytes, atomic_write_text, cut_torn_tail, disk_errors
+from bitgenome.observe.progress import Track
+from bitgenome.run.memory import GENES_TOGETHER
+from bitgenome.run.plan import Plan
+from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.shared import build_once, digest_of, shared_directory
+from evaluators.data.windows import TokenWindows
+from evaluators.engine.evaluator import EvaluatorSetup, MeasureSensitivity
+from evaluators.gradient.sensitivity import gradient_losses, gradient_tasks
+from evaluators.prepare.bank import Bank
+from search.allocation.seeds import nearest_uniform
+from search.allocation.sensitivity import SensitivityTable
+from search.types import Fidelity, Genome, SearchSpace
+from workers.pool.base import Pool, Task
+
+log = logging.getLogger(__name__)
+
+GRADIENTS = {  # measure -> estimator of evaluators.gradient.sensitivity
+    "gradient": "positions",
+    "gradient_windows": "windows",
+    "gradient_kronecker": "kronecker",
+    "gradient_diagonal": "diagonal",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A frame with a record a gene and choice: the measure, and the bank's errors (see search.allocation.sensitivity).
+
+    ``measure``: kl, around_base, or one of GRADIENTS.
+    """
+
+    plan: Plan
+    setup: EvaluatorSetup
+    windows: TokenWindows
+    measure: str
+
+    @property
+    def fidelity(self) -> Fidelity:
+        return Fidelity("search", self.plan.config.text.tokens.sensitivity)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows and tokens of a window."""
+        count, window = self.windows.take(self.fidelity.split, self.fidelity.tokens).shape
+        return count, window
+
+    @property
+    def base(self) -> Genome | None:
+        """The genome that choices are tried in; None: full precision."""
+        return nearest_uniform(self.setup.space, self.plan.budget) if self.measure == "around_base" else None
+
+    @property
+    def tokens_run(self) -> int:
+        """Tokens of text that a forward pass starts with, whatever it shares with others."""
+        count, window = self.shape
+        return count * window * (1 if self.measure in GRADIENTS else self.plan.sensitivity_evaluations)
+
+    @cached_property
+    def digest(self) -> str:
+        rows = self.windows.take(self.fidelity.split, self.fidelity.tokens)
+        genes = [gene.tensors for gene in self.setup.space.genes]
+        text = hashlib.sha256(rows.tobytes()).hexdigest()
+        how = [] if self.measure == "kl" else [self.measure, self.base]
+        setup = self.setup
+        return digest_of(setup.bank.name, text, rows.shape, setup.activations, setup.compute, genes, *how)
+
+    @cached_property
+    def directory(self) -> Path:
+        return shared_directory(self.plan.config, layout.SENSITIVITY_KIND, self.digest)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on it so far, over all attempts; NaN where nobody has counted."""
+        file = self.directory / layout.SENSITIVITY_SECONDS
+        return float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else math.nan
+
+    def frame(self, pool: Pool, track: Track) -> pd.DataFrame:
+        """Measured where it is not there yet."""
+        file = self.directory / layout.SENSITIVITY
+
+        def build() -> None:
+            with self._timed():
+                records = self._gradients(pool, track) if self.measure in GRADIENTS else self._measured(pool, track)
+            atomic_write_bytes(file, pd.DataFrame(records).to_parquet(index=False))
+
+        build_once(self.plan.config, self.directory, "the sensitivities", file.is_file, build)
+        return pd.read_parquet(file)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        before, started = 0.0 if math.isnan(self.seconds) else self.seconds, time.monotonic()
+        try:
+            yield
+        finally:
+            atomic_write_text(
+                self.directory / layout.SENSITIVITY_SECONDS, json.dumps(before + time.monotonic() - started)
+            )
+
+    def _measured(self, pool: Pool, track: Track) -> list[dict[str, Any]]:
+        genes = range(len(self.setup.space.genes))
+        parts = [tuple(genes[start : start + GENES_TOGETHER]) for start in genes[::GENES_TOGETHER]]
+        tasks = [MeasureSensitivity(self.setup, part, self.fidelity, self.base) for part in parts]
+        results = self._resumed(tasks, pool, track, "measuring sensitivities")
+        records = [record for part in results for gene in part for record in gene]
+        return [{(self.measure if key == "kl" else key): value for key, value in r.items()} for r in records]
+
+    def _gradients(self, pool: Pool, track: Track) -> list[dict[str, Any]]:
+        if self.setup.activations != "float":
+            log.warning("sensitivities from gradients leave out what %s inputs lose", self.setup.activations)
+        tasks = gradient_tasks(self.setup, self.fidelity, self.shape, GRADIENTS[self.measure])
+        losses = gradient_losses(self._resumed(tasks, pool, track, "estimating sensitivities"), self.shape)
+        bank = Bank(self.setup.bank)
+        return [
+            {"gene": gene.name, "choice": choice, "format": fmt.name, self.measure: float(loss)}
+            | bank.errors(gene.tensors, fmt)
+            for gene, found in zip(self.setup.space.genes, losses, strict=True)
+            for choice, (fmt, loss) in enumerate(zip(gene.formats, found, strict=True))
+        ]
+
+    def _resumed(self, tasks: Sequence[Task], pool: Pool, track: Track, what: str) -> list[Any]:
+        """Results of all tasks; each goes to parts.jsonl as it comes, and is not computed again."""
+        partial = self.directory / layout.SENSITIVITY_PARTS
+        cut_torn_tail(partial)
+        lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
+        missing = tasks[len(lines) :]
+        with partial.open("a", encoding="utf-8") as stream:
+            for result in track(pool.map(missing), len(missing), what):
+                lines.append(json.dumps(result))
+                with disk_errors(partial):
+                    stream.write(lines[-1] + "\n")
+                    stream.flush()
+        return [json.loads(line) for line in lines]
+
+
+def measure_sensitivities(
+    plan: Plan, setup: EvaluatorSetup, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track
+) -> pd.DataFrame:
+    """The frame of the measure that ``run`` is configured for."""
+    measurement = Measurement(plan, setup, windows, plan.config.sensitivity.measure)
+    run.pin("sensitivity", measurement.digest)
+    own = run.path / layout.SENSITIVITY
+    if own.is_file():  # what this run was begun with counts, whatever became of the shared one
+        return pd.read_parquet(own)
+    atomic_write_bytes(own, measurement.frame(pool, track).to_parquet(index=False))
+    return pd.read_parquet(own)
+
+
+def table_of(space: SearchSpace, frame: pd.DataFrame, measure: str) -> SensitivityTable:
+    """The additive table of one column of a frame."""
+    records = [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    table = SensitivityTable.from_records(space, records, measure)
+    return table.from_least() if measure == "around_base" else table

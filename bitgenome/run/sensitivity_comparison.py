@@ -1,0 +1,195 @@
+"""Sensitivity measures side by side: what each costs, how it ranks genomes, and what the exact solver makes of it."""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import kendalltau, spearmanr
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import atomic_write_bytes
+from bitgenome.config.run import RunConfig
+from bitgenome.observe.logs import log_file
+from bitgenome.observe.progress import Track, track
+from bitgenome.run.gene_groups import with_gene_groups
+from bitgenome.run.memory import check_memory
+from bitgenome.run.plan import Plan, make_plan
+from bitgenome.run.prepare import Artefacts, prepare, read_windows
+from bitgenome.run.search import pool_evaluate
+from bitgenome.run.sensitivities import GRADIENTS, Measurement, table_of
+from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.staged import staged_pool
+from bitgenome.storage.worker_limit import WorkerLimit
+from evaluators.data.windows import TokenWindows
+from search.allocation.exact import exact
+from search.allocation.repair import Repair
+from search.allocation.sensitivity import SensitivityTable
+from search.budget import Budget
+from search.loop.archive import EvaluationLog
+from search.loop.search import evaluate_missing
+from search.types import Fidelity, Genome, SearchSpace
+from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.pool.base import Pool
+
+OF_THE_BANK = ("reconstruction", "relative")  # known without running any text
+RANKS = ("spearman_spread", "kendall_spread", "spearman_budget", "kendall_budget")
+MEASURED_BY = {  # measure -> the measurement whose frame holds it
+    **dict.fromkeys((*OF_THE_BANK, "logit_mse", "kl"), "kl"),
+    **{measure: measure for measure in (*GRADIENTS, "around_base")},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure's table, and what it took."""
+
+    table: SensitivityTable
+    seconds: float
+    tokens: int
+
+    def ranking(self, sample: str, genomes: Sequence[Genome], kl: Sequence[float]) -> dict[str, float]:
+        """Rank correlations of the table's sums with the KLs of genomes."""
+        predicted = [self.table.predict(genome) for genome in genomes]
+        return {
+            f"spearman_{sample}": float(spearmanr(predicted, kl).statistic),
+            f"kendall_{sample}": float(kendalltau(predicted, kl).statistic),
+        }
+
+
+def compare_sensitivities(
+    config: RunConfig, count: int, bits: Sequence[float], console: Console
+) -> tuple[Path, pd.DataFrame]:
+    """The run directory of ``config``, and the rows of ``comparison_rows``, also in its sensitivity-comparison.parquet.
+
+    Everything measured is kept, and taken from there another time. ``bits``: budgets of the exact solver in bits per
+    weight; none: the configuration's.
+    """
+    plan = make_plan(config)
+    budgets_of(plan, bits)  # refused before any work
+    check_memory(plan)
+    windows = read_windows(plan)
+    plan.folder.check_finite()
+    with RunDirectory.owned(config) as directory:
+        return directory.path, comparison(plan, windows, directory, count, bits, console)
+
+
+def comparison(
+    plan: Plan, windows: TokenWindows, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
+) -> pd.DataFrame:
+    """Measure what is not measured yet, and write sensitivity-comparison.parquet."""
+
+    def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        return track(items, total, what, console)
+
+    with log_file(directory.path / layout.EVENTS, directory.path.name):
+        try:
+            workers = open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name)
+            workers.limit = WorkerLimit(directory.path)
+            with staged_pool(workers, plan.config, plan.folder) as pool:
+                plan = with_gene_groups(plan, windows, directory, pool, tracked)
+                artefacts = prepare(plan, windows, directory, pool, tracked)
+                measured = measure_all(artefacts, windows, pool, tracked)
+                with closing(EvaluationLog(directory.path / layout.COMPARISON_LOG, directory.check)) as log:
+                    rows = comparison_rows(artefacts, measured, count, bits, pool, tracked, log)
+        finally:
+            close_cluster()
+    frame = pd.DataFrame(rows)
+    atomic_write_bytes(directory.path / layout.COMPARISON, frame.to_parquet(index=False))
+    return frame
+
+
+def budgets_of(plan: Plan, bits: Sequence[float]) -> list[Budget]:
+    """Raises UserError for one that the space cannot meet."""
+    try:
+        return [Budget.from_bits_per_weight(plan.space, b) for b in bits] or [plan.budget]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def measure_all(artefacts: Artefacts, windows: TokenWindows, pool: Pool, track: Track) -> dict[str, Measured]:
+    """Every measure of MEASURED_BY."""
+    space = artefacts.setup.space
+    found = {}
+    for measure, by in MEASURED_BY.items():
+        measurement = Measurement(artefacts.plan, artefacts.setup, windows, by)
+        table = table_of(space, measurement.frame(pool, track), measure)
+        free = measure in OF_THE_BANK
+        found[measure] = Measured(table, 0.0 if free else measurement.seconds, 0 if free else measurement.tokens_run)
+    return found
+
+
+def comparison_rows(
+    artefacts: Artefacts,
+    measured: dict[str, Measured],
+    count: int,
+    bits: Sequence[float],
+    pool: Pool,
+    track: Track,
+    log: EvaluationLog,
+) -> list[dict[str, Any]]:
+    """A row a measure and budget, KLs on validation text.
+
+    Rank correlations are over ``count`` random genomes of sizes spread from the smallest file to the largest
+    ("spread"), and over as many at the plan's budget ("budget").
+    """
+    plan, space = artefacts.plan, artefacts.setup.space
+    rng = random.Random(plan.config.search.seed)
+    samples = {
+        "spread": random_genomes(space, spread_budgets(space, count), rng),
+        "budget": random_genomes(space, [plan.budget] * count, rng),
+    }
+    budgets = budgets_of(plan, bits)
+    solved = {(measure, b): exact(space, b, m.table).genome for measure, m in measured.items() for b in budgets}
+    genomes = dict.fromkeys([*samples["spread"], *samples["budget"], *solved.values()])
+    fidelity = Fidelity("validation", plan.config.text.tokens.validation)
+    evaluate = pool_evaluate(artefacts.setup.in_float32, pool, track, "evaluating genomes")
+    kl = {e.genome: e.kl for e in evaluate_missing(list(genomes), fidelity, evaluate, log)}
+    rows = []
+    for measure, m in measured.items():
+        row: dict[str, Any] = {"measure": measure, "seconds": m.seconds, "tokens": m.tokens}
+        for sample, members in samples.items():
+            row |= m.ranking(sample, members, [kl[genome] for genome in members])
+        for budget in budgets:
+            genome = solved[measure, budget]
+            place = {"bits_per_weight": space.bits_per_weight(genome), "file_bytes": space.file_bytes(genome)}
+            rows.append(row | place | {"kl": kl[genome]})
+    return rows
+
+
+def spread_budgets(space: SearchSpace, count: int) -> list[Budget]:
+    """``count`` sizes at equal distances between the smallest file and the largest."""
+    smallest, largest = space.file_bytes(space.smallest()), space.file_bytes(space.largest())
+    return [Budget(smallest + (2 * i + 1) * (largest - smallest) // (2 * count)) for i in range(count)]
+
+
+def random_genomes(space: SearchSpace, budgets: Sequence[Budget], rng: random.Random) -> list[Genome]:
+    """One for each budget, its choices drawn evenly, then repaired without any table."""
+    drawn = []
+    for budget in budgets:
+        genome = tuple(rng.randrange(len(gene.formats)) for gene in space.genes)
+        drawn.append(Repair(space, budget)(genome, rng))
+    return drawn
+
+
+def show_comparison(frame: pd.DataFrame, path: Path, console: Console) -> None:
+    """The table of ``bitgenome sensitivity``: a line a measure."""
+    budgets = [f"{bits:.2f} bits" for bits in frame[frame.measure == frame.measure.iloc[0]].bits_per_weight]
+    table = Table(title="Rank correlation with KLs of random genomes; KL of the exact solutions", title_justify="left")
+    for name in ("measure", "seconds", "tokens", "Spearman", "Kendall", "at budget", "Kendall", *budgets):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for measure, rows in frame.groupby("measure", sort=False):
+        row = rows.iloc[0]
+        ranks = [f"{row[name]:.4f}" for name in RANKS]
+        seconds = "" if math.isnan(row.seconds) else f"{row.seconds:.1f}"
+        cells = [seconds, f"{row.tokens:,}", *ranks, *(f"{kl:.5f}" for kl in rows.kl)]
+        table.add_row(str(measure), *cells)
+    console.print(table)
+    console.print(f"table  {path / layout.COMPARISON}", soft_wrap=True)

@@ -1,0 +1,59 @@
+"""Models and pools where storage or model lie behind URLs: every node gets the files of its tasks."""
+
+from pathlib import Path
+from typing import Protocol
+
+from bitgenome.common import layout
+from bitgenome.config.run import RunConfig
+from bitgenome.storage.shared import Storage
+from evaluators.model.folder import ModelFolder, resolve_model
+from workers.pool.base import Pool
+from workers.storage.folders import is_url, mirror_root, open_folder
+from workers.storage.staging import Place, StagedPool, stage
+
+
+class StoredModel(Storage, Protocol):
+    """The settings that say where runs and model lie."""
+
+    @property
+    def model(self) -> str: ...
+
+
+def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
+    """``pool``, with files brought to every node where storage or model lie behind URLs."""
+    places = []
+    if config.storage_url:
+        places.append(Place(config.storage_path, config.storage_url))
+    if is_url(config.model):
+        places.append(Place(folder.path.parent, parent_of(config.model), changing=True))
+    elif config.storage_url:
+        places.append(Place(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
+    return StagedPool(pool, places) if places else pool
+
+
+def model_folder(digest: str) -> str:
+    """Below the storage: where a local model is put for other nodes."""
+    return f"{layout.SHARED}/{layout.MODEL_KIND}/{digest[:16]}"
+
+
+def parent_of(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[0]
+
+
+def local_model(model: str) -> Path:
+    """Folder of a model: a local one, that of a Hugging Face id, or this machine's copy of one behind a URL."""
+    if not is_url(model):
+        return resolve_model(model).resolve()
+    parent, name = parent_of(model), model.rstrip("/").rpartition("/")[2]
+    stage(parent, mirror_root(parent), name, None, changing=True)
+    return mirror_root(parent) / name
+
+
+def with_stored_model(config: RunConfig, digest: str | None) -> RunConfig:
+    """``config``, with the model as it was stored for other nodes where its own folder is not on this machine."""
+    if not (config.storage_url and digest and Path(config.model).is_absolute()) or Path(config.model).is_dir():
+        return config
+    names = open_folder(f"{config.storage_url}/{model_folder(digest)}").sizes()
+    found = next((name.partition("/")[0] for name in names), None)
+    url = f"{config.storage_url}/{model_folder(digest)}/{found}"
+    return config.model_copy(update={"model": url}) if found else config

@@ -1,0 +1,186 @@
+"""A study from configuration to report: calibration as every run's, then each method measured once and kept."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
+from bitgenome.config.study import Study, StudyConfig
+from bitgenome.observe.logs import log_file
+from bitgenome.observe.progress import track
+from bitgenome.run.plan import check_text
+from bitgenome.run.prepare import calibrate, read_windows, sample_activations
+from bitgenome.storage.lease import Lease
+from bitgenome.storage.mirror import RunMirror, mirrored
+from bitgenome.storage.shared import digest_of
+from bitgenome.storage.staged import local_model, staged_pool
+from bitgenome.study.grouping_report import costs, write_grouping_report
+from bitgenome.study.report import write_report
+from evaluators.data.windows import TokenWindows
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.activation_samples import sample_positions
+from evaluators.study.bench import MeasureMethod, MethodResult, StudySetup
+from evaluators.study.layer import LayerRecord
+from evaluators.study.methods import Method
+from evaluators.study.mutual_information import MutualInformation
+from exporters.metadata.tensor_names import quantizable_tensors
+from search.types import Fidelity
+from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.pool.base import Pool
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A study that can be done: its model is there and its text fits."""
+
+    study: Study
+    folder: ModelFolder
+
+    @property
+    def config(self) -> StudyConfig:
+        return self.study.config
+
+    @property
+    def path(self) -> Path:
+        return self.config.storage_path / self.config.name
+
+
+def plan_study(study: Study) -> StudyPlan:
+    """Check model, architecture and text; raises UserError for the first that does not fit."""
+    folder = ModelFolder(local_model(study.config.model))
+    columns = min(shape[-1] for shape in quantizable_tensors(folder).values())
+    for method in study.methods:
+        try:
+            method.check(columns)
+        except ValueError as error:
+            raise UserError(f"{method.label}: {error}") from None
+    check_text(study.config.text, folder)
+    plan = StudyPlan(study, folder)
+    if (plan.path / layout.RECORD).is_file():
+        raise UserError(f"expected a directory for a study, found a run at {plan.path}: choose another name")
+    return plan
+
+
+class ResultsLog:
+    """Results by digest of method, model, text and damping, one JSON line each, appended as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        cut_torn_tail(path)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.found = {record["digest"]: result_of(record["result"]) for record in map(json.loads, lines)}
+
+    def append(self, digest: str, result: MethodResult) -> None:
+        self.found[digest] = result
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"digest": digest, "result": result.to_json()}) + "\n")
+
+
+def result_of(record: dict[str, Any]) -> MethodResult:
+    layers = [{**r, "channels": {int(b): n for b, n in r["channels"].items()}} for r in record["layers"]]
+    return MethodResult(**record | {"layers": tuple(LayerRecord(**r) for r in layers)})
+
+
+def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]:
+    """Measure every method that has no result yet, then write tables and picture; the directory and all results."""
+    plan = plan_study(study)
+    windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    if any(method.needs_samples for method in study.methods):
+        count, length = windows.windows["calibration"].shape
+        sample_positions(count, length, study.config.activation_samples)
+    place = f"{study.config.place}/{study.config.name}"
+    with (
+        Lease(place, f"the study {place}") as lease,
+        mirrored(place) as mirror,
+        log_file(plan.path / layout.EVENTS, plan.path.name),
+    ):
+        try:
+            pool = open_pool(WorkerSettings(**study.config.workers.model_dump()), study.config.name)
+            with staged_pool(pool, study.config, plan.folder) as staged:
+                return plan.path, StudyRun(plan, windows, staged, console, lease, mirror).results()
+        finally:
+            close_cluster()
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of the command over a pool."""
+
+    plan: StudyPlan
+    windows: TokenWindows
+    pool: Pool
+    console: Console
+    lease: Lease
+    mirror: RunMirror | None  # None: storage is a folder
+
+    def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        return track(items, total, what, self.console)
+
+    @cached_property
+    def setup(self) -> StudySetup:
+        """Calibrates where no earlier run or study did."""
+        plan, config = self.plan, self.plan.config
+        plan.folder.check_finite()
+        windows_file = (plan.path / layout.WINDOWS).resolve()
+        atomic_write_bytes(windows_file, self.windows.to_bytes())
+        calibration, groups = calibrate(plan, self.windows, self.pool, self.track)
+        fidelity = Fidelity("test", config.text.tokens.test)
+        damping, whole = config.quantization.damping, config.tensors == "all"
+        samples = None
+        if any(method.needs_samples for method in plan.study.methods):
+            count = config.activation_samples
+            samples = sample_activations(plan, calibration, groups, windows_file, count, self.pool, self.track)
+        key = digest_of(plan.folder.digest, calibration.name, self.windows.digest, asdict(fidelity), damping, whole)
+        return StudySetup(
+            plan.folder.path, calibration, tuple(groups), windows_file, fidelity, damping, whole, samples, key
+        )
+
+    def results(self) -> list[MethodResult]:
+        """In the order of the methods."""
+        archive = ResultsLog(self.plan.path / layout.STUDY_RESULTS)
+        wanted = {self.digest(method): method for method in self.plan.study.methods}
+        missing = {digest: method for digest, method in wanted.items() if digest not in archive.found}
+        if done := len(wanted) - len(missing):
+            log.info("%d of %d methods are measured already", done, len(wanted))
+        tasks = [MeasureMethod(self.setup, method) for method in missing.values()]
+        answers = self.track(self.pool.map(tasks), len(tasks), "measuring methods")
+        for digest, result in zip(missing, answers, strict=True):
+            self.lease.check()
+            archive.append(digest, result)
+            if self.mirror is not None:
+                self.mirror.push()
+            log.info("%s: %.3f bits, KL %.5f", result.label, result.average_bits, result.kl)
+        results = [archive.found[digest] for digest in wanted]
+        atomic_write_json(self.plan.path / layout.STUDY, self.record())
+        write_report(self.plan.path, self.plan.config, results, self.grouping_section(results))
+        return results
+
+    def grouping_section(self, results: list[MethodResult]) -> str:
+        """Markdown, with pictures, of the first method of mutual information; "" where there is none."""
+        grouped = [method for method in self.plan.study.methods if isinstance(method, MutualInformation)]
+        if not grouped:
+            return ""
+        return "\n".join(["", write_grouping_report(self.plan.path, self.setup, grouped[0]), *costs(results)])
+
+    def digest(self, method: Method) -> str:
+        samples = [self.plan.config.activation_samples] if method.needs_samples else []
+        return digest_of(self.setup.key, method.model_dump(mode="json"), *samples)
+
+    def record(self) -> dict[str, Any]:
+        """Configuration and digests, for study.json."""
+        return {
+            "config": self.plan.config.model_dump(mode="json"),
+            "methods": [method.model_dump(mode="json") for method in self.plan.study.methods],
+            "model": self.plan.folder.digest,
+            "text": self.windows.digest,
+        }

@@ -1,0 +1,53 @@
+"""Text that every Python installation carries: the sources of its standard library."""
+
+import json
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bitgenome.common.errors import UserError
+
+SPLITS = ("calibration", "search", "validation", "test")
+# Tests and site-packages are not in every installation; the encodings are generated tables.
+EXCLUDED_DIRECTORIES = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "ensurepip"}
+)
+
+
+def stdlib_root() -> Path:
+    """Folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def read_modules(modules: Sequence[str]) -> dict[str, str]:
+    """Source text of single-file standard library modules, by name, in the order given.
+
+    Modules that this interpreter no longer ships are left out; the caller sees it by their absence.
+    """
+    root = stdlib_root()
+    files = {name: root / f"{name}.py" for name in modules}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+
+def load_held_out(splits_file: Path) -> dict[str, list[str]]:
+    """Held-out module names by split, from the ``splits.json`` that lies beside a model.
+
+    Raises UserError if the file does not list modules for every split.
+    """
+    try:
+        splits: dict[str, list[str]] = json.loads(splits_file.read_text(encoding="utf-8"))
+        return {split: list(splits[split]) for split in SPLITS}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"expected lists of modules for {', '.join(SPLITS)} in {splits_file}, found none") from None
+
+
+def training_documents(held_out: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(relative path, source) of every standard library file that is not held out, in sorted order."""
+    root = stdlib_root()
+    for file in sorted(root.rglob("*.py")):
+        relative = file.relative_to(root)
+        if EXCLUDED_DIRECTORIES.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
+            continue
+        if relative.parts[0].removesuffix(".py") in held_out:
+            continue
+        yield relative.as_posix(), file.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,269 @@
+"""How good a genome is: simulated quantization against the full-precision model, and the pool tasks that measure it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bitgenome.common.devices import Compute, best_device, compute_type, release_memory, worker_memory
+from evaluators.data.windows import TokenWindows
+from evaluators.engine.batches import Batches
+from evaluators.engine.divergence import Divergence, Reference
+from evaluators.engine.memory import FLOAT_BYTES, KEPT_TEXTS, TYPICAL_LOAD, Load, sweep_memory
+from evaluators.engine.prefix_cache import PrefixCache
+from evaluators.engine.sweep import Candidate, Sweep
+from evaluators.engine.weights import ModelWeights
+from evaluators.model.block_model import BlockModel
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.bank import Bank
+from quantizers.formats.table import QuantFormat
+from search.fitness import FitnessSettings, search_loss
+from search.types import Evaluation, Fidelity, Genome, SearchSpace
+
+T = TypeVar("T")
+
+Text = tuple[Fidelity, int, int]  # and the windows, first to last, that go through together
+
+
+class NotFiniteError(FloatingPointError):
+    """A candidate's outputs are not finite; ``candidate`` is its index."""
+
+    def __init__(self, candidate: int, place: str):
+        super().__init__(f"the quantized model's outputs are not finite from the {place} on")
+        self.candidate = candidate
+
+
+@dataclass(frozen=True)
+class EvaluatorSetup:
+    """Everything a worker needs to evaluate genomes of one run."""
+
+    model: Path
+    bank: Path
+    windows: Path  # file of TokenWindows
+    space: SearchSpace
+    fitness: FitnessSettings
+    key: str  # digest of all else; a worker builds one evaluator for each
+    activations: str = "float"  # or q8; see Sweep
+    memory: int | None = None  # bytes a worker may take; None: its share of what is free
+    load: Load = TYPICAL_LOAD
+    compute: Compute = "float32"  # of genomes; healing and all else is float32
+
+    @property
+    def in_float32(self) -> "EvaluatorSetup":
+        """The same, but exact, for figures that are reported."""
+        return replace(self, compute="float32")
+
+
+class GenomeEvaluator:
+    """A warm model and bank. Results depend on genome, fidelity and setup alone."""
+
+    def __init__(self, setup: EvaluatorSetup):
+        self.setup = setup
+        self.space = setup.space
+        self.windows = TokenWindows.load(setup.windows)
+        self.bank = Bank(setup.bank)
+        folder, device = ModelFolder(setup.model), best_device()
+        formats = {name: gene.formats for gene in setup.space.genes for name in gene.tensors}
+        limit = setup.memory or worker_memory(device)
+        self.memory = sweep_memory(folder, formats, self.windows.window, setup.load, limit)
+        model = BlockModel(folder, device, compute_type(setup.compute, device))
+        weights = ModelWeights(model, self.bank, self.memory.weights, self.memory.reserve)
+        storage = device if self.memory.resident else torch.device("cpu")
+        self.sweep = Sweep(
+            weights, Batches(self.memory.windows), PrefixCache(self.memory.cache), setup.activations, storage
+        )
+        self._last: tuple[Text, Reference] | None = None
+        self._full_states: dict[Text, Tensor] = {}  # final states of the full-precision model, for the last texts
+
+    def ids(self, fidelity: Fidelity) -> Tensor:
+        """(B, T) token ids of a fidelity."""
+        return torch.from_numpy(self.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
+
+    def divergences(
+        self, candidates: Sequence[Candidate], fidelity: Fidelity, keep: Sequence[Candidate] = ()
+    ) -> list[Divergence]:
+        """Of models with the tensors of a candidate quantized so, all others full precision; see Sweep for ``keep``.
+
+        Text whose hidden states would take too much memory goes through in parts. Raises NotFiniteError for the first
+        candidate whose outputs are not finite.
+        """
+        ids = self.ids(fidelity)
+        state = ids.shape[1] * self.sweep.model.config.hidden_size * FLOAT_BYTES
+        most = max(len(candidates), self.setup.load.candidates)
+        rows = min(len(ids), max(1, self.memory.states // (state * (most + 2))))
+        starts = range(0, len(ids), rows)
+        parts = [self._part(candidates, (fidelity, i, i + rows), ids[i : i + rows], keep) for i in starts]
+        return [Divergence.of(torch.cat(errors)) for errors in zip(*parts, strict=True)]
+
+    @torch.inference_mode()
+    def _part(
+        self, candidates: Sequence[Candidate], text: Text, ids: Tensor, keep: Sequence[Candidate]
+    ) -> list[Tensor]:
+        """Errors of windows (see Reference.errors) of each candidate; a head is decoded once for all that share it."""
+        full: list[Candidate] = [] if text in self._full_states else [{}]
+        states = self.sweep.final_states(ids, text, [*candidates, *full], keep)
+        if full:
+            self._keep_full(text, states.pop())
+        reference = self._reference(text, ids)
+        by_format: dict[QuantFormat | None, list[int]] = {}
+        for index, candidate in enumerate(candidates):
+            by_format.setdefault(candidate.get(self.sweep.model.head_name), []).append(index)
+        found: dict[int, Tensor] = {}
+        for fmt, indices in by_format.items():
+            hidden = [self.sweep.head_input(states[index], fmt) for index in indices]
+            found.update(zip(indices, reference.errors(hidden, self.sweep.head(fmt)), strict=True))
+            self.sweep.weights.release()
+        release_memory()
+        for index in range(len(candidates)):
+            if not found[index].isfinite().all():
+                raise NotFiniteError(index, self.sweep.first_overflow(ids, candidates[index]))
+        return [found[index] for index in range(len(candidates))]
+
+    def _reference(self, text: Text, ids: Tensor) -> Reference:
+        """The full-precision model's outputs; with their logits, where there is room, for the last text."""
+        if self._last is not None and self._last[0] == text:
+            return self._last[1]
+        self._last = None
+        reference = Reference(self._full_states[text], self.sweep.head(None), ids, self.memory.logits)
+        if self.memory.logits:
+            self._last = (text, reference)
+        return reference
+
+    def _keep_full(self, text: Text, states: Tensor) -> None:
+        """Keep those of the last texts, in all of their parts."""
+        texts = list(dict.fromkeys(fidelity for fidelity, *_ in [*self._full_states, text]))
+        for kept in list(self._full_states):
+            if kept[0] not in texts[-KEPT_TEXTS:]:
+                del self._full_states[kept]
+        self._full_states[text] = states
+
+    def reconstruction(self, formats: Candidate) -> float:
+        """Sum of Hessian-weighted errors over the sum of the outputs' own power, over the given tensors."""
+        entries = [self.bank.entry(name, fmt) for name, fmt in formats.items()]
+        return sum(e.error for e in entries) / max(sum(e.power for e in entries), torch.finfo(torch.float32).tiny)
+
+    def evaluate(self, genomes: Sequence[Genome], fidelity: Fidelity, keep: Sequence[Genome] = ()) -> list[Evaluation]:
+        """Evaluations in the order of ``genomes``; the beginnings of ``keep`` are remembered for their offspring.
+
+        Raises FloatingPointError, with genome and block, if the model's outputs are not finite.
+        """
+        started = time.perf_counter()
+        candidates = [self.space.formats_of(genome) for genome in genomes]
+        kept = [self.space.formats_of(genome) for genome in keep]
+        try:
+            measured = self.divergences(candidates, fidelity, kept)
+        except NotFiniteError as error:
+            raise FloatingPointError(f"{error}: genome {list(genomes[error.candidate])}") from None
+        seconds = (time.perf_counter() - started) / len(genomes)
+        cases = zip(genomes, candidates, measured, strict=True)
+        return [self._evaluation(*case, fidelity, seconds) for case in cases]
+
+    def _evaluation(
+        self, genome: Genome, formats: Candidate, measured: Divergence, fidelity: Fidelity, seconds: float
+    ) -> Evaluation:
+        reconstruction = self.reconstruction(formats)
+        size = self.space.file_bytes(genome)
+        return Evaluation(
+            genome=genome,
+            loss=search_loss(
+                self.setup.fitness,
+                kl=measured.kl,
+                reconstruction=reconstruction,
+                logit_mse=measured.logit_mse,
+                file_bytes=size,
+                weights=self.space.weights,
+            ),
+            kl=measured.kl,
+            logit_mse=measured.logit_mse,
+            perplexity=measured.perplexity,
+            reconstruction=reconstruction,
+            file_bytes=size,
+            split=fidelity.split,
+            tokens=fidelity.tokens,
+            draw=fidelity.draw,
+            window_kl=measured.window_kl,
+            seconds=seconds,
+        )
+
+    def sensitivity(
+        self, genes: Sequence[int], fidelity: Fidelity, base: Genome | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """What one choice of one gene costs, for each of ``genes`` a record a choice.
+
+        Every candidate branches off one model in the gene's own block: off the full-precision one, or off ``base``. Of
+        ``base`` the records hold what the choice adds to its KL and logit error, which may be negative, and is 0 at
+        the base's own choice.
+        """
+        around = {} if base is None else self.space.formats_of(base)
+        cases = [
+            (gene, choice, dict.fromkeys(self.space.genes[gene].tensors, fmt))
+            for gene in genes
+            for choice, fmt in enumerate(self.space.genes[gene].formats)
+        ]
+        candidates = [{**around, **formats} for _, _, formats in cases]
+        *measured, start = self.divergences([*candidates, around], fidelity, keep=[around])
+        records: dict[int, list[dict[str, Any]]] = {gene: [] for gene in genes}
+        for (gene, choice, _), found in zip(cases, measured, strict=True):
+            target = self.space.genes[gene]
+            place = {"gene": target.name, "choice": choice, "format": target.formats[choice].name}
+            added = {"kl": found.kl - start.kl, "logit_mse": found.logit_mse - start.logit_mse}
+            records[gene].append(place | added | self.bank.errors(target.tensors, target.formats[choice]))
+        return list(records.values())
+
+
+def warm(kind: Callable[[EvaluatorSetup], T], setup: EvaluatorSetup, state: dict[Any, Any]) -> T:
+    """The worker's ``kind`` of this setup; another one, or that of another setup, is dropped first."""
+    key = (kind, setup.key, compute_type(setup.compute, best_device()))
+    if key not in state:
+        state.clear()
+        state[key] = kind(setup)
+    found: T = state[key]
+    return found
+
+
+def warm_evaluator(setup: EvaluatorSetup, state: dict[Any, Any]) -> GenomeEvaluator:
+    return warm(GenomeEvaluator, setup, state)
+
+
+@dataclass(frozen=True)
+class EvaluateGenomes:
+    """Pool task: genomes at one fidelity, together; the beginnings of ``keep`` are remembered for their offspring."""
+
+    setup: EvaluatorSetup
+    genomes: tuple[Genome, ...]
+    fidelity: Fidelity
+    label: str
+    keep: tuple[Genome, ...] = ()
+
+    @property
+    def work(self) -> int:
+        return len(self.genomes)
+
+    def run(self, state: dict[Any, Any]) -> list[Evaluation]:
+        return warm_evaluator(self.setup, state).evaluate(self.genomes, self.fidelity, self.keep)
+
+
+@dataclass(frozen=True)
+class MeasureSensitivity:
+    """Pool task: every choice of some genes, alone or in place of ``base``'s."""
+
+    setup: EvaluatorSetup
+    genes: tuple[int, ...]
+    fidelity: Fidelity
+    base: Genome | None = None
+
+    @property
+    def label(self) -> str:
+        names = [self.setup.space.genes[gene].name for gene in (self.genes[0], self.genes[-1])]
+        return f"sensitivity[{names[0]}]" if len(self.genes) == 1 else f"sensitivity[{names[0]} to {names[-1]}]"
+
+    @property
+    def work(self) -> int:
+        return len(self.genes)
+
+    def run(self, state: dict[Any, Any]) -> list[list[dict[str, Any]]]:
+        return warm_evaluator(self.setup, state).sensitivity(self.genes, self.fidelity, self.base)

@@ -1,0 +1,185 @@
+"""The score of labels that the model draws itself, at the output of every weight, by one backward pass.
+
+The backward pass goes block by block: what is kept of the forward pass is the input of every block, and a block is run
+again when its turn comes. No weight's own gradient is formed, and no more than one block needs to be in memory.
+
+Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from evaluators.engine.divergence import chunk_positions
+from evaluators.healing.tuner import micro_batches, repeatable_attention
+from evaluators.model.block_model import BlockModel
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """y = W x at P positions: ``inputs`` x (P, columns), and ``scores`` s (P, rows) at y."""
+
+    name: str
+    inputs: Tensor
+    scores: Tensor
+
+    def projections(self, delta: Tensor) -> Tensor:
+        """(P,) s' delta x: what W + ``delta`` (rows, columns) adds to the labels' log-likelihood, to first order."""
+        if delta.shape[0] <= delta.shape[1]:
+            return (self.inputs @ delta.T).mul_(self.scores).sum(-1)
+        return (self.scores @ delta).mul_(self.inputs).sum(-1)
+
+    def kronecker(self, delta: Tensor) -> Tensor:
+        """P tr(S delta A delta') with S = E[s s'] and A = E[x x'] (Martens and Grosse 2015, the block of a layer)."""
+        moved = self.scores @ delta
+        return (moved @ self._input_moments).mul_(moved).sum()
+
+    def diagonal(self, delta: Tensor) -> Tensor:
+        """Sum over positions and weights of (s_i x_j delta_ij)^2."""
+        return (self._weight_moments * delta.square()).sum()
+
+    @cached_property
+    def _input_moments(self) -> Tensor:
+        return self.inputs.T @ self.inputs / len(self.inputs)
+
+    @cached_property
+    def _weight_moments(self) -> Tensor:
+        return self.scores.square().T @ self.inputs.square()
+
+
+@dataclass(frozen=True)
+class LookupUse:
+    """y = W[id] at P positions: ``ids`` (P,), and ``scores`` s (P, columns) at y. As LinearUse, x being one-hot."""
+
+    name: str
+    ids: Tensor
+    scores: Tensor
+
+    def projections(self, delta: Tensor) -> Tensor:
+        return delta[self.ids].mul_(self.scores).sum(-1)
+
+    def kronecker(self, delta: Tensor) -> Tensor:
+        moved = delta[self.ids]
+        return (moved @ (self.scores.T @ self.scores / len(self.scores))).mul_(moved).sum()
+
+    def diagonal(self, delta: Tensor) -> Tensor:
+        return (delta[self.ids] * self.scores).square().sum()
+
+
+Use = LinearUse | LookupUse
+
+
+def sampled_labels(logits: Tensor, uniform: Tensor) -> Tensor:
+    """(P,) one label for each of P numbers in [0, 1), by the inverse of the cumulated softmax of ``logits`` (P, V)."""
+    cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+    return found[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def logit_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """(P, V) gradient of log softmax(logits)[label]: one-hot labels less the probabilities."""
+    scores = logits.softmax(-1).neg_()
+    scores[torch.arange(len(labels), device=labels.device), labels] += 1
+    return scores
+
+
+def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Use]:
+    """Every use of a weight on ``ids`` (n, T), from the head down to the embedding's lookup.
+
+    ``uniform`` (n, T) in [0, 1), float64, decides the labels; a tied embedding is used twice. The model's ends must be
+    loaded; a block that is not loaded is there for its turn, until the caller asks for the next use.
+    """
+    ids, uniform = ids.to(model.device), uniform.to(model.device)
+    *inputs, hidden = _forward(model, ids)
+    hidden.requires_grad_(True)
+    final = model.decoder.norm(hidden)
+    top, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten())
+    (scores,) = torch.autograd.grad(final, hidden, at_final.view_as(final))
+    yield top
+    del top, at_final, final
+    for block in reversed(range(len(model.blocks))):
+        with at_hand(model, block):
+            scores, uses = _block_uses(model, block, inputs.pop(), scores)
+            yield from uses
+    scale = getattr(model.decoder.embed_tokens, "embed_scale", 1.0)  # Gemma's, of what is looked up
+    yield LookupUse(model.embedding_name, ids.flatten(), scores.flatten(0, 1) * scale)
+
+
+@torch.no_grad()
+def _forward(model: BlockModel, ids: Tensor) -> list[Tensor]:
+    """(n, T, D) input of every block, and the output of the last."""
+    batches = micro_batches(torch.arange(len(ids), device=ids.device), ids.shape[1])
+    states = [torch.cat([model.embed(ids[rows]) for rows in batches])]
+    for block in range(len(model.blocks)):
+        with at_hand(model, block):
+            states.append(torch.cat([model.run_block(block, states[-1][rows]) for rows in batches]))
+    return states
+
+
+@contextmanager
+def at_hand(model: BlockModel, block: int) -> Iterator[None]:
+    """A block that is loaded inside, and behind only if it was before."""
+    missing = next(model.blocks[block].parameters()).is_meta
+    if missing:
+        model.load_block(block)
+    try:
+        yield
+    finally:
+        if missing:
+            model.unload_block(block)
+
+
+def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[LinearUse, Tensor]:
+    """The head's use, and the scores (P, D) at the final states; the one place where all P * V numbers are held."""
+    head = model.head
+    scores, below = final.new_empty(len(final), len(head.weight)), torch.empty_like(final)
+    step = chunk_positions(head)
+    for start in range(0, len(final), step):
+        part = slice(start, start + step)
+        logits = head(final[part])
+        scores[part] = logit_scores(logits, sampled_labels(logits, uniform[part]))
+        head.hidden_gradient(logits, scores[part], out=below[part])  # scores before a soft cap, from now on
+    return LinearUse(model.head_name, final, scores), below
+
+
+def _block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:
+    """Scores (n, T, D) at a block's input from those at its output, and the uses of its linears."""
+    below = []
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for rows in micro_batches(torch.arange(len(inputs), device=inputs.device), inputs.shape[1]):
+        start = inputs[rows].requires_grad_(True)
+        with recorded_linears(model, block) as recorded, repeatable_attention(model.device):
+            end = model.run_block(block, start)
+            outputs = [output for _, output in recorded.values()]
+            first, *at_outputs = torch.autograd.grad(end, [start, *outputs], scores[rows])
+        below.append(first)
+        for (name, (x, _)), s in zip(recorded.items(), at_outputs, strict=True):
+            parts.setdefault(name, []).append((x.detach().flatten(0, 1), s.flatten(0, 1)))
+    uses = [
+        LinearUse(name, torch.cat([x for x, _ in found]), torch.cat([s for _, s in found]))
+        for name, found in parts.items()
+    ]
+    return torch.cat(below), uses
+
+
+@contextmanager
+def recorded_linears(model: BlockModel, block: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Filled, by a forward pass inside, with input and output of the block's linears by weight name."""
+    recorded: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Sequence[Tensor], Tensor], None]:
+        def hook(module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
+            recorded[name] = (inputs[0], output)
+
+        return hook
+
+    handles = [linear.register_forward_hook(record(name)) for name, linear in model.linears(block)]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,213 @@
+"""Healing for models that do not fit: block after block, each towards the full-precision block's output.
+
+A block reads what the healed blocks before it make of the text, so it also mends what they could not. Hidden states lie
+in the checkpoint between two blocks; in memory is one block, and once embedding and head. Shapes: B windows, T
+positions, D hidden size.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitgenome.common.devices import best_device
+from evaluators.data.windows import TokenWindows
+from evaluators.engine.activations import EightBitInputs
+from evaluators.engine.divergence import Reference
+from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.healing.tuner import (
+    FloatTuner,
+    HealingCheckpoint,
+    HealingSettings,
+    micro_batches,
+    repeatable_attention,
+    tunable,
+)
+from evaluators.healing.whole import Healed
+from evaluators.model.block_model import BlockModel
+from evaluators.model.folder import ModelFolder
+from evaluators.model.forward import chunked
+from evaluators.model.head import Head
+from evaluators.prepare.bank import Bank
+from quantizers.formats.table import QuantFormat
+from search.types import Fidelity, Genome
+
+CALIBRATION = "calibration"
+FULL, PLAIN, HEALED = "full", "plain", "healed"  # full precision; quantized; quantized and healed so far
+
+Tracks = dict[str, Tensor]  # "split/kind" -> (B, T, D) hidden states on the CPU, in front of the next block
+
+
+def output_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over positions of |output - target|^2 / |target|^2, (B, T, D) each.
+
+    Relative to each position's own power, because that is how the next block's RMS norm reads it.
+    """
+    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+
+
+@dataclass(frozen=True)
+class HealBlock:
+    """Pool task: one block, or behind the last one the output norm and the figures."""
+
+    setup: EvaluatorSetup
+    genome: Genome
+    names: tuple[str, ...]  # Hugging Face names of the float32 tensors
+    settings: HealingSettings
+    checkpoint: HealingCheckpoint
+    fidelities: tuple[Fidelity, ...]  # measured at the end
+    block: int
+
+    @property
+    def label(self) -> str:
+        return f"heal[block {self.block}]"
+
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.checkpoint.path,)
+
+    def run(self, state: dict[Any, Any]) -> dict[str, Healed]:
+        """Figures by split behind the last block, else nothing."""
+        state.clear()  # a warm evaluator would hold the whole model
+        stream = _Stream(self)
+        with repeatable_attention(stream.device):
+            if self.block == len(stream.model.blocks):
+                return stream.finish()
+            stream.heal_block(self.block)
+            return {}
+
+
+class _Stream:
+    """The model of one task, of which only one part is loaded, and the hidden states in front of it."""
+
+    def __init__(self, task: HealBlock):
+        self.task = task
+        self.device = best_device()
+        self.folder = ModelFolder(task.setup.model)
+        self.model = BlockModel(self.folder, self.device)
+        self.bank = Bank(task.setup.bank)
+        self.decoded: dict[str, QuantFormat | None] = {}  # tensors of ``model`` that have the genome's weights
+        self.inputs = EightBitInputs(self.model, self.decoded) if task.setup.activations == "q8" else None
+        self.formats = task.setup.space.formats_of(task.genome)
+        windows = TokenWindows.load(task.setup.windows)
+        self.ids = {f.split: torch.from_numpy(windows.take(f.split, f.tokens)) for f in task.fidelities}
+        calibration = torch.from_numpy(windows.windows[CALIBRATION])
+        self.schedule = task.settings.schedule(*calibration.shape)
+        used, places = self.schedule.unique(return_inverse=True)
+        self.ids[CALIBRATION], self.schedule = calibration[used], places  # only the windows that are trained on
+        saved = task.checkpoint.load()
+        self.floats: dict[str, Tensor] = {}  # healed so far
+        self.errors: list[list[float]] = []  # of each block's output, before and behind its training
+        self.done = 0
+        if saved is None:
+            self.tracks = self.embedded()
+        else:
+            tensors, record = saved
+            self.tracks = {name: tensor for name, tensor in tensors.items() if "/" in name}
+            self.floats = {name: tensor for name, tensor in tensors.items() if "/" not in name}
+            self.done, self.errors = record["blocks"], record["errors"]
+
+    def through(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """``run`` over (B, T, ...) on the device, chunk by chunk, back on the CPU."""
+        with torch.no_grad():
+            return chunked(lambda rows: run(rows.to(self.device)).cpu(), hidden)
+
+    def decode(self, model: BlockModel, names: Iterable[str]) -> None:
+        """Give loaded tensors of ``model`` the genome's weights."""
+        for name in names:
+            if name in self.formats:
+                parameter = model.weight(name)
+                parameter.data = self.bank.weights(name, self.formats[name], parameter.shape[-1], self.device)
+                if model is self.model:
+                    self.decoded[name] = self.formats[name]
+
+    def embedded(self) -> Tracks:
+        """Hidden states in front of the first block."""
+        model = BlockModel(self.folder, self.device)  # of its own, so that the embedding leaves memory again
+        model.load_ends()
+        tracks = {f"{split}/{FULL}": self.through(model.embed, ids) for split, ids in self.ids.items()}
+        self.decode(model, [model.embedding_name])
+        quantized = {split: self.through(model.embed, ids) for split, ids in self.ids.items()}
+        tracks |= {f"{split}/{PLAIN}": hidden for split, hidden in quantized.items() if split != CALIBRATION}
+        return tracks | {f"{split}/{HEALED}": hidden.clone() for split, hidden in quantized.items()}
+
+    def advance(self, kind: str, run: Callable[[Tensor], Tensor]) -> None:
+        """Move the tracks of one kind behind ``run``."""
+        for name, hidden in self.tracks.items():
+            if name.endswith(kind):
+                self.tracks[name] = self.through(run, hidden)
+
+    def heal_block(self, block: int) -> None:
+        """Train one block's float32 tensors and save the hidden states behind it."""
+        if block < self.done:
+            return
+        model = self.model
+        model.load_block(block)
+        run = partial(model.run_block, block)
+        self.advance(FULL, run)
+        self.decode(model, [name for name, _ in model.linears(block)])
+        self.advance(PLAIN, run)
+        inputs, targets = self.tracks[f"{CALIBRATION}/{HEALED}"], self.tracks[f"{CALIBRATION}/{FULL}"]
+
+        def loss_of(rows: Tensor) -> Tensor:
+            return output_error(run(inputs[rows].to(self.device)), targets[rows].to(self.device))
+
+        own = {name: model.weight(name).data for name in self.task.names if model.block_of(name) == block}
+        with tunable(model, own) as parameters:
+            before = float(output_error(self.through(run, inputs), targets))
+            self.tune(parameters, loss_of)
+            self.advance(HEALED, run)
+        self.errors.append([before, float(output_error(self.tracks[f"{CALIBRATION}/{HEALED}"], targets))])
+        self.save(block + 1)
+
+    def tune(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -> None:
+        tuner = FloatTuner(parameters, self.task.settings)
+        for rows in self.schedule:
+            for part in micro_batches(rows, self.ids[CALIBRATION].shape[1]):
+                (loss_of(part) * (len(part) / len(rows))).backward()
+            tuner.step()
+        self.floats |= tuner.values()
+
+    def save(self, done: int) -> None:
+        record = {"blocks": done, "errors": self.errors}
+        self.task.checkpoint.save({**self.tracks, **self.floats}, **record)
+
+    def finish(self) -> dict[str, Healed]:
+        """Train the output norm by the divergence itself, save all float32 tensors, and measure."""
+        model, loss = self.model, self.task.settings.loss
+        model.load_ends()
+        self.advance(FULL, model.decoder.norm)
+        full_head = model.head
+        self.decode(model, [model.head_name])
+        head = model.head
+        self.advance(PLAIN, model.decoder.norm)
+        inputs, targets = self.tracks[f"{CALIBRATION}/{HEALED}"], self.tracks[f"{CALIBRATION}/{FULL}"]
+
+        def loss_of(rows: Tensor) -> Tensor:
+            ids = self.ids[CALIBRATION][rows].to(self.device)
+            hidden = self.head_input(model.decoder.norm(inputs[rows].to(self.device)))
+            return loss(hidden, head, targets[rows].to(self.device), full_head, ids)
+
+        own = {name: model.weight(name).data for name in self.task.names if name not in self.floats}
+        with tunable(model, own) as parameters:
+            self.tune(parameters, loss_of)
+            self.advance(HEALED, model.decoder.norm)
+        figures = {f.split: self.figures(f.split, full_head, head) for f in self.task.fidelities}
+        self.tracks = {}
+        self.save(len(model.blocks) + 1)
+        return figures
+
+    def figures(self, split: str, full_head: Head, head: Head) -> Healed:
+        tracks = {kind: self.tracks[f"{split}/{kind}"].to(self.device) for kind in (FULL, PLAIN, HEALED)}
+        reference = Reference(tracks[FULL], full_head, self.ids[split])
+        plain, healed = (self.head_input(tracks[kind]) for kind in (PLAIN, HEALED))
+        return Healed.measured(partial(reference.compare, plain, head), partial(reference.compare, healed, head))
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., D) as the head reads them."""
+        return self.inputs.head_input(hidden) if self.inputs else hidden

@@ -1,0 +1,100 @@
+"""Losses that pull a model towards the full-precision one, from final hidden states, over the whole vocabulary.
+
+Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of positions at a time, in the forward
+pass only: the gradient with respect to the hidden states is known as soon as a chunk's logits are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from evaluators.engine.divergence import chunk_positions
+from evaluators.model.head import Head
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """(1 - alpha) * temperature^2 * KL(P || Q) + alpha * cross-entropy of the text's own next token.
+
+    P and Q are softmax(logits / temperature) of the full-precision and of the trained model, the KL a mean over
+    positions; the cross-entropy, at temperature 1, is a mean over positions that something follows. Hinton, Vinyals
+    and Dean, "Distilling the knowledge in a neural network" (2015), section 2: temperature^2 keeps the gradient's
+    size. ``alpha`` 0 is the plain KL.
+    """
+
+    temperature: float = 1.0
+    alpha: float = 0.0
+
+    def __call__(self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor) -> Tensor:
+        """Scalar loss, differentiable in ``hidden`` (B, T, D) alone.
+
+        ``reference`` (B, T, D) are the full-precision model's final hidden states, ``head`` and ``reference_head``
+        the two heads, ``ids`` (B, T) the tokens.
+        """
+        targets = torch.full_like(ids, -1)
+        targets[:, :-1] = ids[:, 1:]
+        loss: Tensor = _ChunkedLoss.apply(
+            hidden.flatten(0, 1), head, reference.flatten(0, 1), reference_head, targets.flatten(), self
+        )
+        return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        reference: Tensor,
+        reference_head: Head,
+        targets: Tensor,
+        loss: DistillationLoss,
+    ) -> Tensor:
+        followed = int((targets >= 0).sum())
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        step = chunk_positions(head)
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            p = reference_head(reference[rows]).div_(loss.temperature)
+            q = head(hidden[rows])
+            value, logits_gradient = _soft(p, q, loss.temperature)
+            weight = (1 - loss.alpha) / len(hidden)
+            total += weight * value
+            logits_gradient.mul_(weight)
+            if loss.alpha and followed:
+                total += loss.alpha / followed * _add_hard(q, targets[rows], logits_gradient, loss.alpha / followed)
+            head.hidden_gradient(q, logits_gradient, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return total.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None, None, None, None
+
+
+def _soft(p: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sum over rows of temperature^2 * KL(P || Q), float64, and its gradient (P, V) with respect to the logits ``q``.
+
+    ``p`` are the reference's logits, already over the temperature, and are overwritten.
+    """
+    log_p = p.log_softmax(-1)
+    log_q = (q / temperature).log_softmax(-1) if temperature != 1 else q.log_softmax(-1)
+    probs = log_p.exp()
+    value = torch.sum(probs * (log_p - log_q), dtype=torch.float64) * temperature**2
+    return value, log_q.exp_().sub_(probs).mul_(temperature)
+
+
+def _add_hard(q: Tensor, targets: Tensor, gradient: Tensor, weight: float) -> Tensor:
+    """Sum of the targets' cross-entropies, float64; ``weight`` times its gradient is added to ``gradient`` (P, V)."""
+    rows = (targets >= 0).nonzero()[:, 0]
+    log_q = functional.log_softmax(q[rows], -1)
+    value = -log_q.gather(1, targets[rows, None]).sum(dtype=torch.float64)
+    probs = log_q.exp_()
+    probs[torch.arange(len(rows), device=q.device), targets[rows]] -= 1
+    gradient[rows] += probs.mul_(weight)
+    return value

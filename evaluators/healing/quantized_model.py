@@ -1,0 +1,49 @@
+"""The full model in memory with any genome's weights, decoded from the bank's bytes; only changed tensors move."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evaluators.engine.activations import EightBitInputs
+from evaluators.model.block_model import BlockModel
+from evaluators.prepare.bank import Bank
+from quantizers.formats.table import QuantFormat
+
+
+class SimulatedModel:
+    """A resident model whose tensors can be set to any format of the bank, or back to full precision (None).
+
+    ``activations``: float, or q8 for the 8-bit inputs that llama.cpp gives to quantized tensors.
+    """
+
+    def __init__(self, model: BlockModel, bank: Bank, activations: str = "float"):
+        self.model = model
+        self.bank = bank
+        model.load_all()
+        self._formats: dict[str, QuantFormat | None] = {}
+        self._full: dict[str, Tensor] = {}
+        self._inputs = EightBitInputs(model, self._formats) if activations == "q8" else None
+
+    def set_formats(self, formats: Mapping[str, QuantFormat | None]) -> None:
+        """Make exactly the tensors of ``formats`` quantized so; all others full precision."""
+        restored = {name: None for name, current in self._formats.items() if current and name not in formats}
+        for name, fmt in {**restored, **formats}.items():
+            if self._formats.get(name) == fmt:
+                continue
+            parameter = self.model.weight(name)
+            original = self._full.setdefault(name, parameter.data)
+            parameter.data = original if fmt is None else self._decode(name, fmt, original.shape[-1])
+            self._formats[name] = fmt
+
+    def _decode(self, name: str, fmt: QuantFormat, columns: int) -> Tensor:
+        with torch.inference_mode(False):  # a weight that gradients may pass, whoever asks for it
+            return self.bank.weights(name, fmt, columns, self.model.device)
+
+    def full_weight(self, name: str) -> Tensor:
+        """The full-precision weight, whatever format is set."""
+        return self._full.get(name, self.model.weight(name).data)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., D) as the head reads them."""
+        return self._inputs.head_input(hidden) if self._inputs else hidden

@@ -1,0 +1,153 @@
+"""A Hugging Face model folder read lazily: configuration, tensor shapes and one tensor at a time."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from evaluators.model.scaled_view import scaled, source_of
+
+CONVERSION = (
+    "convert it once, if you trust its author, with transformers' AutoModelForCausalLM.from_pretrained(FOLDER)"
+    ".save_pretrained(FOLDER, safe_serialization=True)"
+)
+
+
+class ModelFolderError(UserError):
+    """The folder is not a model that can be read; the message is one sentence for the user."""
+
+
+class ModelFolder:
+    """``config.json`` and the safetensors files of a folder; loads no weights until asked for one.
+
+    A scaled view (``evaluators.model.scaled_view``) is a folder like any other. Raises ModelFolderError if the folder,
+    its configuration or its weights are missing or unreadable.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ModelFolderError(f"expected a Hugging Face model folder, found nothing at {self.path}")
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise ModelFolderError(f"expected config.json in the model folder, found none in {self.path}")
+        try:
+            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelFolderError(f"expected JSON in {config}, found {error}") from None
+        self._source = source_of(self.path)
+        self._files = self._index(self._source or self.path)
+
+    @staticmethod
+    def _index(path: Path) -> dict[str, Path]:
+        index_file = path / "model.safetensors.index.json"
+        if index_file.is_file():
+            listed = json.loads(index_file.read_text(encoding="utf-8")).get("weight_map", {}).values()
+            if outside := [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]:
+                raise ModelFolderError(f"expected weights inside the model folder, found {outside[0]} in {index_file}")
+            files = sorted({path / name for name in listed})
+        elif (path / "model.safetensors").is_file():
+            files = [path / "model.safetensors"]  # not a copy in another layout beside it
+        else:
+            files = sorted(path.glob("*.safetensors"))
+        if not files:
+            pickled = next(path.glob("*.bin*"), None)
+            found = f"{pickled.name}, which may hold code: {CONVERSION}" if pickled else "none"
+            raise ModelFolderError(f"expected *.safetensors weights in {path}, found {found}")
+        index: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    index.update(dict.fromkeys(tensors.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise ModelFolderError(f"expected a readable safetensors file, found {error} in {file}") from None
+        return dict(sorted(index.items()))
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every stored tensor by Hugging Face name."""
+        shapes = {}
+        for name, file in self._files.items():
+            with safe_open(file, framework="pt") as tensors:
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        return shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored type, on the CPU. Raises KeyError for a name that is not stored."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return scaled(self.path, name, tensor) if self._source else tensor
+
+    def check_finite(self) -> None:
+        """Read every tensor once. Raises ModelFolderError that names the first with an infinite or NaN value."""
+        for name, file in self._files.items():
+            if not (tensor := self.read(name)).isfinite().all():
+                raise ModelFolderError(
+                    f"expected finite weights, found {int((~tensor.isfinite()).sum())} of {tensor.numel()} not finite "
+                    f"in {name} of {file}"
+                )
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, or of the model where the folder is a snapshot in the hub's cache."""
+        path = (self._source or self.path).resolve()
+        return path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the weights are another folder's, scaled."""
+        return self._source is not None
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one tensor."""
+        return "lm_head.weight" not in self.shapes
+
+    @property
+    def head_tensor(self) -> str:
+        """Name of the tensor that makes the logits."""
+        names = [name for name in self.shapes if name.endswith("embed_tokens.weight")] if self.tied else []
+        return names[0] if names else "lm_head.weight"
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over config.json, the tokenizer's files, the factors of a scaled view and every weights file."""
+        digest = hashlib.sha256()
+        names = ("config.json", "tokenizer.json", "tokenizer_config.json", layout.SCALING_FACTORS)
+        small = [self.path / name for name in names]
+        for file in [*filter(Path.is_file, small), *sorted(set(self._files.values()))]:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def resolve_model(name: str) -> Path:
+    """A local folder as it is; otherwise a Hugging Face id, its safetensors downloaded or taken from the cache.
+
+    Raises ModelFolderError if it is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ModelFolderError(f"expected a Hugging Face model folder or id, found no folder at {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFolderError(
+            f"expected a model folder or a Hugging Face id, found neither at {name} ({reason})"
+        ) from None

@@ -1,0 +1,51 @@
+"""A model folder whose weights are those of another folder times factors of rows and columns.
+
+The folder holds config.json, the tokenizer, ``scaling.safetensors`` with vectors ``<tensor>:rows`` and
+``<tensor>:columns``, and ``scaled_view.json``, which names the folder of the weights. Weights are multiplied as they
+are read, so the folder costs no more than its vectors, whatever the model's size.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import safe_open, save
+from torch import Tensor
+
+from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_bytes, atomic_write_json
+
+ROWS, COLUMNS = ":rows", ":columns"
+COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
+WEIGHTS_INDEX = ".safetensors.index.json"
+
+
+def write_scaled_view(directory: Path, source: Path, factors: Mapping[str, Tensor]) -> None:
+    """Make ``directory`` the folder ``source`` with ``factors``, float32 vectors by tensor name and axis."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and not file.name.endswith(WEIGHTS_INDEX):
+            shutil.copyfile(file, directory / file.name)
+    vectors = {key: vector.float().cpu().clone() for key, vector in factors.items()}
+    atomic_write_bytes(directory / layout.SCALING_FACTORS, save(vectors))
+    atomic_write_json(directory / layout.SCALED_VIEW, {"weights": str(source.resolve())})
+
+
+def source_of(folder: Path) -> Path | None:
+    """The folder whose weights a scaled view reads; None for a plain folder."""
+    file = folder / layout.SCALED_VIEW
+    return Path(json.loads(file.read_text(encoding="utf-8"))["weights"]) if file.is_file() else None
+
+
+def scaled(folder: Path, name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` times its factors in the scaled view ``folder``, float32 where there are any."""
+    with safe_open(folder / layout.SCALING_FACTORS, framework="pt") as factors:
+        keys = factors.keys()
+        for key in (name + ROWS, name + COLUMNS):
+            if key in keys:
+                factor = factors.get_tensor(key)
+                by_row = key.endswith(ROWS) and tensor.ndim == 2
+                tensor = tensor.to(torch.float32) * (factor[:, None] if by_row else factor)
+    return tensor

@@ -1,0 +1,239 @@
+"""The bank: every tensor at every level, as the packed bytes that the GGUF file will hold, with its errors.
+
+One safetensors file a tensor, its header carrying the errors; ``manifest.json`` lists the files with their sha256.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import safe_open, save
+from torch import Tensor
+
+from bitgenome.common import layout
+from bitgenome.common.devices import best_device
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import atomic_write_bytes, atomic_write_text
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.calibration import InputGroup
+from quantizers.formats.packed import dequantize
+from quantizers.formats.table import FORMATS, QuantFormat
+from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
+from quantizers.rounding.pruning_masks import Sparsity
+from quantizers.rounding.sparsegpt import Compensated, CompensationSettings, compensate
+from quantizers.statistics.importance import channel_dimensions, combined_importance
+from quantizers.statistics.moments import InputStatistics
+
+log = logging.getLogger(__name__)
+
+Importance = Literal["conditional", "hessian", "five_dimensional"]  # of an input's columns, when scales are fitted
+DECODED_WEIGHTS = 1 << 20  # decoded at once
+SCHEMA = 1  # raise when packed bytes or file layout change meaning
+
+
+class BankError(UserError):
+    """The bank does not hold what was asked; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class BankEntry:
+    """One tensor at one level: Hessian-weighted squared error tr(dW H dW^T), and the same over tr(W H W^T)."""
+
+    error: float
+    relative: float
+
+    @property
+    def power(self) -> float:
+        """tr(W H W^T), the error of zeroing the tensor."""
+        return self.error / self.relative if self.relative else 0.0
+
+
+def tensor_file(directory: Path, tensor: str) -> Path:
+    return directory / f"{tensor}.safetensors"
+
+
+def bank_digest(
+    model: str,
+    calibration: str,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    settings: CompensationSettings,
+    sparsity: Mapping[str, Sparsity],
+    importance: Importance = "conditional",
+) -> str:
+    """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
+    pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
+    legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
+    key = json.dumps([SCHEMA, model, calibration, legal, asdict(settings), pruned, importance], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def save_tensor(directory: Path, tensor: str, levels: Mapping[str, Compensated]) -> None:
+    """Write one tensor's levels atomically."""
+    errors = {name: {"error": c.error, "relative": c.relative} for name, c in levels.items()}
+    packed = {name: c.packed.data.cpu().contiguous() for name, c in levels.items()}
+    atomic_write_bytes(tensor_file(directory, tensor), save(packed, {"errors": json.dumps(errors)}))
+
+
+@dataclass(frozen=True)
+class BuildBankGroup:
+    """Pool task: compensate and pack all levels of the tensors of one input group."""
+
+    model: Path
+    group: Path  # file of the InputGroup
+    directory: Path
+    formats: Mapping[str, tuple[str, ...]]  # tensor -> format names
+    settings: CompensationSettings
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
+    importance: Importance = "conditional"  # that scales are fitted under; pruned tensors take the conditional one
+    work: float = 1.0  # weights, by which the times of tasks are compared
+
+    @property
+    def label(self) -> str:
+        return f"bank[{self.group.stem}]"
+
+    @property
+    def makes(self) -> tuple[Path, ...]:
+        """Where it writes."""
+        return (self.directory,)
+
+    def run(self, state: dict[Any, Any]) -> tuple[str, ...]:
+        """Names of the tensors written."""
+        folder = ModelFolder(self.model)
+        group = InputGroup.load(self.group)
+        device = best_device()
+        names = [name for name in group.tensors if name in self.formats]
+        weights = {name: folder.read(name).to(device, torch.float32) for name in names}
+        formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
+        for name, levels in self._levels(weights, formats, group).items():
+            save_tensor(self.directory, name, levels)
+        return tuple(names)
+
+    def _levels(
+        self, weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], group: InputGroup
+    ) -> dict[str, dict[str, Compensated]]:
+        """Tensor -> format -> bytes; tensors that are pruned go through a loop of their own."""
+        pruned = {name: W for name, W in weights.items() if name in self.sparsity}
+        dense = {name: W for name, W in weights.items() if name not in self.sparsity}
+        H = group.hessian.to(next(iter(weights.values())).device)
+        levels: dict[str, dict[str, Compensated]] = {}
+        if dense:
+            importance = scale_importance(self.importance, dense, H, group.statistics, self.settings.damping)
+            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings, importance)
+        if pruned:
+            levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
+        return levels
+
+
+def scale_importance(
+    kind: Importance, weights: Mapping[str, Tensor], H: Tensor, statistics: InputStatistics, damping: float
+) -> Tensor | None:
+    """(columns,) of the kind, for all tensors of a group, whose input has H and moments; None: ``compensate``'s own."""
+    if kind == "conditional":
+        return None
+    if kind == "hessian":
+        return H.diagonal()
+    moments = InputStatistics(**{name: t.to(H.device) for name, t in statistics.tensors().items()})
+    return combined_importance(channel_dimensions(torch.cat(list(weights.values())), H, moments, damping))
+
+
+def group_tensors(group: Path) -> tuple[str, ...]:
+    """Tensors of an input group, from its file's header."""
+    with safe_open(group, framework="pt") as file:
+        return tuple(file.metadata()["tensors"].split("\n"))
+
+
+def readable(directory: Path, tensor: str, formats: Iterable[str]) -> bool:
+    """Whether the tensor's file is there, whole, and holds all of ``formats``."""
+    try:
+        with safe_open(tensor_file(directory, tensor), framework="pt") as file:
+            return set(formats) <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, tensors: Sequence[str]) -> None:
+    files = {name: file_digest(tensor_file(directory, name)) for name in tensors}
+    atomic_write_text(directory / layout.MANIFEST, json.dumps({"schema": SCHEMA, "files": files}, indent=1))
+
+
+def damaged_tensors(directory: Path) -> list[str]:
+    """Tensors whose file is missing or differs from the manifest; all of them are trusted if there is no manifest yet.
+
+    Files without a manifest come from an interrupted build, each written atomically.
+    """
+    manifest = directory / layout.MANIFEST
+    if not manifest.is_file():
+        return []
+    try:
+        files: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        log.warning("the bank's manifest %s cannot be read; it is written anew", manifest)
+        manifest.unlink()
+        return []
+    return [n for n, d in files.items() if not (p := tensor_file(directory, n)).is_file() or file_digest(p) != d]
+
+
+class Bank:
+    """Read access, memory-mapped and lazy. Raises BankError for a tensor or format that is not there."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._errors: dict[str, dict[str, BankEntry]] = {}
+
+    @contextmanager
+    def _file(self, tensor: str) -> Iterator[Any]:
+        """The tensor's file, mapped only while it is read, so that what was read does not stay in memory."""
+        path = tensor_file(self.directory, tensor)
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise BankError(f"expected the bank file of {tensor}, found {error} at {path}") from None
+        with file:
+            yield file
+
+    def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
+        """uint8 (rows, row_bytes), the bytes that ship."""
+        with self._file(tensor) as file:
+            if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
+            found: Tensor = file.get_tensor(fmt.name)
+            return found
+
+    def weights(self, tensor: str, fmt: QuantFormat, columns: int, device: torch.device) -> Tensor:
+        """float32 (rows, columns) that the packed bytes decode to."""
+        return decoded(fmt, self.packed(tensor, fmt), columns, device)
+
+    def entry(self, tensor: str, fmt: QuantFormat) -> BankEntry:
+        """Errors of one tensor at one level."""
+        if tensor not in self._errors:
+            with self._file(tensor) as file:
+                records = json.loads(file.metadata()["errors"])
+            self._errors[tensor] = {name: BankEntry(**record) for name, record in records.items()}
+        return self._errors[tensor][fmt.name]
+
+    def errors(self, tensors: Sequence[str], fmt: QuantFormat) -> dict[str, float]:
+        """Errors of tensors that take one level together: ``reconstruction``, and ``relative`` to zeroing them."""
+        entries = [self.entry(name, fmt) for name in tensors]
+        error, power = sum(e.error for e in entries), sum(e.power for e in entries)
+        return {"reconstruction": error, "relative": error / power if power else 0.0}
+
+
+def decoded(fmt: QuantFormat, packed: Tensor, columns: int, device: torch.device) -> Tensor:
+    """float32 (rows, columns) of packed rows, some at a time: decoding takes several times their memory."""
+    weights = torch.empty(len(packed), columns, device=device)
+    step = max(1, DECODED_WEIGHTS // columns)
+    for start in range(0, len(packed), step):
+        weights[start : start + step] = dequantize(fmt, packed[start : start + step].to(device))[:, :columns]
+    return weights

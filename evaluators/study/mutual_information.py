@@ -1,0 +1,119 @@
+"""Bits by groups of channels that share information, as a method of studies."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from evaluators.study.layer import LayerInput, StudyLayer, TreatedLayer
+from evaluators.study.methods import Method
+from quantizers.simulated.allocation import THREE_LEVELS, budget_bits, check_levels, group_bits
+from quantizers.simulated.channel_mixed import GridSettings, simulate
+from quantizers.statistics.clustering import Clustering, group, redundancy
+from quantizers.statistics.importance import channel_dimensions, combined_importance
+from quantizers.statistics.mutual_information import DEFAULT_BINS, Estimate
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """Labels (columns,) of an input's channels, the affinity (columns, columns) they came from, and their cost."""
+
+    labels: np.ndarray
+    affinity: np.ndarray
+    seconds: float
+
+
+class MutualInformation(Method):
+    """Channels that share information in ``groups``; the redundant ones get fewer bits, the independent more.
+
+    From the most redundant group to the most independent one the bits wanted rise by ``spread_bits``, evenly over the
+    channels in between. With ``spread_bits: null`` a group whose pairs share I bits on average wants I bits a channel
+    less (the entropy of a Gaussian given another falls by what they share); with ``normalized`` information, from 0 to
+    1, I times the span of the levels. A bit more wanted is a score four times as high. ``importance`` multiplies by
+    the group's mean five-dimensional score.
+    Strategy A: channels of a group share one scale and zero. B: they share the bits, each with a grid of its own.
+    """
+
+    axis = "target_avg_bits"
+    needs_samples = True
+    kind: Literal["mutual_information"] = "mutual_information"
+    strategy: Literal["A", "B"] = "B"
+    groups: int = Field(16, ge=1, description="for each input; at most its channels")
+    estimate: Estimate = "histogram"
+    bins: int = Field(DEFAULT_BINS, ge=2)
+    normalized: bool = True
+    clustering: Clustering = "spectral"
+    spread_bits: float | None = Field(4.0, ge=0)
+    importance: bool = False
+    levels: tuple[int, ...] = THREE_LEVELS
+    target_avg_bits: float = 4.0
+    grid: GridSettings = GridSettings(share="channel")
+    compensate: bool = True
+
+    @field_validator("levels")
+    @classmethod
+    def rising(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        return check_levels(levels)
+
+    @model_validator(mode="after")
+    def within_reach(self) -> Self:
+        budget_bits(np.ones(1), self.target_avg_bits, self.levels)
+        return self
+
+    def check(self, columns: int) -> None:
+        if self.groups > columns:
+            raise ValueError(f"expected groups from 1 to {columns}, the smallest input's channels, found {self.groups}")
+
+    def channel_groups(self, source: LayerInput) -> ChannelGroups:
+        """Of an input, computed once; without activations all channels are alike. Raises ValueError for too many."""
+        if "groups" not in source.memo:
+            seconds, affinity = 0.0, np.zeros(source.H.shape)
+            labels = np.zeros(len(source.H), dtype=np.int64)
+            if source.samples is not None:
+                found, seconds = source.samples.information(self.estimate, self.bins)
+                affinity = (found.normalized() if self.normalized else found.information).numpy()
+                started = time.perf_counter()
+                labels = group(affinity, self.groups, self.clustering)
+                seconds += time.perf_counter() - started
+            source.memo["groups"] = ChannelGroups(labels, affinity, seconds)
+        groups: ChannelGroups = source.memo["groups"]
+        return groups
+
+    def scores(self, layer: StudyLayer, groups: ChannelGroups) -> np.ndarray:
+        """By group, float64 (K,)."""
+        shared = redundancy(groups.affinity, groups.labels)
+        if self.spread_bits is None:
+            wanted = -shared * (self.levels[-1] - self.levels[0] if self.normalized else 1 / math.log(2))
+        else:
+            wanted = self.spread_bits * middles(-shared, np.bincount(groups.labels))
+        scores: np.ndarray = 4.0**wanted
+        if self.importance:
+            dimensions = channel_dimensions(layer.W, layer.input.H, layer.input.statistics, U=layer.input.factor)
+            channels = combined_importance(dimensions).cpu().numpy()
+            scores *= np.bincount(groups.labels, channels) / np.bincount(groups.labels)
+        return scores
+
+    def treat(self, layer: StudyLayer) -> TreatedLayer:
+        fresh = "groups" not in layer.input.memo
+        groups = self.channel_groups(layer.input)
+        scores, sizes = self.scores(layer, groups), np.bincount(groups.labels)
+        bits = torch.from_numpy(group_bits(scores, sizes, self.target_avg_bits, self.levels)[groups.labels])
+        shared = torch.from_numpy(groups.labels) if self.strategy == "A" else None
+        mixed = simulate(layer.W, bits, self.grid, layer.input.factor if self.compensate else None, shared)
+        score: Tensor = torch.from_numpy(scores[groups.labels])
+        seconds = groups.seconds if fresh else 0.0
+        return TreatedLayer(mixed.weights, bits, mixed.stored_bits, score, seconds)
+
+
+def middles(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Where the middle of each group lies from 0 to 1 among all members, groups in the order of ``values``."""
+    order = np.argsort(values, kind="stable")
+    ends = np.cumsum(sizes[order])
+    result = np.empty(len(values))
+    result[order] = (ends - sizes[order] / 2) / ends[-1]
+    return result

@@ -1,0 +1,202 @@
+"""Read a GGUF file back, with every length checked against the file before it is believed.
+
+gguf's own reader loops and llama.cpp may stop the process on a damaged file; here it is one ValueError.
+Format: docs/gguf.md of ggml.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType, dequantize
+
+from exporters.metadata.source import ModelSource
+from exporters.metadata.tensor_names import from_file_rows, tensor_table
+from quantizers.formats.table import GGUF_ALIGNMENT, padded
+
+_SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+    GGUFValueType.BOOL: "?",
+}
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+
+
+class _DamageError(Exception):
+    """What does not fit, for the end of the sentence that ``read_gguf`` raises."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One row of the tensor table; ``offset`` is from the start of the file, sizes are bytes."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]  # (rows, columns)
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GgufContents:
+    """Key-values and tensor table of a file whose lengths all agree."""
+
+    path: Path
+    key_values: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]  # by GGUF name, in file order
+
+    def read(self, name: str) -> np.ndarray:
+        """Stored bytes of a tensor, uint8 (rows, row_bytes); a vector is one row."""
+        tensor = self.tensors[name]
+        data = np.memmap(self.path, np.uint8, "r", offset=tensor.offset, shape=(tensor.size,))
+        return np.array(data).reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
+
+    def dequantized(self, name: str) -> np.ndarray:
+        """A tensor as float32, in the file's row order."""
+        tensor = self.tensors[name]
+        values = dequantize(self.read(name), GGMLQuantizationType[tensor.type_name])
+        return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+
+    def head(self) -> np.ndarray:
+        """The matrix (V, D) float32 that makes the logits: the output's or, where tied, the embedding's."""
+        return self.dequantized("output.weight" if "output.weight" in self.tensors else "token_embd.weight")
+
+
+def read_gguf(path: str | Path) -> GgufContents:
+    """Parse ``path`` without touching tensor data.
+
+    Raises ValueError, one sentence, if it is missing, not a GGUF file, truncated, or contradicts itself.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a GGUF file, found none at {path}")
+    if path.stat().st_size < len(b"GGUF"):
+        raise ValueError(f"expected a GGUF file, found {path.stat().st_size} bytes at {path}")
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            return _parse(path, data)
+    except _DamageError as damage:
+        raise ValueError(f"expected a complete GGUF file at {path}, found {damage}") from None
+
+
+class _Cursor:
+    """Reads forward through ``data``; never past its end."""
+
+    def __init__(self, data: mmap):
+        self.data = data
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.position:
+            raise _DamageError(f"an end at byte {len(self.data)} inside its header")
+        self.position += count
+        return self.data[self.position - count : self.position]
+
+    def scalars(self, code: str, count: int = 1) -> tuple[Any, ...]:
+        size = struct.calcsize(f"<{code}")
+        return struct.unpack(f"<{count}{code}", self.take(size * count))
+
+    def string(self) -> str:
+        try:
+            return self.take(self.scalars("Q")[0]).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _DamageError(f"text that is not UTF-8 before byte {self.position}") from None
+
+    def value(self, kind: int) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind == GGUFValueType.ARRAY:
+            inner, count = self.scalars("I")[0], self.scalars("Q")[0]
+            if inner in _SCALARS:
+                size = struct.calcsize(f"<{_SCALARS[GGUFValueType(inner)]}")
+                if count * size > len(self.data):
+                    raise _DamageError(f"an array of {count} values in {len(self.data)} bytes")
+                return list(self.scalars(_SCALARS[GGUFValueType(inner)], count))
+            if inner != GGUFValueType.STRING:
+                raise _DamageError(f"an array of values of type {inner} before byte {self.position}")
+            return [self.string() for _ in range(count)]
+        if kind in _SCALARS:
+            return self.scalars(_SCALARS[GGUFValueType(kind)])[0]
+        raise _DamageError(f"an unknown value type {kind} before byte {self.position}")
+
+
+def _parse(path: Path, data: mmap) -> GgufContents:
+    cursor = _Cursor(data)
+    magic = cursor.scalars("I")[0]
+    if magic != GGUF_MAGIC:
+        raise _DamageError(f"the first bytes {magic.to_bytes(4, 'little')!r} instead of b'GGUF'")
+    version = cursor.scalars("I")[0]
+    if version != GGUF_VERSION:
+        raise _DamageError(f"GGUF version {version} instead of {GGUF_VERSION}")
+    tensor_count, key_count = cursor.scalars("Q", 2)
+    key_values = {}
+    for _ in range(key_count):
+        key = cursor.string()
+        key_values[key] = cursor.value(cursor.scalars("I")[0])
+    table = [_table_row(cursor) for _ in range(tensor_count)]
+    if key_values.get("general.alignment", GGUF_ALIGNMENT) != GGUF_ALIGNMENT:
+        raise _DamageError(f"an alignment of {key_values['general.alignment']} instead of {GGUF_ALIGNMENT}")
+    start = padded(cursor.position)
+    tensors = {}
+    for name, kind, shape, offset in table:
+        tensor = _stored(name, kind, shape, start + offset)
+        if tensor.offset + tensor.size > len(data):
+            raise _DamageError(
+                f"{len(data)} bytes where tensor {name} ends at byte {tensor.offset + tensor.size}: it is truncated"
+            )
+        tensors[name] = tensor
+    return GgufContents(path, key_values, tensors)
+
+
+def _table_row(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    name = cursor.string()
+    dimensions = cursor.scalars("I")[0]
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise _DamageError(f"{dimensions} dimensions of tensor {name}")
+    shape = tuple(reversed(cursor.scalars("Q", dimensions)))
+    kind, offset = cursor.scalars("I")[0], cursor.scalars("Q")[0]
+    return name, kind, shape, offset
+
+
+def _stored(name: str, kind: int, shape: tuple[int, ...], offset: int) -> StoredTensor:
+    if kind not in set(GGMLQuantizationType):
+        raise _DamageError(f"an unknown type {kind} of tensor {name}")
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    if shape[-1] % block:
+        raise _DamageError(f"rows of {shape[-1]} weights of tensor {name} in blocks of {block}")
+    size = prod(shape) // block * block_bytes
+    return StoredTensor(name, GGMLQuantizationType(kind).name, shape, offset, size)
+
+
+def read_packed(path: str | Path, source: ModelSource | None = None) -> dict[str, tuple[str, np.ndarray]]:
+    """Every tensor of the file: (type name, bytes uint8 (rows, row_bytes)).
+
+    By GGUF name in the file's row order or, with ``source``, by Hugging Face name in transformers' row order, so that
+    the bytes equal those that were handed to ``export_gguf``. Raises ValueError as ``read_gguf``.
+    """
+    contents = read_gguf(path)
+    if source is None:
+        return {name: (tensor.type_name, contents.read(name)) for name, tensor in contents.tensors.items()}
+    packed = {}
+    for entry in tensor_table(source):
+        if entry.gguf_name not in contents.tensors:
+            raise ValueError(f"expected tensor {entry.gguf_name} in {path}, found none")
+        rows = contents.read(entry.gguf_name)
+        packed[entry.hf_name] = (
+            contents.tensors[entry.gguf_name].type_name,
+            from_file_rows(entry, rows.reshape(entry.shape[0], -1)),
+        )
+    return packed

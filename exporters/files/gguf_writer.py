@@ -1,0 +1,214 @@
+"""Write a model as one GGUF file: packed tensors copied byte for byte, everything else in float32.
+
+    header | key-values | tensor table | padding | tensor data, each padded to the alignment
+
+The length of all that precedes the data does not depend on the tensor types, so the exact file size of any choice of
+types is known beforehand, and the data can be written before the table that describes it. Shapes: (rows, columns).
+"""
+
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.gguf_writer import WriterState
+
+from bitgenome.common.files import sync_folder
+from exporters.metadata.architectures import architecture_of, dimensions_of
+from exporters.metadata.hyperparameters import model_metadata
+from exporters.metadata.provenance import Provenance
+from exporters.metadata.rope import frequency_factors, rope_of
+from exporters.metadata.source import ModelSource
+from exporters.metadata.tensor_names import TensorEntry, tensor_table, to_file_rows
+from exporters.metadata.tokenizer import tokenizer_metadata
+from quantizers.formats.table import FORMATS, QuantFormat, padded
+
+log = logging.getLogger(__name__)
+
+Packed = Callable[[str], tuple[QuantFormat, np.ndarray]]
+F32 = GGMLQuantizationType.F32
+FLOAT_TYPES = {
+    GGMLQuantizationType.F32: (torch.float32, LlamaFileType.ALL_F32),
+    GGMLQuantizationType.F16: (torch.float16, LlamaFileType.MOSTLY_F16),
+    GGMLQuantizationType.BF16: (torch.bfloat16, LlamaFileType.MOSTLY_BF16),
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class _Layout:
+    """The tensors of a file and the key-values that hold for every choice of types."""
+
+    def __init__(self, source: ModelSource, allow_missing_tokenizer: bool, file_type: LlamaFileType):
+        self.architecture = architecture_of(source)
+        self.rope_factors = frequency_factors(rope_of(source.config), dimensions_of(source).head_dim)
+        self.entries = tensor_table(source)
+        if self.rope_factors is not None:  # first, as in llama.cpp's own conversions
+            self.entries.insert(0, TensorEntry("", ROPE_FACTORS, self.rope_factors.shape, quantizable=False))
+        self.quantizable = [entry for entry in self.entries if entry.quantizable]
+        self.keys = model_metadata(source, file_type) | tokenizer_metadata(source, allow_missing_tokenizer)
+
+    def header(self, types: Mapping[str, GGMLQuantizationType], provenance: Provenance | None) -> bytes:
+        """All bytes before the tensor data, for ``types`` by GGUF name (float32 where none is given)."""
+        writer = GGUFWriter(None, self.architecture.name)
+        keys: dict = dict(self.keys)
+        if provenance is not None:
+            names = [types.get(entry.gguf_name, F32).name for entry in self.quantizable]
+            keys |= provenance.key_values(names)
+        for key, (value, kind) in keys.items():
+            writer.add_key_value(key, value, kind)
+        for entry in self.entries:
+            kind = types.get(entry.gguf_name, F32)
+            size = FORMATS[kind.name].tensor_bytes(entry.shape) if kind.name in FORMATS else 2 * prod(entry.shape)
+            writer.add_tensor_info(entry.gguf_name, entry.shape, np.dtype(np.float32), size, raw_dtype=kind)
+        buffer = io.BytesIO()
+        writer.fout, writer.state = [buffer], WriterState.EMPTY  # a file of ours instead of one it opens
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return _pad(buffer.getvalue())
+
+
+def fixed_bytes(source: ModelSource, genes: int | None = None, *, allow_missing_tokenizer: bool = False) -> int:
+    """Bytes of the file that no choice of types changes: all but the quantizable tensors' padded data.
+
+    ``genes`` is the length of the genome that the provenance will hold, by default one gene for each quantizable
+    tensor. The folder's name is in the file, so renaming it changes the size. Reads no weights. Raises
+    UnsupportedArchitectureError, TokenizerError or UnknownPretokenizerError for a model that cannot be exported.
+    """
+    layout = _Layout(source, allow_missing_tokenizer, LlamaFileType.GUESSED)
+    blank = Provenance.blank(len(layout.quantizable) if genes is None else genes)
+    floats = (entry for entry in layout.entries if not entry.quantizable)
+    return len(layout.header({}, blank)) + sum(padded(4 * prod(entry.shape)) for entry in floats)
+
+
+def export_gguf(
+    source: ModelSource,
+    packed: Packed,
+    path: str | Path,
+    provenance: Provenance | None = None,
+    f32_overrides: Mapping[str, torch.Tensor] | None = None,
+    *,
+    allow_missing_tokenizer: bool = False,
+) -> int:
+    """Write ``source`` to ``path``, atomically and with one tensor in memory at a time; returns the file's bytes.
+
+    ``packed`` maps a Hugging Face name to its format and its bytes, uint8 (rows, row_bytes) in transformers' row
+    order. ``f32_overrides`` replaces float32 tensors (norms, biases) by Hugging Face name. Raises ValueError if bytes
+    or overrides do not fit the tensor they are for; nothing is left at ``path`` then that was not there before.
+    """
+    layout = _Layout(source, allow_missing_tokenizer, LlamaFileType.GUESSED)
+    overrides = dict(f32_overrides or {})
+    unknown = overrides.keys() - {entry.hf_name for entry in layout.entries if not entry.quantizable}
+    if unknown:
+        raise ValueError(f"expected overrides of float32 tensors, found {', '.join(sorted(unknown))}")
+
+    def data(entry: TensorEntry) -> tuple[GGMLQuantizationType, np.ndarray]:
+        if not entry.quantizable:
+            return F32, _float_rows(source, layout, entry, torch.float32, overrides)
+        quant_format, rows = packed(entry.hf_name)
+        expected = (entry.shape[0], quant_format.row_bytes(entry.shape[1]))
+        if rows.dtype != np.uint8 or rows.shape != expected:
+            raise ValueError(
+                f"expected {quant_format.name} bytes uint8 {expected} for {entry.hf_name}, "
+                f"found {rows.dtype} {rows.shape}"
+            )
+        return quant_format.ggml_type, to_file_rows(entry, rows)
+
+    return _write(layout, data, Path(path), provenance)
+
+
+def export_float(
+    source: ModelSource,
+    path: str | Path,
+    ggml_type: GGMLQuantizationType = F32,
+    *,
+    allow_missing_tokenizer: bool = False,
+) -> int:
+    """Write the unquantized model with its matrices in F32, F16 or BF16, as a reference; returns the file's bytes.
+
+    Raises ValueError for another type.
+    """
+    if ggml_type not in FLOAT_TYPES:
+        raise ValueError(f"expected one of {', '.join(t.name for t in FLOAT_TYPES)}, found {ggml_type!r}")
+    dtype, file_type = FLOAT_TYPES[ggml_type]
+    layout = _Layout(source, allow_missing_tokenizer, file_type)
+
+    def data(entry: TensorEntry) -> tuple[GGMLQuantizationType, np.ndarray]:
+        if entry.quantizable:
+            return ggml_type, _float_rows(source, layout, entry, dtype, {})
+        return F32, _float_rows(source, layout, entry, torch.float32, {})
+
+    return _write(layout, data, Path(path), None)
+
+
+def _float_rows(
+    source: ModelSource,
+    layout: _Layout,
+    entry: TensorEntry,
+    dtype: torch.dtype,
+    overrides: dict[str, torch.Tensor],
+) -> np.ndarray:
+    """Little-endian bytes of a tensor as ``dtype``, uint8 (rows, row_bytes), rows in the file's order."""
+    if entry.gguf_name == ROPE_FACTORS:
+        assert layout.rope_factors is not None
+        tensor = torch.from_numpy(layout.rope_factors)
+    else:
+        replaced = overrides.get(entry.hf_name)
+        tensor = source.read(entry.hf_name) if replaced is None else replaced.detach().cpu()
+    if tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"expected shape {entry.shape} for {entry.hf_name}, found {tuple(tensor.shape)}")
+    contiguous = tensor.to(dtype).contiguous()
+    rows = contiguous.view(torch.uint8).numpy().reshape(entry.shape[0], -1)
+    return to_file_rows(entry, rows)
+
+
+def _write(
+    layout: _Layout,
+    data: Callable[[TensorEntry], tuple[GGMLQuantizationType, np.ndarray]],
+    path: Path,
+    provenance: Provenance | None,
+) -> int:
+    types: dict[str, GGMLQuantizationType] = {}
+    start = len(layout.header({}, provenance))
+    with atomic_file(path) as file:
+        file.seek(start)
+        for entry in layout.entries:
+            types[entry.gguf_name], rows = data(entry)
+            file.write(np.ascontiguousarray(rows).data)
+            file.write(bytes(padded(rows.nbytes) - rows.nbytes))
+        size = file.tell()
+        header = layout.header(types, provenance)
+        assert len(header) == start, "the header's length must not depend on the types"
+        file.seek(0)
+        file.write(header)
+    log.info("wrote %s: %d tensors, %d bytes", path, len(layout.entries), size)
+    return size
+
+
+def _pad(data: bytes) -> bytes:
+    return data.ljust(padded(len(data)), b"\0")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at ``path`` complete or, after an exception, not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            yield file  # type: ignore[misc]
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)  # the rename itself

@@ -1,0 +1,88 @@
+"""Which of llama.cpp's pre-tokenizers splits text as a byte-level BPE tokenizer does.
+
+llama.cpp has its splitting patterns compiled in and selects one by ``tokenizer.ggml.pre`` (llama-vocab.cpp). The key
+here is the pattern in tokenizer.json, as published with the models the names stand for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitgenome.common.errors import UserError
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = "<gpt-2>"  # ByteLevel's built-in pattern
+DIGITS = "<digits>"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+WORD = r"[^\r\n\p{L}\p{N}]?"
+
+
+class UnknownPretokenizerError(UserError):
+    """llama.cpp has no pre-tokenizer that splits text as the model's does; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """Patterns applied one after the other, and whether words that are tokens skip the merges."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool
+
+
+def _cased(tail: str, digits: str) -> str:
+    return rf"{WORD}{UPPER}*{LOWER}+{tail}|{WORD}{UPPER}+{LOWER}*{tail}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{SPACES}"
+
+
+_QWEN2 = rf"{CONTRACTIONS}|{WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+_LLAMA3 = rf"{CONTRACTIONS}|{WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
+_QWEN35 = rf"{CONTRACTIONS}|{WORD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{SPACES}"
+KNOWN = {
+    Splitting((_QWEN2,), False): "qwen2",
+    Splitting((_LLAMA3,), True): "llama-bpe",
+    Splitting((_LLAMA3,), False): "dbrx",
+    Splitting((_QWEN35,), False): "qwen35",
+    Splitting((_cased("", r"\p{N}"),), True): "tekken",
+    Splitting((_cased(f"{CONTRACTIONS}?", r"\p{N}{1,3}"),), False): "gpt-4o",
+    Splitting((GPT2,), False): "gpt-2",
+    Splitting((DIGITS, GPT2), False): "smollm",
+}
+
+
+def pretokenizer_name(tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the splitting of ``tokenizer``, the contents of a tokenizer.json.
+
+    Raises UnknownPretokenizerError where no name fits: a wrong one would change the tokens silently.
+    """
+    patterns = tuple(p for step in _steps(tokenizer.get("pre_tokenizer")) if (p := _pattern(step)) is not None)
+    splitting = Splitting(patterns, bool(tokenizer["model"].get("ignore_merges")))
+    if splitting not in KNOWN:
+        raise UnknownPretokenizerError(
+            f"expected a pre-tokenizer that llama.cpp knows ({', '.join(KNOWN.values())}), found {list(patterns)} "
+            f"with ignore_merges={splitting.ignore_merges}"
+        )
+    return KNOWN[splitting]
+
+
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer["type"] == "Sequence":
+        return [inner for step in pre_tokenizer["pretokenizers"] for inner in _steps(step)]
+    return [pre_tokenizer]
+
+
+def _pattern(step: Mapping[str, Any]) -> str | None:
+    """What a step splits by; None for one that only maps bytes to characters."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return "<ByteLevel with add_prefix_space>"
+        case {"type": "ByteLevel"}:
+            return GPT2 if step.get("use_regex", True) else None
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"}:
+            return pattern
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
+            return pattern  # keeps the matches, which cover the text: the same pieces
+        case {"type": "Digits", "individual_digits": True}:
+            return DIGITS
+    return f"<{step['type']}>"

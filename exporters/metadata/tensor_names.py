@@ -1,0 +1,106 @@
+"""From Hugging Face tensors to GGUF tensors: names, order, row permutation, and what may be quantized.
+
+Shapes: (rows, columns) as in transformers; GGUF's own table lists them reversed.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import get_tensor_name_map
+
+from exporters.metadata.architectures import UnsupportedArchitectureError, architecture_of, dimensions_of
+from exporters.metadata.source import ModelSource
+
+# Buffers that old checkpoints carry and that config.json determines: nothing is lost without them.
+DERIVED_BUFFERS = (
+    re.compile(r"(^|\.)rotary_emb\.inv_freq$"),
+    re.compile(r"(^|\.)self_attn\.(bias|masked_bias)$"),
+)
+BLOCK_ORDER = (  # order of a block's tensors in the file, that in which they are used
+    "attn_norm", "attn_q", "attn_q_norm", "attn_k", "attn_k_norm", "attn_v", "attn_output",
+    "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
+END_ORDER = ("token_embd", "blk", "output_norm", "output")
+QUANTIZABLE_KINDS = frozenset(
+    {"token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the file."""
+
+    hf_name: str
+    gguf_name: str
+    shape: tuple[int, ...]
+    quantizable: bool  # False: stays float32
+    permuted_heads: int = 0  # heads whose rows are reordered; 0: rows stay as they are
+
+    @property
+    def kind(self) -> str:
+        """E.g. "attn_q", "token_embd"."""
+        return self.gguf_name.split(".")[-2]
+
+
+def tensor_table(source: ModelSource) -> list[TensorEntry]:
+    """Every tensor of ``source`` that the file holds, in file order: embedding, blocks, final norm, head.
+
+    Raises UnsupportedArchitectureError for an architecture or a tensor that has no place in the file.
+    """
+    architecture, sizes = architecture_of(source), dimensions_of(source)
+    names = get_tensor_name_map(architecture.gguf, sizes.layers)
+    heads = {"attn_q": sizes.heads, "attn_k": sizes.kv_heads} if architecture.permutes_qk else {}
+    entries = []
+    for hf_name, shape in source.shapes.items():
+        if any(pattern.search(hf_name) for pattern in DERIVED_BUFFERS):
+            continue
+        gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        kind, suffix = (gguf_name or "..").split(".")[-2:]
+        if suffix not in ("weight", "bias") or (suffix == "bias" and kind not in architecture.biases):
+            raise UnsupportedArchitectureError(
+                f"tensor {hf_name} {tuple(shape)} has no place in a {architecture.name} GGUF file: expected only the "
+                f"tensors of a plain {architecture.model_type} model"
+            )
+        quantizable = len(shape) == 2 and kind in QUANTIZABLE_KINDS
+        entries.append(TensorEntry(hf_name, gguf_name, tuple(shape), quantizable, heads.get(kind, 0)))
+    return sorted(entries, key=_file_position)
+
+
+def _file_position(entry: TensorEntry) -> tuple[int, int, int, str]:
+    parts = entry.gguf_name.split(".")
+    if parts[0] == "blk":
+        return END_ORDER.index("blk"), int(parts[1]), BLOCK_ORDER.index(parts[2]), parts[3]
+    return END_ORDER.index(parts[0]), 0, 0, parts[1]
+
+
+def quantizable_tensors(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """(rows, columns) by Hugging Face name of every tensor whose type may be chosen, in file order.
+
+    Raises UnsupportedArchitectureError as ``tensor_table``.
+    """
+    return {entry.hf_name: entry.shape for entry in tensor_table(source) if entry.quantizable}
+
+
+def row_order(entry: TensorEntry) -> np.ndarray | None:
+    """Row indices (rows,) int64 such that ``rows[row_order]`` is the file's order; None where the two agree.
+
+    Within each head, transformers stores the two halves of the rotary pairs one after the other, llama.cpp
+    interleaves them (``LlamaModel.permute`` in convert_hf_to_gguf.py).
+    """
+    if not entry.permuted_heads:
+        return None
+    rows = entry.shape[0]
+    return np.arange(rows).reshape(entry.permuted_heads, 2, -1).swapaxes(1, 2).reshape(rows)
+
+
+def to_file_rows(entry: TensorEntry, rows: np.ndarray) -> np.ndarray:
+    """``rows`` (rows, ...), floats or packed bytes, from transformers' row order to the file's."""
+    order = row_order(entry)
+    return rows if order is None else rows[order]
+
+
+def from_file_rows(entry: TensorEntry, rows: np.ndarray) -> np.ndarray:
+    """Inverse of ``to_file_rows``."""
+    order = row_order(entry)
+    return rows if order is None else rows[np.argsort(order)]

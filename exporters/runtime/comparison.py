@@ -1,0 +1,142 @@
+"""Figures of the shipped file: what llama.cpp computes, against the model it came from and the search's simulation.
+
+Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary. Logits exist for a chunk of positions at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from exporters.files.gguf_reader import read_gguf
+from exporters.runtime.llamacpp import LlamaCppRuntime
+
+CHUNK_BYTES = 1 << 26  # of one chunk's logits
+
+# (start, stop) of flattened positions -> log probabilities float32 (stop - start, V)
+LogProbs = Callable[[int, int], torch.Tensor]
+# final hidden states (P, D) -> logits (P, V)
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model held against the runtime; ``kl`` in nats per position, from that model to the runtime."""
+
+    kl: float
+    top1_agreement: float  # share of positions whose most likely token is the same
+    perplexity: float  # that model's own
+
+
+@dataclass(frozen=True)
+class RuntimeFigures:
+    """What llama.cpp makes of the text, over ``positions`` positions."""
+
+    perplexity: float
+    positions: int
+    reference: Comparison | None = None  # the full-precision model
+    simulated: Comparison | None = None  # the dequantized weights in the search's own computation
+    eight_bit: Comparison | None = None  # the same, with llama.cpp's 8-bit inputs
+
+
+def log_probs(hidden: np.ndarray | torch.Tensor, head: LogitsOf) -> LogProbs:
+    """Log probabilities from final hidden states (n, T, D) and the head on their device."""
+    states = torch.as_tensor(hidden, dtype=torch.float32).flatten(0, -2)
+
+    def chunk(start: int, stop: int) -> torch.Tensor:
+        return torch.log_softmax(head(states[start:stop]), dim=-1).cpu()
+
+    return chunk
+
+
+def plain_head(weight: np.ndarray | torch.Tensor) -> LogitsOf:
+    """The head of weight (V, D) whose product is the logits."""
+    return partial(functional.linear, weight=torch.as_tensor(weight, dtype=torch.float32))
+
+
+def compare(
+    runtime: LogProbs,
+    windows: np.ndarray,
+    vocabulary: int,
+    reference: LogProbs | None = None,
+    simulated: LogProbs | None = None,
+    eight_bit: LogProbs | None = None,
+) -> RuntimeFigures:
+    """Figures of ``runtime`` on token ids ``windows`` (n, T), and of the models it is held against.
+
+    Raises FloatingPointError if log probabilities of the runtime are not finite.
+    """
+    targets = _targets(windows)
+    models = {"reference": reference, "simulated": simulated, "eight_bit": eight_bit}
+    sums = {name: _Sums() for name in ("runtime", *models)}
+    for start, stop in _chunks(len(targets), vocabulary):
+        ours = runtime(start, stop)
+        if not bool(torch.isfinite(ours).all()):
+            raise FloatingPointError("llama.cpp's logits are not finite")
+        sums["runtime"].add(ours, ours, targets[start:stop])
+        for name, model in models.items():
+            if model is not None:
+                sums[name].add(model(start, stop), ours, targets[start:stop])
+    return RuntimeFigures(
+        sums["runtime"].comparison().perplexity,
+        len(targets),
+        **{name: sums[name].comparison() if model else None for name, model in models.items()},
+    )
+
+
+def measure_file(
+    path: str | Path,
+    windows: np.ndarray,
+    reference: LogProbs | None = None,
+    simulated: LogProbs | None = None,
+    eight_bit: LogProbs | None = None,
+    threads: int | None = None,
+) -> RuntimeFigures:
+    """Run the file in llama.cpp on ``windows`` (n, T) and compare.
+
+    The head's product is ours, on the file's dequantized head: llama.cpp returns hidden states, not logits. Raises
+    ValueError for a damaged file and LlamaCppError if llama.cpp cannot run it.
+    """
+    head = read_gguf(path).head()
+    with LlamaCppRuntime(path, windows.shape[1], threads) as runtime:
+        hidden = runtime.hidden_states(windows)
+    return compare(log_probs(hidden, plain_head(head)), windows, head.shape[0], reference, simulated, eight_bit)
+
+
+class _Sums:
+    """Running sums in float64 over positions."""
+
+    def __init__(self) -> None:
+        self.kl = self.agreed = self.loss = 0.0
+        self.positions = self.predicted = 0
+
+    def add(self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor) -> None:
+        """``model`` and ``runtime`` (chunk, V) log probabilities; ``targets`` (chunk,) next tokens or -1."""
+        followed = targets >= 0
+        self.kl += float((model.exp() * (model - runtime)).sum(dtype=torch.float64))
+        self.agreed += int((model.argmax(-1) == runtime.argmax(-1)).sum())
+        self.loss -= float(model[followed].gather(1, targets[followed, None]).sum(dtype=torch.float64))
+        self.positions += len(targets)
+        self.predicted += int(followed.sum())
+
+    def comparison(self) -> Comparison:
+        return Comparison(
+            self.kl / self.positions, self.agreed / self.positions, math.exp(self.loss / max(1, self.predicted))
+        )
+
+
+def _targets(windows: np.ndarray) -> torch.Tensor:
+    """(P,) the token after each position, -1 where a window ends."""
+    targets = torch.full(windows.shape, -1, dtype=torch.int64)
+    targets[:, :-1] = torch.from_numpy(np.ascontiguousarray(windows[:, 1:], dtype=np.int64))
+    return targets.flatten()
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return ((start, min(start + step, positions)) for start in range(0, positions, step))

@@ -1,0 +1,63 @@
+"""ggml's codebook types: which magnitudes, signs and scales a block can store.
+
+Weight = step * sign * magnitude. Magnitudes come V at a time from a table of E codewords; signs are free, or of every
+8 the last follows from an even number of minuses; step = d * code with an fp16 d for 256 weights and an odd multiple of
+a unit for each sub-block. Tables and arithmetic: ``iq2xxs_grid`` ... ``iq3s_grid`` and ``dequantize_row_iq*`` in ggml
+(ggml-common.h, ggml-quants.c), read here from the gguf package.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from gguf import quants
+from torch import Tensor
+
+from quantizers.formats.grids import Grid
+from quantizers.formats.table import FORMATS
+
+SIGN_GROUP = 8  # weights whose signs are stored together
+
+
+@dataclass(frozen=True)
+class CodebookGrid(Grid):
+    """A grid whose magnitudes come from a codebook, ``vector`` at a time; ``width`` weights share a step."""
+
+    vector: int = 8  # V
+    even_signs: bool = False  # whether each SIGN_GROUP stores 7 signs
+    unit: float = 1.0  # scales are unit * (1, 3, ..., 31)
+
+    @property
+    def is_nested(self) -> bool:
+        return True
+
+    def nearest_code(self, code: Tensor) -> Tensor:
+        """The storable scale nearest to ``code``."""
+        return ((code / self.unit - 1) / 2).round_().clamp_(0, 15).mul_(2).add_(1).mul_(self.unit)
+
+    def codewords(self, like: Tensor) -> Tensor:
+        """(E, V), the magnitudes, in type and place of ``like``."""
+        return _table(self.format.name).to(like)
+
+
+@cache
+def _table(name: str) -> Tensor:
+    reader = getattr(quants, name)
+    reader.init_grid()
+    return torch.from_numpy(reader.grid.reshape(reader.grid_shape).copy())
+
+
+def _grid(name: str, width: int, vector: int, largest: int, unit: float, even_signs: bool = False) -> CodebookGrid:
+    return CodebookGrid(FORMATS[name], width, -largest, largest, vector=vector, even_signs=even_signs, unit=unit)
+
+
+CODEBOOK_GRIDS: dict[str, CodebookGrid] = {
+    grid.format.name: grid
+    for grid in (
+        _grid("IQ2_XXS", 32, 8, 43, 1 / 8, even_signs=True),
+        _grid("IQ2_XS", 16, 8, 43, 1 / 8, even_signs=True),
+        _grid("IQ2_S", 16, 8, 43, 1 / 8),
+        _grid("IQ3_XXS", 32, 4, 62, 1 / 4, even_signs=True),
+        _grid("IQ3_S", 32, 4, 15, 1.0),
+    )
+}

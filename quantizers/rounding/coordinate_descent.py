@@ -1,0 +1,160 @@
+"""Coordinate descent on tr(dW H dW^T) after compensation: integer scales, fp16 d and dmin, and integers in turn.
+
+Compensation rounds every column once, seeing only the columns after it, and freezes scales that were fitted to diagonal
+importance. Here each coordinate of a block in turn gets its best value under the full H, all others given (QuantEase,
+Behdin et al. 2023, does so for integers alone). The error is quadratic in each coordinate, so the best legal value is
+the rounded minimum. Measured on the embedded model with 80k calibration tokens: two rounds take 8 to 20 % off the error
+of compensation alone, on held-out text as well.
+
+Legend: W, Q transposed (columns, N), D = W - Q, G = H D the descent direction; K weights of a block, T of a sub-block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers.formats.grids import Grid, Scales, nearest_fp16, safe_inverse
+
+PANEL = 32  # columns whose integers are updated before the rest of the block hears of it
+CHUNK_ROWS = 1024
+TINY = 1e-30
+DEGENERATE = 1e-5  # relative determinant below which d and dmin are not told apart in float32
+
+
+def descend(
+    grid: Grid,
+    W: Tensor,
+    H: Tensor,
+    start: tuple[Scales, Tensor],
+    rounds: int,
+    kept: Tensor | None = None,
+    *,
+    block_type: "type[Block] | None" = None,
+) -> tuple[Scales, Tensor]:
+    """Better scales and integers int8 (columns, N) than those of ``start``, after ``rounds`` sweeps.
+
+    W (columns, N) and H (columns, columns), positive definite, of one floating type. Integers that ``kept``, bool
+    (columns, N), leaves out are 0 and stay 0.
+    """
+    scales, integers = start
+    parts = []
+    for first in range(0, W.shape[1], CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        q = grid.blocks(integers[:, rows].to(W.dtype).contiguous())
+        chunk = scales.map(lambda member, rows=rows: member[..., rows].clone())
+        chunk_kept = None if kept is None else kept[:, rows]
+        for _ in range(rounds):
+            _sweep(block_type or Block, grid, W[:, rows], H, chunk, q, chunk_kept)
+        parts.append((chunk, q.view(len(W), -1).to(torch.int8)))
+    return Scales.concatenate([s for s, _ in parts], 3), torch.cat([q for _, q in parts], 1)
+
+
+def descend_kept(W: Tensor, H: Tensor, Q: Tensor, kept: Tensor, rounds: int) -> None:
+    """The same for weights without a grid: ``rounds`` sweeps over Q (columns, N), in place, where ``kept`` is true."""
+    G = H @ (W - Q)
+    for _ in range(rounds):
+        for start in range(0, len(W), PANEL):
+            panel = slice(start, start + PANEL)
+            H_panel, G_panel, change = H[panel, panel], G[panel].clone(), torch.empty_like(G[panel])
+            for j, keep in enumerate(kept[panel]):
+                torch.mul(G_panel[j] / H_panel[j, j], keep, out=change[j])
+                G_panel[j + 1 :].addcmul_(H_panel[j, j + 1 :, None], change[j], value=-1)
+            Q[panel] += change
+            G -= H[:, panel] @ change
+
+
+def _sweep(
+    block_type: "type[Block]", grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor, kept: Tensor | None
+) -> None:
+    """Update ``scales`` and ``q`` (B, S, T, N) in place, block by block."""
+    D = W - (q * scales.step - scales.offset).view_as(W)
+    size = grid.format.block_size
+    for b in range(len(q)):
+        columns = slice(b * size, (b + 1) * size)
+        members = (scales.d[b, 0, 0], scales.dmin[b, 0, 0], scales.scale[b, :, 0], scales.min[b, :, 0])
+        block = block_type(grid, H[columns, columns], H[columns] @ D, D[columns], q[b].view(size, -1), *members)
+        if grid.is_nested:
+            block.adjust_codes()
+        block.adjust_units()
+        block.adjust_integers(None if kept is None else kept[columns])
+
+
+@dataclass
+class Block:
+    """Views of one block of N rows; every method changes them in place and keeps G = (H D)[block]."""
+
+    grid: Grid
+    H: Tensor  # (K, K)
+    G: Tensor  # (K, N)
+    D: Tensor  # (K, N)
+    q: Tensor  # (K, N)
+    d: Tensor  # (N,)
+    dmin: Tensor  # (N,)
+    scale: Tensor  # (S, N)
+    min: Tensor  # (S, N)
+
+    def move(self, columns: slice, change: Tensor) -> None:
+        """Add ``change`` to the decoded weights of ``columns``."""
+        self.D[columns] -= change
+        self.G -= self.H[:, columns] @ change
+
+    def adjust_codes(self) -> None:
+        """Integer scale, then integer min, of one sub-block after the other."""
+        inverse_d, inverse_dmin = safe_inverse(self.d), safe_inverse(self.dmin)
+        for s in range(self.grid.sub_blocks):
+            columns = slice(s * self.grid.width, (s + 1) * self.grid.width)
+            H, q = self.H[columns, columns], self.q[columns]
+            wanted = (q * self.G[columns]).sum(0) / (q * (H @ q)).sum(0).clamp_(min=TINY) * inverse_d
+            code = self.grid.nearest_code(self.scale[s] + wanted)
+            self.move(columns, q * ((code - self.scale[s]) * self.d))
+            self.scale[s] = code
+            if self.grid.has_offset:
+                wanted = -self.G[columns].sum(0) / H.sum().clamp(min=TINY) * inverse_dmin
+                code = (self.min[s] + wanted).round_().clamp_(*self.grid.min_codes)
+                self.move(columns, ((self.min[s] - code) * self.dmin).expand_as(q))
+                self.min[s] = code
+
+    def adjust_units(self) -> None:
+        """d and dmin together, from the 2 x 2 normal equations of the directions scale * q and -min."""
+        a = self._spread(self.scale).mul_(self.q)
+        Ha = self.H @ a
+        aa, ag = (a * Ha).sum(0), (a * self.G).sum(0)
+        d_change, dmin_change = ag / aa.clamp(min=TINY), torch.zeros_like(ag)
+        if self.grid.has_offset:
+            m = -self._spread(self.min)
+            mm, am, mg = (m * (self.H @ m)).sum(0), (m * Ha).sum(0), (m * self.G).sum(0)
+            determinant = aa * mm - am.square()
+            solvable = determinant > DEGENERATE * aa * mm
+            d_change = torch.where(solvable, (mm * ag - am * mg) / determinant, d_change)
+            dmin_change = torch.where(solvable, (aa * mg - am * ag) / determinant, dmin_change)
+        d, dmin = nearest_fp16(self.d + d_change), nearest_fp16(self.dmin + dmin_change)
+        if self.grid.is_nested and self.grid.has_offset:
+            dmin.clamp_(min=0)
+        change = a.mul_(d - self.d)
+        if self.grid.has_offset:
+            change += m.mul_(dmin - self.dmin)
+        self.move(slice(None), change)
+        self.d.copy_(d)
+        self.dmin.copy_(dmin)
+
+    def adjust_integers(self, kept: Tensor | None) -> None:
+        """Integers column by column, those ``kept`` (K, N)."""
+        step = self.d * self.scale
+        inverse = safe_inverse(step)
+        for start in range(0, len(self.q), PANEL):
+            panel = slice(start, start + PANEL)
+            H, G, change = self.H[panel, panel], self.G[panel].clone(), torch.empty_like(self.G[panel])
+            for j, q in enumerate(self.q[panel]):
+                s = (start + j) // self.grid.width
+                new = self.grid.nearest((G[j] * inverse[s]).div_(H[j, j]).add_(q))
+                if kept is not None:
+                    new.mul_(kept[start + j])
+                torch.mul(new - q, step[s], out=change[j])
+                q.copy_(new)
+                G[j + 1 :].addcmul_(H[j, j + 1 :, None], change[j], value=-1)
+            self.move(panel, change)
+
+    def _spread(self, codes: Tensor) -> Tensor:
+        """(S, N) -> (K, N)."""
+        return codes.repeat_interleave(self.grid.width, 0)

@@ -1,0 +1,94 @@
+"""Rounding to the nearest representable value: weights to a GGUF type's exact bytes, without compensation.
+
+Shapes: W (rows, columns), data uint8 (rows, row_bytes).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantizers.formats.codebook_packing import pack_codebook
+from quantizers.formats.codebooks import CODEBOOK_GRIDS
+from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
+from quantizers.formats.packed import FLOAT_TYPES
+from quantizers.formats.scalar_packing import pack
+from quantizers.formats.table import QuantFormat
+from quantizers.rounding.codebook_loop import codebook_loop
+from quantizers.rounding.scale_search import fit
+
+CHUNK_WEIGHTS = 1 << 16  # weights searched at once: the search's temporaries (256 KiB each) stay in cache
+CHUNK_COLUMNS = 256  # a multiple of every block size
+ROW_TILE = 32  # sums over columns take one order in whole tiles: a row's bytes do not depend on the rows around it
+
+
+def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Bytes uint8 (rows, row_bytes) of W float (rows, columns), minimizing sum(importance * (W - decoded)^2).
+
+    ``importance`` (columns,), not negative, is for example the mean square of each input; None means all alike.
+    Columns of importance 0 count a millionth of the mean (``normalized_importance``). Float formats ignore it.
+    Raises ValueError for a row length that does not fit, an importance of the wrong length, and non-finite or
+    negative values.
+    """
+    check_weights(fmt, W)
+    if fmt.is_float:
+        return W.to(FLOAT_TYPES[fmt.name]).contiguous().view(torch.uint8)
+    columns_first = W.T.float()
+    importance = normalized_importance(importance, W.shape[1], W.device)
+    if fmt.name in CODEBOOK_GRIDS:
+        codebook = CODEBOOK_GRIDS[fmt.name]
+        fitted, codewords = codebook_loop(codebook, pad_rows(columns_first), importance)
+        return pack_codebook(codebook, fitted, codewords)[: len(W)]
+    grid = GRIDS[fmt.name]
+    scales, integers = [], []
+    for part, weight in zip(columns_first.split(CHUNK_COLUMNS), importance.split(CHUNK_COLUMNS), strict=True):
+        fitted = fit_rows(grid, part, weight)
+        scales.append(fitted)
+        integers.append(nearest_integers(grid, fitted, part))
+    return pack(grid, Scales.concatenate(scales, 0), torch.cat(integers))
+
+
+def fit_rows(grid: Grid, columns_first: Tensor, importance: Tensor) -> Scales:
+    """Scales for (columns, N) weights and (columns,) importance, a cache-sized set of rows at a time."""
+    weight = grid.blocks(importance[:, None])
+    rows = max(ROW_TILE, CHUNK_WEIGHTS // len(columns_first) // ROW_TILE * ROW_TILE)
+    parts = [fit(grid, grid.blocks(part.contiguous()), weight) for part in pad_rows(columns_first).split(rows, 1)]
+    return Scales.concatenate(parts, 3).map(lambda member: member[..., : columns_first.shape[1]])
+
+
+def pad_rows(columns_first: Tensor) -> Tensor:
+    """(..., N) with zero rows up to a multiple of ROW_TILE, contiguous."""
+    return functional.pad(columns_first, (0, -columns_first.shape[-1] % ROW_TILE)).contiguous()
+
+
+def nearest_integers(grid: Grid, scales: Scales, columns_first: Tensor) -> Tensor:
+    """int8 (columns, N) closest to the weights on the fitted grid."""
+    x = grid.blocks(columns_first.contiguous())
+    return round_to_grid(grid, x, scales.offset, safe_inverse(scales.step)).to(torch.int8).view_as(columns_first)
+
+
+def check_weights(fmt: QuantFormat, W: Tensor, columns: int | None = None) -> None:
+    """Raises ValueError unless W is a finite matrix (of ``columns``, if given) whose rows divide into blocks."""
+    if W.ndim != 2 or columns not in {None, W.shape[1]}:
+        raise ValueError(f"expected weights (rows, {columns or 'columns'}), got shape {tuple(W.shape)}")
+    fmt.row_bytes(W.shape[1])
+    if not W.isfinite().all():
+        raise ValueError(f"weights hold {int((~W.isfinite()).sum())} non-finite values of {W.numel()}")
+    if fmt.name == "F16" and W.abs().amax() > FP16_MAX:
+        raise ValueError(f"weights reach {float(W.abs().amax()):g}, more than F16 can hold ({FP16_MAX:g})")
+
+
+def normalized_importance(importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
+    """float32 (columns,) of mean 1 and at least 1e-6, so that every column is encoded sanely.
+
+    None and all zeros mean ones. Raises ValueError for a wrong length and for non-finite or negative values.
+    """
+    if importance is None:
+        return torch.ones(columns, device=device)
+    if importance.shape != (columns,):
+        raise ValueError(f"expected importance of shape ({columns},), got {tuple(importance.shape)}")
+    if not importance.isfinite().all() or (importance < 0).any():
+        raise ValueError("importance must be finite and not negative")
+    mean = importance.double().mean()
+    if mean == 0:
+        return torch.ones(columns, device=device)
+    return (importance.double() / mean).clamp(min=1e-6).float().to(device)

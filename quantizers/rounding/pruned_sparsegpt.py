@@ -1,0 +1,122 @@
+"""Pruning and quantization in one pass of SparseGPT (Frantar & Alistarh 2023, section 3.5), for every format.
+
+Masks are chosen on compensated weights as the column loop goes; pruned weights become 0, the others go to the grid, and
+the error of both is spread over the columns after them. Block formats use their grid with an exact zero
+(``zero_grids``), float formats keep the compensated weights as they are: pruning alone.
+
+Legend as in ``sparsegpt``: W transposed (columns, R), U upper with U^T U = H_damped^-1.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quantizers.formats.grids import Scales
+from quantizers.formats.table import FORMATS, LEVEL_FORMATS, QuantFormat
+from quantizers.rounding.column_loop import Segment, column_loop
+from quantizers.rounding.coordinate_descent import descend, descend_kept
+from quantizers.rounding.nearest import check_weights, pad_rows, quantize
+from quantizers.rounding.pruning_masks import ColumnMasks, Sparsity, prune_columns
+from quantizers.rounding.sparsegpt import Compensated, CompensationSettings, better_rows, conditional_importance
+from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
+from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
+
+DEFAULTS = CompensationSettings()
+SWEEPS_PER_ROUND = 2  # the weights kept carry the error of all: the third and fourth sweep still gain 7 %
+
+
+def prune_and_compensate(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    sparsity: Mapping[str, Sparsity],
+    H: Tensor,
+    settings: CompensationSettings = DEFAULTS,
+) -> dict[str, dict[str, Compensated]]:
+    """``compensate`` for tensors that are pruned as well, each by its ``sparsity``; every format has its own mask.
+
+    Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding of the original weights
+    under the same mask. Weights of dead columns (H_jj = 0) go first. A round of refinement is two sweeps here;
+    without compensation those of the least w^2 H_jj go (Wanda, Sun et al. 2023) and the others are rounded. Raises
+    ValueError as ``compensate``, and for a format or a row length that cannot hold the sparsity.
+    """
+    check_hessian(H, len(H))
+    for name, W in weights.items():
+        for fmt in formats[name]:
+            check_weights(fmt, W, len(H))
+            check_prunable(fmt, sparsity[name], len(H))
+    if settings.compensation:
+        U, taken = inverse_factor(H, settings.damping)
+        rounds = SWEEPS_PER_ROUND * settings.refinement_rounds
+    else:
+        U, taken, rounds = damped(H, settings.damping).diagonal().rsqrt().diag(), settings.damping, 0
+    importance, regular = conditional_importance(U, H), damped(H, taken).float()
+    pruned = _prune_blocks(weights, formats, sparsity, U.float(), importance, regular, rounds)
+    for name, W in weights.items():
+        if any(fmt.is_float for fmt in formats[name]):
+            floats = [fmt for fmt in formats[name] if fmt.is_float]
+            dense, kept = _prune_dense(W.float(), sparsity[name], U.float(), importance, regular, rounds)
+            pruned |= {(name, fmt.name): (quantize(fmt, dense), kept) for fmt in floats}
+    results: dict[str, dict[str, Compensated]] = {name: {} for name in weights}
+    for name, W in weights.items():
+        for fmt in formats[name]:
+            data, kept = pruned[name, fmt.name]
+            plain = encode_pruned(fmt, W.float() * kept, H.diagonal())
+            results[name][fmt.name] = better_rows(fmt, W.float(), plain, data, H)
+    return results
+
+
+def check_prunable(fmt: QuantFormat, sparsity: Sparsity, columns: int) -> None:
+    """Raises ValueError unless rows of ``columns`` weights in ``fmt`` can have the zeros that ``sparsity`` asks for."""
+    if not fmt.is_float and fmt.name not in ZERO_GRIDS:
+        valid = [level for level, name in LEVEL_FORMATS.items() if name in ZERO_GRIDS or FORMATS[name].is_float]
+        raise ValueError(f"expected levels with an exact zero for pruning ({', '.join(valid)}), found {fmt.name}")
+    if sparsity.group and columns % sparsity.group:
+        raise ValueError(f"expected a pattern n:m whose m divides rows of {columns} weights, found {sparsity}")
+
+
+def encode_pruned(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Plain rounding, bytes (rows, row_bytes), under which the zeros of W (rows, columns) stay zeros."""
+    return quantize(fmt, W) if fmt.is_float else quantize_with_zero(fmt, W, importance)
+
+
+def _prune_blocks(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    sparsity: Mapping[str, Sparsity],
+    U: Tensor,
+    importance: Tensor,
+    H: Tensor,
+    rounds: int,
+) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """(tensor, format) -> bytes and ``kept`` bool (rows, columns), for all block formats, in one stack."""
+    members = [(name, fmt.name) for name in weights for fmt in formats[name] if not fmt.is_float]
+    if not members:
+        return {}
+    stack = pad_rows(torch.cat([weights[name].float() for name, _ in members]).T)
+    segments, start = [], 0
+    for name, fmt in members:
+        segments.append(Segment(ZERO_GRIDS[fmt], slice(start, start := start + len(weights[name]))))
+    rules = [(segment.rows, sparsity[name]) for segment, (name, _) in zip(segments, members, strict=True)]
+    masks = ColumnMasks(stack, importance, rules)
+    integers = column_loop(stack, U, importance, segments, masks)
+    results = {}
+    for segment, (name, fmt) in zip(segments, members, strict=True):
+        rows = len(weights[name])
+        W, q, kept = (
+            pad_rows(part) for part in (weights[name].float().T, integers[:, segment.rows], masks.kept[:, segment.rows])
+        )
+        scales = Scales.concatenate(segment.scales, 0).map(pad_rows)
+        data = pack_with_zero(segment.grid, *descend(segment.grid, W, H, (scales, q), rounds, kept))
+        results[name, fmt] = data[:rows], kept[:, :rows].T
+    return results
+
+
+def _prune_dense(
+    W: Tensor, sparsity: Sparsity, U: Tensor, importance: Tensor, H: Tensor, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """Compensated float weights and ``kept`` bool, (rows, columns) each: the float formats share a mask."""
+    dense = W.T.clone()
+    kept = prune_columns(dense, U, importance, sparsity)
+    descend_kept(W.T, H, dense, kept, rounds)
+    return dense.T, kept.T

@@ -1,0 +1,219 @@
+"""SparseGPT/GPTQ compensation onto GGUF's grids (Frantar & Alistarh 2022, 2023), all levels in one column loop.
+
+Columns are rounded in order, and each column's error is spread over the columns after it so that the output changes
+least. Where a row's scale block begins, its scales are fitted to the already compensated weights and frozen. Rows are
+independent, so every format of every tensor that reads the same input is just more rows, under one factorization.
+
+Legend: H (columns, columns), U upper with U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors
+and formats.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from quantizers.formats.codebook_packing import pack_codebook
+from quantizers.formats.codebooks import CODEBOOK_GRIDS
+from quantizers.formats.grids import GRIDS
+from quantizers.formats.packed import PackedTensor, dequantize
+from quantizers.formats.table import QuantFormat
+from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
+from quantizers.rounding.column_loop import Segment, column_loop
+from quantizers.rounding.coordinate_descent import descend
+from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize
+from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
+
+DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
+BATCH_ROWS = 1024  # of all tensors together, each in all its formats: a CPU's cache holds them
+ACCELERATOR_BATCHES = 16  # times as many where every column is a kernel to launch
+
+
+@dataclass(frozen=True)
+class CompensationSettings:
+    """How weights get onto their grids."""
+
+    damping: float = 0.01  # of the Hessian's mean diagonal (see ``inverse_factor``)
+    compensation: bool = True  # spread every column's error over later ones; else rounding by importance alone
+    refinement_rounds: int = DESCENT_ROUNDS  # of coordinate descent after compensation
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """A packed tensor with its error tr(dW H dW^T), and the same relative to tr(W H W^T)."""
+
+    packed: PackedTensor
+    error: float
+    relative: float
+
+
+def compensate(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    H: Tensor,
+    settings: CompensationSettings = CompensationSettings(),
+    importance: Tensor | None = None,
+) -> dict[str, dict[str, Compensated]]:
+    """Tensor name -> format name -> bytes and errors.
+
+    ``weights`` float (rows, columns) that multiply the same input, ``formats`` wanted of each, H (columns, columns)
+    of that input; ``importance`` (columns,) is what scales are fitted under in the column loop, by default
+    ``conditional_importance``. Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding
+    with importance diag(H), so none is worse than ``quantize``.
+    Columns with H_jj = 0 are rounded plainly; float formats are copied.
+    Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
+    """
+    columns = len(H)
+    check_hessian(H, columns)
+    for name, W in weights.items():
+        for fmt in formats[name]:
+            check_weights(fmt, W, columns)
+    compensated = (
+        compensate_stack(weights, formats, H, settings.damping, settings.refinement_rounds, importance)
+        if settings.compensation
+        else {}
+    )
+    return {
+        name: {
+            fmt.name: better_rows(
+                fmt, W.float(), quantize(fmt, W.float(), H.diagonal()), compensated.get((name, fmt.name)), H
+            )
+            for fmt in formats[name]
+        }
+        for name, W in weights.items()
+    }
+
+
+def conditional_importance(U: Tensor, H: Tensor) -> Tensor:
+    """1 / U_jj^2, float32 (columns,), mean 1: what an error in column j costs once all later columns make up for it.
+
+    In place of diag(H) for fitting scales it lowers tr(dW H dW^T) by about 1 % (measured on a trained model, all
+    formats). Dead columns (H_jj = 0) do not count.
+    """
+    cost = U.diagonal().square().reciprocal()
+    return normalized_importance(torch.where(H.diagonal() == 0, 0.0, cost), len(H), H.device)
+
+
+def compensate_stack(
+    weights: Mapping[str, Tensor],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    H: Tensor,
+    damping: float,
+    rounds: int,
+    importance: Tensor | None = None,
+) -> dict[tuple[str, str], Tensor]:
+    """(tensor, format) -> compensated bytes (rows, row_bytes), for all block formats; arguments as ``compensate``."""
+    wanted = sorted({f.name for choices in formats.values() for f in choices if not f.is_float})
+    if not wanted:
+        return {}
+    U, taken = inverse_factor(H, damping)
+    if importance is None:
+        importance = conditional_importance(U, H)
+    else:
+        importance = normalized_importance(importance, len(H), H.device)
+    factored = Factored(damped(H, taken).float(), U.float(), importance)
+    pieces: dict[tuple[str, str], list[Tensor]] = {}
+    limit = BATCH_ROWS * (1 if H.device.type == "cpu" else ACCELERATOR_BATCHES)
+    for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):
+        part = {name: weights[name][rows] for name, rows in batch.items()}
+        members = {fmt: [name for name in part if fmt in {f.name for f in formats[name]}] for fmt in wanted}
+        for fmt, data in chain(
+            _scalar_formats(part, members, factored, rounds), _codebook_formats(part, members, factored, rounds)
+        ):
+            rows = [len(part[name]) for name in members[fmt]]
+            for name, piece in zip(members[fmt], data.split(rows), strict=True):
+                pieces.setdefault((name, fmt), []).append(piece)
+    return {key: torch.cat(parts) for key, parts in pieces.items()}
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A Hessian (columns, columns) made ready for compensation."""
+
+    H: Tensor  # damped, float32
+    U: Tensor  # float32, upper, U^T U = H^-1
+    importance: Tensor  # (columns,), under which scales are fitted
+
+
+def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice]]:
+    """Slices of neighbouring rows of the tensors, at most ``limit`` rows together: they stay in cache, and the memory
+    beside weights and Hessian does not grow with the tensors. Rows are independent, so the bytes are the same.
+    """
+    batch: dict[str, slice] = {}
+    room = limit
+    for name, total in rows.items():
+        start = 0
+        while start < total:
+            stop = min(total, start + room)
+            batch[name] = slice(start, stop)
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = {}, limit
+    if batch:
+        yield batch
+
+
+Members = Mapping[str, Sequence[str]]  # format name -> names of the tensors that want it
+
+
+def _stack(weights: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """(columns, N) of the tensors' rows one below the other."""
+    return torch.cat([weights[name].float() for name in names]).T
+
+
+def _scalar_formats(
+    weights: Mapping[str, Tensor], members: Members, factored: Factored, rounds: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Format name and bytes of its members' rows, all formats with integers in one column loop."""
+    members = {fmt: names for fmt, names in members.items() if fmt in GRIDS and names}
+    if not members:
+        return
+    stack = _stack(weights, chain.from_iterable(members.values()))
+    segments = list(_segments(weights, members))
+    integers = column_loop(pad_rows(stack), factored.U, factored.importance, segments)
+    for segment, fmt in zip(segments, members, strict=True):
+        yield fmt, segment.finish(stack[:, segment.rows], integers[:, segment.rows], factored.H, rounds)
+
+
+def _codebook_formats(
+    weights: Mapping[str, Tensor], members: Members, factored: Factored, rounds: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Format name and bytes of its members' rows, each codebook in a loop of its own."""
+    for fmt, names in members.items():
+        if fmt not in CODEBOOK_GRIDS or not names:
+            continue
+        grid = CODEBOOK_GRIDS[fmt]
+        W = pad_rows(_stack(weights, names))
+        start = codebook_loop(grid, W.clone(), factored.importance, factored.U)
+        rows = sum(len(weights[name]) for name in names)
+        yield fmt, pack_codebook(grid, *descend(grid, W, factored.H, start, rounds, block_type=VectorBlock))[:rows]
+
+
+def _segments(weights: Mapping[str, Tensor], members: Members) -> Iterator[Segment]:
+    start = 0
+    for fmt, names in members.items():
+        stop = start + sum(len(weights[name]) for name in names)
+        yield Segment(GRIDS[fmt], slice(start, stop))
+        start = stop
+
+
+def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:
+    """Row by row the better of plain and compensated bytes (rows, row_bytes) of W (rows, columns)."""
+    data = plain
+    errors = row_errors(W - dequantize(fmt, data), H)
+    if compensated is not None:
+        compensated_errors = row_errors(W - dequantize(fmt, compensated), H)
+        better = compensated_errors < errors
+        data = torch.where(better[:, None], compensated, data)
+        errors = torch.where(better, compensated_errors, errors)
+    error, power = float(errors.sum()), float(row_errors(W, H).sum())
+    return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
+
+
+def row_errors(dW: Tensor, H: Tensor) -> Tensor:
+    """diag(dW H dW^T), float64 (rows,)."""
+    return ((dW @ H.float()) * dW).sum(1, dtype=torch.float64)

@@ -1,0 +1,136 @@
+"""evaluations.jsonl: every evaluation of a run, one line each, appended and never rewritten.
+
+In memory there is only where each of them stands, and the best: a search of 100,000 evaluations needs hardly more than
+one of a hundred.
+"""
+
+import json
+import os
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import cut_torn_tail, disk_errors, sync_folder
+from search.types import Evaluation, Fidelity, Genome, fingerprint, rank
+
+MOST_BEST = 16  # evaluations of a fidelity that are kept in order
+
+
+class EvaluationLog:
+    """The archive of evaluations, found by (genome, fidelity), on disk in the order they came.
+
+    ``before_write`` is called in front of every line, and keeps it from being written by raising.
+
+    Opening repairs a torn last line (what a killed process or a power cut leaves) by cutting it off, and raises
+    ValueError for any other line that is no evaluation. ``answered`` counts genomes that needed no evaluation because
+    they were here: whoever looks up before evaluating adds to it.
+    """
+
+    def __init__(self, path: Path | str, before_write: Callable[[], None] = lambda: None) -> None:
+        self.path = Path(path)
+        self.answered = 0
+        self._before_write = before_write
+        self._places: dict[Fidelity, dict[bytes, int]] = defaultdict(dict)  # byte of the file, by fingerprint
+        self._best: dict[Fidelity, list[Evaluation]] = defaultdict(list)
+        self._genomes: dict[str, set[bytes]] = defaultdict(set)  # fingerprints by split
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_tail(self.path)
+        self._stream = self.path.open("ab", buffering=0)  # a line that found no room is not tried again
+        self._reader = self.path.open("rb")
+        self._load()
+        sync_folder(self.path.parent)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        """Evaluations, oldest first, read from the file."""
+        for _, line in self._lines():
+            yield Evaluation.from_json(json.loads(line))
+
+    def __contains__(self, found: tuple[Genome, Fidelity]) -> bool:
+        genome, fidelity = found
+        return fidelity in self._places and fingerprint(genome) in self._places[fidelity]
+
+    def get(self, genome: Genome, fidelity: Fidelity) -> Evaluation | None:
+        if (genome, fidelity) not in self:
+            return None
+        self._reader.seek(self._places[fidelity][fingerprint(genome)])
+        return Evaluation.from_json(json.loads(self._reader.readline()))
+
+    @property
+    def fidelities(self) -> list[Fidelity]:
+        """In the order of their first evaluations."""
+        return list(self._places)
+
+    def at(self, fidelity: Fidelity) -> Iterator[Evaluation]:
+        """Every evaluation of ``fidelity``, oldest first, read from the file."""
+        return (evaluation for evaluation in self if evaluation.fidelity == fidelity)
+
+    def best(self, fidelity: Fidelity, count: int) -> list[Evaluation]:
+        """The ``count`` best of ``fidelity``, at most MOST_BEST, best first."""
+        return self._best[fidelity][: min(count, MOST_BEST)]
+
+    def genomes(self, split: str) -> int:
+        """How many genomes have been evaluated on ``split``."""
+        return len(self._genomes[split])
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Write one line, which survives the death of this process; ``sync`` makes it survive a power cut.
+
+        Raises ValueError if the genome already has a line at this fidelity.
+        """
+        if (evaluation.genome, evaluation.fidelity) in self:
+            raise ValueError(f"genome {evaluation.genome} is already in {self.path} at {evaluation.fidelity}")
+        self._before_write()
+        line = memoryview(json.dumps(evaluation.to_json(), allow_nan=False).encode() + b"\n")
+        with disk_errors(self.path):
+            place = self._stream.seek(0, os.SEEK_END)
+            while line:
+                line = line[self._stream.write(line) :]  # a full disk may take a part of it
+        self._take(evaluation, place)
+
+    def sync(self) -> None:
+        """fsync what was appended, once a batch."""
+        with disk_errors(self.path):
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+        self._reader.close()
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Lines of the file, each with the byte that it begins at."""
+        place = 0
+        with self.path.open("rb") as stream:
+            for line in stream:
+                yield place, line
+                place += len(line)
+
+    def _load(self) -> None:
+        for number, (place, line) in enumerate(self._lines(), start=1):
+            evaluation = _parse(line)
+            if evaluation is None:
+                raise UserError(f"line {number} of {self.path} is not an evaluation: {line[:80]!r}")
+            fidelity = evaluation.fidelity
+            if (evaluation.genome, fidelity) in self:
+                raise UserError(f"line {number} of {self.path} repeats genome {evaluation.genome} at {fidelity}")
+            self._take(evaluation, place)
+
+    def _take(self, evaluation: Evaluation, place: int) -> None:
+        key = fingerprint(evaluation.genome)
+        self._places[evaluation.fidelity][key] = place
+        self._genomes[evaluation.split].add(key)
+        best = self._best[evaluation.fidelity]
+        if len(best) < MOST_BEST or rank(evaluation) < rank(best[-1]):
+            insort(best, evaluation, key=rank)
+            del best[MOST_BEST:]
+
+
+def _parse(line: bytes) -> Evaluation | None:
+    try:
+        return Evaluation.from_json(json.loads(line))
+    except (ValueError, TypeError, KeyError):
+        return None

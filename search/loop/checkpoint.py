@@ -1,0 +1,105 @@
+"""checkpoint.json: the state of a search, and the digest of the configuration that it belongs to.
+
+What the strategy was told only grows: it stands in a file of its own, a line a batch, and the checkpoint says how much
+of it counts. Both are written as a search goes on, the checkpoint last, at a cost that does not grow with the search.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import atomic_write_json, disk_errors, sync_folder
+
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (2, SCHEMA_VERSION)  # in 2, what was told stood in the checkpoint itself
+
+
+class ToldFile:
+    """Batches that a strategy was told, one JSON line each; what is behind ``bytes`` does not count."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.batches = self.bytes = 0
+
+    def extend(self, since: int, batches: list[Any]) -> None:
+        """Write ``batches`` behind the first ``since``, which must be all there are, or 0 to begin again."""
+        if since not in (0, self.batches):
+            raise ValueError(f"expected batches from number {self.batches} on, found them from {since} on")
+        self.batches, self.bytes = (since, self.bytes) if since else (0, 0)
+        new = not self.path.exists()
+        with disk_errors(self.path), self.path.open("wb" if new else "r+b") as stream:
+            stream.truncate(self.bytes)
+            stream.seek(self.bytes)
+            for batch in batches:
+                self.bytes += stream.write(json.dumps(batch, allow_nan=False).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        if new:
+            sync_folder(self.path.parent)
+        self.batches += len(batches)
+
+    def read(self, batches: int, size: int) -> list[Any]:
+        """The first ``batches``, of ``size`` bytes. Raises UserError if they are not there."""
+        data = b""
+        if self.path.is_file():
+            with self.path.open("rb") as stream:
+                data = stream.read(size)
+        lines = data.splitlines()
+        if (len(data), len(lines)) != (size, batches):
+            raise UserError(f"expected {batches} batches in {size} bytes of {self.path}, found {len(lines)}")
+        self.batches, self.bytes = batches, size
+        return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint file of one configuration, and the file beside it with what its strategy was told."""
+
+    path: Path
+    digest: str  # of everything that decides the course of the search: configuration, bank, text
+
+    @cached_property
+    def told(self) -> ToldFile:
+        return ToldFile(self.path.with_name(f"{self.path.stem}-told.jsonl"))
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the file atomically. ``state`` is JSON-serializable; its ``strategy`` holds, of what was told, the
+        batches that are not in the file yet, or all.
+        """
+        state = dict(state)
+        if strategy := state.get("strategy"):
+            self.told.extend(strategy["told_before"], strategy["told"])
+            places = {"told": {"batches": self.told.batches, "bytes": self.told.bytes}, "told_before": 0}
+            state["strategy"] = {**strategy, **places}
+        record = {"schema_version": SCHEMA_VERSION, "digest": self.digest, "state": state}
+        atomic_write_json(self.path, record, indent=None)
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state; None where there is no file yet.
+
+        Raises ValueError for a file of another configuration or schema version, or that is no checkpoint.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.path} is not a checkpoint: expected JSON, found {error}") from error
+        version = record.get("schema_version") if isinstance(record, dict) else None
+        if version not in READABLE_VERSIONS:
+            raise UserError(f"{self.path} has checkpoint schema version {version}, expected {SCHEMA_VERSION}")
+        if record["digest"] != self.digest:
+            raise UserError(
+                f"{self.path} belongs to another configuration (digest {record['digest']}, expected {self.digest}): "
+                "choose another run name or restore the configuration it was made with"
+            )
+        state: dict[str, Any] = record["state"]
+        if version == SCHEMA_VERSION and (strategy := state.get("strategy")):
+            told = self.told.read(strategy["told"]["batches"], strategy["told"]["bytes"])
+            state["strategy"] = {**strategy, "told": told}
+        return state

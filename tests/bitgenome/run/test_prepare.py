@@ -1,0 +1,66 @@
+"""Artefacts are shared by digest, taken where they are whole and rebuilt where they are not."""
+
+import logging
+
+import pytest
+
+from bitgenome.common.errors import UserError
+from bitgenome.config.run import load_config
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import build_bank, calibrate, read_windows
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.prepare.bank import BankError, tensor_file
+from tests.bitgenome.conftest import Finished, Runs
+from tests.conftest import no_progress
+from workers.pool.base import SerialPool, Task
+
+
+class CountingPool(SerialPool):
+    """A serial pool that remembers what it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: list[str] = []
+
+    def map(self, tasks):  # type: ignore[no-untyped-def]
+        tasks: list[Task] = list(tasks)
+        self.labels += [task.label for task in tasks]
+        return super().map(tasks)
+
+
+def test_a_truncated_bank_file_is_rebuilt_with_a_notice(
+    runs: Runs, finished: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, pool = make_plan(load_config(runs.write("damaged"))), CountingPool()
+    calibration, groups = calibrate(plan, read_windows(plan), pool, no_progress)
+    bank = build_bank(plan, calibration, groups, pool, no_progress)
+    assert pool.labels == [], "everything is there already, from the run before"
+    victim = tensor_file(bank, "model.layers.2.self_attn.k_proj.weight")
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 3])
+    with caplog.at_level(logging.WARNING):
+        build_bank(plan, calibration, groups, pool, no_progress)
+    assert pool.labels == ["bank[model.layers.2.self_attn.q_proj]"]
+    assert "rebuilding model.layers.2.self_attn.k_proj.weight" in caplog.text
+    assert victim.read_bytes() == whole
+
+
+def test_a_bank_interrupted_between_tensors_goes_on_where_it_stopped(runs: Runs, finished: Finished) -> None:
+    plan, pool = make_plan(load_config(runs.write("partial"))), CountingPool()
+    calibration, groups = calibrate(plan, read_windows(plan), pool, no_progress)
+    bank = build_bank(plan, calibration, groups, pool, no_progress)
+    (bank / "manifest.json").unlink()
+    for block in (4, 5):
+        tensor_file(bank, f"model.layers.{block}.mlp.down_proj.weight").unlink()
+    build_bank(plan, calibration, groups, pool, no_progress)
+    assert pool.labels == ["bank[model.layers.4.mlp.down_proj]", "bank[model.layers.5.mlp.down_proj]"]
+
+
+def test_a_run_begun_on_other_text_is_not_continued(runs: Runs, finished: Finished) -> None:
+    directory = RunDirectory.open(runs.storage / "base")
+    with pytest.raises(UserError, match="expected the text that .* was begun with"):
+        directory.pin("text", "0" * 64)
+
+
+def test_bank_errors_are_the_users_to_read() -> None:
+    assert issubclass(BankError, UserError)

@@ -1,0 +1,116 @@
+"""The Ray pool: the dispatcher over one warm actor a worker."""
+
+import logging
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from bitgenome.common.errors import UserError
+from workers.cluster.ray_cluster import Placement, check_own_node, check_room, nodes
+from workers.cluster.ray_worker import Worker
+from workers.errors import TaskError
+from workers.pool.backend import Event, Finished, Lost, Ready, waiting_events
+from workers.pool.base import Task
+from workers.pool.dispatcher import Dispatcher
+from workers.pool.scheduling import Elasticity, Patience
+
+log = logging.getLogger(__name__)
+
+
+class RayBackend:
+    """Actors named ``bitgenome:<run>:worker-<number>``, in a namespace of their own.
+
+    Starting one raises ClusterError if the driver's own node is gone.
+    """
+
+    def __init__(self, run: str, placement: Placement, threads: int) -> None:
+        self._run, self._placement, self._threads = run, placement, threads
+        self._namespace = f"bitgenome-{run}-{uuid4().hex[:8]}"
+        self._actors: dict[int, Any] = {}
+        self._events: SimpleQueue[Event] = SimpleQueue()
+
+    def start(self, worker: int) -> None:
+        check_own_node()
+        name = f"bitgenome:{self._run}:worker-{worker}"
+        actor = ray.remote(Worker).options(name=name, namespace=self._namespace, **self._placement.options())
+        self._actors[worker] = actor.remote(self._threads)
+        self.check(worker)
+
+    def check(self, worker: int) -> None:
+        answer = self._actors[worker].__ray_ready__.remote()
+        answer.future().add_done_callback(partial(self._ready, worker))
+
+    def submit(self, worker: int, call: int, task: Task) -> None:
+        answer = self._actors[worker].run.options(name=task.label).remote(task)
+        answer.future().add_done_callback(partial(self._answered, worker, call, task.label))
+
+    def wait(self, timeout: float) -> list[Event]:
+        return waiting_events(self._events, timeout)
+
+    def stop(self, worker: int) -> None:
+        ray.kill(self._actors.pop(worker))
+
+    def capacity(self) -> int | None:
+        return self._placement.room(nodes())
+
+    def close(self) -> None:
+        for worker in list(self._actors):
+            self.stop(worker)
+
+    def place(self) -> str:
+        return str(self._placement)
+
+    def _ready(self, worker: int, answer: Any) -> None:
+        try:
+            answer.result()
+        except Exception as error:
+            self._events.put(Lost(worker, first_line(error)))
+        else:
+            self._events.put(Ready(worker))
+
+    def _answered(self, worker: int, call: int, label: str, answer: Any) -> None:
+        try:
+            result, seconds, memory = answer.result()
+        except RayTaskError as error:
+            self._events.put(Finished(call, error=task_error(label, error)))
+        except RayError as error:  # the worker, its node or its memory
+            self._events.put(Lost(worker, first_line(error)))
+        except Exception as error:  # an answer that cannot be read
+            self._events.put(Finished(call, error=TaskError(label, f"{type(error).__name__}: {error}")))
+        else:
+            self._events.put(Finished(call, result, None, seconds, memory))
+
+
+class RayPool(Dispatcher):
+    """Workers of ``placement`` that compute with ``threads`` threads each; ``run`` names them.
+
+    Raises ClusterError if the cluster has not the room for ``elasticity.minimum`` of them.
+    """
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        elasticity: Elasticity | None = None,
+        patience: Patience | None = None,
+        *,
+        threads: int = 1,
+        run: str = "pool",
+    ) -> None:
+        placement, elasticity = placement or Placement(), elasticity or Elasticity()
+        check_room(placement, elasticity.minimum)
+        super().__init__(RayBackend(run, placement, threads), elasticity, patience)
+
+
+def first_line(error: Exception) -> str:
+    return f"{error}".strip().partition("\n")[0] or type(error).__name__
+
+
+def task_error(label: str, error: RayTaskError) -> TaskError | UserError:
+    """The error that the worker raised, without Ray's wrapping."""
+    if isinstance(error.cause, TaskError | UserError):
+        return error.cause
+    return TaskError(label, f"{error}".strip().rpartition("\n")[2])

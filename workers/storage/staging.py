@@ -1,0 +1,248 @@
+"""Files of tasks on every node: what a task reads is fetched once a node, what it makes is sent from where it was made.
+
+A place is a folder of the driver's machine and the URL of the same files. Paths in tasks lie below such folders; on
+another node they are moved below that node's own copy (workers.storage.folders.mirror_root), on fast local disk, from
+which weights are memory-mapped. Files whose content may change under their names travel as what they are at the time,
+so that a task that runs again reads what it read.
+"""
+
+import hashlib
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from filelock import FileLock
+
+from bitgenome.common import layout
+from bitgenome.common.errors import StorageError
+from workers.pool.base import Pool, PoolStatistics, Task, work_of
+from workers.storage.folders import cache_root, mirror_root, open_folder
+from workers.storage.transfers import fetch, follow, local_sizes, send, send_missing
+
+
+@dataclass(frozen=True)
+class Place:
+    """The same files, by two names."""
+
+    local: Path  # on the driver's machine
+    url: str
+    changing: bool = False  # others may replace its files by some of the same names and sizes
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file or folder below a place; ``digest`` (sha256) of a file whose content may change under its name."""
+
+    place: Place
+    name: str
+    digest: str | None = None
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a StagedTask answers: the task's own result, and the files that it made."""
+
+    result: Any
+    made: tuple[StagedFile, ...]
+
+
+@dataclass(frozen=True)
+class StagedTask:
+    """Pool task: another one, with the files that it needs and makes."""
+
+    task: Task
+    places: tuple[Place, ...]
+    needs: tuple[StagedFile, ...]
+    makes: tuple[StagedFile, ...]
+    home: str  # node whose disk holds the places themselves
+
+    @property
+    def label(self) -> str:
+        return self.task.label
+
+    @property
+    def work(self) -> float:
+        return work_of(self.task)
+
+    def run(self, state: dict[Any, Any]) -> Staged:
+        """Raises StorageError if a file cannot be fetched or sent."""
+        at_home = self.home == this_node()
+        roots = {place: place.local if at_home else mirror_root(place.url) for place in self.places}
+        for file in self.needs:
+            stage(file.place.url, roots[file.place], file.name, file.digest, file.place.changing)
+        before = [marks(roots[file.place], file.name) for file in self.makes]
+        for file in self.makes:
+            path = roots[file.place] / file.name
+            (path if file.folder else path.parent).mkdir(parents=True, exist_ok=True)
+        task = self.task if at_home else relocated(self.task, lambda path: moved(path, roots))
+        result = task.run(state)
+        made: list[StagedFile] = []
+        for file, old in zip(self.makes, before, strict=True):
+            made += send_made(file, roots[file.place], old)
+        return Staged(result, tuple(made))
+
+
+def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, int]]) -> list[StagedFile]:
+    """Send what was made at ``target`` since ``before``; neighbours on the node may have made and sent a part of it."""
+    remote = open_folder(target.place.url)
+    there = remote.sizes(target.name)
+    new = {name: size for name, (time, size) in marks(root, target.name).items() if before.get(name) != (time, size)}
+    files = {n: StagedFile(target.place, n, None if is_shared(n) else digest_of_file(root / n)) for n in new}
+    send(remote, root, [name for name, size in new.items() if not files[name].digest and there.get(name) != size])
+    for file in files.values():
+        send_changeable(file, root)
+    return list(files.values())
+
+
+def send_changeable(file: StagedFile, root: Path) -> None:
+    if file.digest is not None:
+        open_folder(file.place.url).upload(root / file.name, staged_name(file.name, file.digest))
+
+
+def staged_name(name: str, digest: str) -> str:
+    return f"{layout.STAGED}/{hashlib.sha256(f'{name} {digest}'.encode()).hexdigest()[:32]}"
+
+
+class StagedPool(Pool):
+    """A pool whose tasks find their files on every node; otherwise the one that it wraps."""
+
+    def __init__(self, pool: Pool, places: Sequence[Place]):
+        self._pool = pool
+        self._places = tuple(places)
+        self._sent: dict[StagedFile, None] = {}
+        self._made: dict[StagedFile, None] = {}
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self._pool.size
+
+    @property
+    def statistics(self) -> PoolStatistics:  # type: ignore[override]
+        return self._pool.statistics
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
+        for answer in self._pool.map([self._staged(task) for task in tasks]):
+            for file in answer.made:
+                self._made[file] = None
+                stage(file.place.url, file.place.local, file.name, file.digest)
+            yield answer.result
+
+    def close(self) -> None:
+        self._pool.close()
+        with suppress(StorageError):  # what is left there harms nobody
+            for file in {**self._sent, **self._made}:
+                if file.digest is not None:
+                    open_folder(file.place.url).delete(staged_name(file.name, file.digest))
+
+    def _staged(self, task: Task) -> StagedTask:
+        makes = tuple(getattr(task, "makes", ()))
+        read = (path for path in paths_of(task) if path.is_file() or (path.is_dir() and path not in makes))
+        needs = [file for path in read if (file := self._file(path, changes=path.is_file()))]
+        for file in needs:
+            if file not in self._sent:
+                self._send(file)
+        made = tuple(file for path in makes if (file := self._file(path)))
+        return StagedTask(task, self._places, tuple(needs), made, this_node())
+
+    def _send(self, file: StagedFile) -> None:
+        if file.digest is None:
+            send_missing(open_folder(file.place.url), file.place.local, file.name)
+        send_changeable(file, file.place.local)
+        self._sent[file] = None
+
+    def _file(self, path: Path, changes: bool = False) -> StagedFile | None:
+        """None for a path outside all places."""
+        place = next((place for place in self._places if path.is_relative_to(place.local)), None)
+        if place is None:
+            return None
+        name = path.relative_to(place.local).as_posix().removeprefix(".")
+        digest = digest_of_file(path) if changes and not is_shared(name) else None
+        return StagedFile(place, name, digest, path.is_dir())
+
+
+def this_node() -> str:
+    return f"{socket.gethostname()} {cache_root()}"
+
+
+def is_shared(name: str) -> bool:
+    return name.startswith(f"{layout.SHARED}/")
+
+
+@cache
+def stage(url: str, root: Path, name: str, digest: str | None, changing: bool = False) -> None:
+    """Bring a file or folder below ``url`` to ``root``, once a process, and over the network once a node.
+
+    Raises StorageError if it cannot be fetched, or is not what ``digest`` says.
+    """
+    remote, locks = open_folder(url), root / layout.LOCKS
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / hashlib.sha256(name.encode()).hexdigest()[:16]):
+        if digest is None:
+            (follow if changing else fetch)(remote, root, name)
+        elif digest_of_file(root / name) != digest:
+            remote.download(staged_name(name, digest), root / name)
+            if digest_of_file(root / name) != digest:
+                raise StorageError(f"expected {url}/{name} as the driver has it, found other content")
+
+
+def digest_of_file(path: Path) -> str | None:
+    """sha256; None where there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def marks(root: Path, name: str) -> dict[str, tuple[int, int]]:
+    """What changes with a file, for every one below ``root / name``."""
+    found = {file: (root / file).stat() for file in local_sizes(root, name)}
+    return {file: (status.st_mtime_ns, status.st_size) for file, status in found.items()}
+
+
+def moved(path: Path, roots: Mapping[Place, Path]) -> Path:
+    """``path`` below the root that stands for its place's folder."""
+    for place, root in roots.items():
+        if path.is_relative_to(place.local):
+            return root / path.relative_to(place.local)
+    return path
+
+
+@cache
+def path_fields(kind: type[Any]) -> tuple[str, ...]:
+    """Fields of a dataclass that hold a path, or a dataclass that does."""
+    return tuple(name for name, hint in get_type_hints(kind).items() if _mentions_path(hint))
+
+
+def _mentions_path(hint: Any) -> bool:
+    if arguments := get_args(hint):
+        return any(_mentions_path(argument) for argument in arguments)
+    return isinstance(hint, type) and (issubclass(hint, Path) or (is_dataclass(hint) and bool(path_fields(hint))))
+
+
+def relocated(value: Any, move: Callable[[Path], Path]) -> Any:
+    """``value`` with every path in it, also in the dataclasses and tuples of its fields, as ``move`` has it."""
+    if isinstance(value, Path):
+        return move(value)
+    if isinstance(value, tuple):
+        return tuple(relocated(item, move) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {name: relocated(getattr(value, name), move) for name in path_fields(type(value))}
+        return replace(value, **changes) if changes else value
+    return value
+
+
+def paths_of(value: Any) -> list[Path]:
+    """Every path in ``value``, once."""
+    found: dict[Path, None] = {}
+
+    def note(path: Path) -> Path:
+        found[path] = None
+        return path
+
+    relocated(value, note)
+    return list(found)
