@@ -39,7 +39,7 @@ from search.loop.paired import Estimate
 from search.loop.search import Evaluate, Progress, evaluate_missing, run_search
 from search.loop.winner import choose_winner, search_best
 from search.strategies.factory import make_strategy
-from search.strategies.genetic import GeneticSettings
+from search.strategies.settings import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome
 from workers.pool.base import SerialPool
 

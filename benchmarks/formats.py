@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from bitgenome.common.devices import best_device
-from bitgenome.config.run import QuantizationConfig, RunConfig, load_config
+from bitgenome.config.quantization import QuantizationConfig
+from bitgenome.config.run import RunConfig, load_config
 from bitgenome.observe.progress import track
 from bitgenome.run.healing import heal
 from bitgenome.run.plan import Plan, make_plan
@@ -44,7 +45,7 @@ from quantizers.rounding.nearest import quantize
 from quantizers.rounding.sparsegpt import row_errors
 from search.types import Evaluation, Fidelity, Genome
 from tests import ggml_reference
-from workers.cluster.open_pool import WorkerSettings, open_pool
+from workers.cluster.open_pool import open_pool
 from workers.pool.base import Pool
 
 Encode = Callable[[QuantFormat, Tensor, Tensor], Tensor]  # format, W, importance -> bytes
@@ -157,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config, console = load_config(args.config, args.overrides), Console()
-    with open_pool(WorkerSettings(**config.workers.model_dump()), config.name) as pool:
+    with open_pool(config.workers, config.name) as pool:
         figures = measure(Bench(config, pool, console))
     for index, title in enumerate(("reconstruction error over power", "KL on test text")):
         table = Table("format", *STEPS, "best / ggml", title=title, title_justify="left")

@@ -25,12 +25,14 @@ from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_w
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
-from evaluators.healing.tuner import HealingCheckpoint, HealingSettings
+from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
+from evaluators.settings import HealingSettings
 from search.allocation.seeds import pure_uniform
 from search.budget import Budget
 from search.types import Fidelity, Genome
-from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.cluster.open_pool import close_cluster, open_pool
+from workers.cluster.settings import WorkerSettings
 from workers.pool.base import Pool
 
 MIXED = {"embed_tokens": "W6", "lm_head": "W6", "mlp": "W2", "self_attn": "W3"}  # an allocation as searches find them

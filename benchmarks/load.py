@@ -30,7 +30,7 @@ from search.loop.checkpoint import Checkpoint
 from search.loop.ladder import Ladder
 from search.loop.search import Progress, run_search
 from search.strategies.factory import make_strategy
-from search.strategies.genetic import GeneticSettings
+from search.strategies.settings import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome
 from tests.search.synthetic import middle_budget, random_table, transformer_space
 from tests.workers.pool.thread_backend import ThreadBackend

@@ -34,7 +34,7 @@ from search.loop.checkpoint import Checkpoint
 from search.loop.ladder import Ladder
 from search.loop.search import run_search
 from search.strategies.factory import make_strategy
-from search.strategies.genetic import GeneticSettings
+from search.strategies.settings import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome
 
 RESULT_FILE = "memory.json"

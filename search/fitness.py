@@ -1,36 +1,34 @@
 """From what was measured of a genome to the one number that the search minimizes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
+from pydantic import Field, model_validator
+
+from bitgenome.common.section import Section
 from search.budget import F16_BYTES
 
 SMALLEST_MSE = 1e-12  # keeps 1 / MSE finite for an output that did not change
 
 
-@dataclass(frozen=True)
-class FitnessSettings:
+class FitnessSettings(Section):
     """Which loss, and its weights.
 
     ``distortion`` is kl_weight * KL + reconstruction_weight * reconstruction. ``weighted`` is the fitness of the first
-    mixed-precision searches, alpha * (1 / MSE) + beta * compression.
+    mixed-precision searches, alpha * (1 / MSE) + beta * compression, to be maximized.
     """
 
     kind: Literal["distortion", "weighted"] = "distortion"
-    kl_weight: float = 1.0
-    reconstruction_weight: float = 0.0
-    alpha: float = 1.0
-    beta: float = 1.0
+    kl_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(0.0, ge=0)
+    alpha: float = Field(1.0, ge=0)
+    beta: float = Field(1.0, ge=0)
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("distortion", "weighted"):
-            raise ValueError(f"unknown fitness {self.kind!r}: expected distortion or weighted")
-        weights = (self.kl_weight, self.reconstruction_weight, self.alpha, self.beta)
-        if min(weights) < 0:
-            raise ValueError(f"fitness weights must not be negative, found {min(weights)}")
-        pair = weights[:2] if self.kind == "distortion" else weights[2:]
+    @model_validator(mode="after")
+    def something(self) -> Self:
+        pair = (self.kl_weight, self.reconstruction_weight) if self.kind == "distortion" else (self.alpha, self.beta)
         if max(pair) == 0:
             raise ValueError(f"both weights of the {self.kind} fitness are zero: nothing is left to search for")
+        return self
 
 
 def distortion_loss(kl: float, reconstruction: float, kl_weight: float, reconstruction_weight: float) -> float:

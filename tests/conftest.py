@@ -17,7 +17,7 @@ from evaluators.prepare.bank import BuildBankGroup
 from evaluators.prepare.calibration import Calibrate, group_file
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.tensor_names import quantizable_tensors
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings
 from search.types import SearchSpace
 from workers.pool.base import SerialPool

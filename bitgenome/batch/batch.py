@@ -18,7 +18,7 @@ from rich.console import Console
 from bitgenome.batch.children import CHILD, wait_for_orphans
 from bitgenome.batch.config import NAME, BatchRun
 from bitgenome.batch.results import summary, write_results
-from bitgenome.batch.shares import Shares, worker_settings
+from bitgenome.batch.shares import Shares
 from bitgenome.batch.state import RunState, Stage
 from bitgenome.batch.view import BatchView
 from bitgenome.common import layout
@@ -96,7 +96,7 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
 
 def open_cluster(runs: Sequence[BatchRun]) -> SharedCluster | None:
     """The cluster of all runs; None where each is one process. Raises ClusterError."""
-    settings = worker_settings(runs[0])
+    settings = runs[0].config.workers
     return None if settings.ray == "off" else SharedCluster(settings)
 
 

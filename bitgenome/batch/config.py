@@ -11,14 +11,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of
 from bitgenome.common.errors import UserError
-from bitgenome.config.file import Section, apply_override, parse_section, read_settings, set_key
+from bitgenome.common.section import Section
+from bitgenome.config.file import apply_override, parse_section, read_settings, set_key
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.run.memory import check_memory
 from bitgenome.run.plan import Plan, make_plan
 from bitgenome.run.prepare import read_windows
 from bitgenome.storage.run_directory import RunDirectory
-from bitgenome.storage.shared import digest_of
 from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder
 

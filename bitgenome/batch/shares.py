@@ -7,7 +7,6 @@ from pathlib import Path
 from bitgenome.batch.config import BatchRun
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.storage.worker_limit import withdraw_limit, write_limit
-from workers.cluster.open_pool import WorkerSettings
 from workers.cluster.shared_cluster import SharedCluster, fair_share
 
 
@@ -22,7 +21,7 @@ class Shares:
 
     def runs_at_a_time(self, runs: Sequence[BatchRun]) -> int:
         """Of these runs: each needs a worker; every driver is a process of this machine."""
-        cpus, settings = usable_cpus(), [worker_settings(run) for run in runs]
+        cpus, settings = usable_cpus(), [run.config.workers for run in runs]
         if self.cluster is None:
             return self.most or max(1, cpus // max(s.cpus_per_worker for s in settings))
         return min(self.most or cpus, *(self.cluster.room(s) for s in settings))
@@ -32,7 +31,7 @@ class Shares:
         if self.cluster is None:
             return
         for place, run in enumerate(runs):
-            settings = worker_settings(run)
+            settings = run.config.workers
             share = fair_share(self.cluster.room(settings), settings.max, place, len(runs))
             if self._given.get(run.directory) != share:
                 run.directory.mkdir(parents=True, exist_ok=True)
@@ -47,7 +46,3 @@ class Shares:
     def close(self) -> None:
         for run in list(self._given):
             self.take_back(run)
-
-
-def worker_settings(run: BatchRun) -> WorkerSettings:
-    return WorkerSettings(**run.config.workers.model_dump())

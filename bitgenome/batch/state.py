@@ -4,12 +4,14 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitgenome.batch.config import BatchRun
 from bitgenome.common import layout
 from bitgenome.common.files import json_object
 from bitgenome.observe.run_status import RunReader
+
+if TYPE_CHECKING:  # who only reads states needs none of what checks configurations
+    from bitgenome.batch.config import BatchRun
 
 SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # until the search begins
 
@@ -36,7 +38,7 @@ def stage_of(doing: str) -> Stage:
 class RunState:
     """One run; ``log`` is what its process says."""
 
-    run: BatchRun
+    run: "BatchRun"
     log: Path
     stage: Stage = Stage.WAITING
     doing: str = ""  # the run's own stage

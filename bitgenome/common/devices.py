@@ -1,17 +1,15 @@
 """The only place that names accelerators, and what a worker may take of a machine."""
 
 import ctypes
-import os
 import resource
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
 
+from bitgenome.common.cpus import usable_cpus
 from bitgenome.common.host_memory import peak_host_memory
 
-Compute = Literal["auto", "float32", "bfloat16", "float16"]
 ACCELERATOR_SHARE = 0.9  # of an accelerator's free memory; the rest is fragments
 HOST_SHARE = 0.7  # of the host's free memory, divided among workers by their threads; the rest is everybody else's
 CGROUP_FILES = (  # limit and usage, version 2 and 1
@@ -25,7 +23,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_type(compute: Compute, device: torch.device) -> torch.dtype:
+def compute_type(compute: str, device: torch.device) -> torch.dtype:
     """Type that blocks multiply in; ``auto`` is float32 on a CPU, and bfloat16 on accelerators that have it."""
     if compute == "auto":
         fast = device.type != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -43,7 +41,7 @@ def worker_memory(device: torch.device) -> int:
 
 def host_share(threads: int) -> int:
     """Bytes of the host's free memory for a worker of ``threads`` threads."""
-    return int(HOST_SHARE * free_host_memory() * min(1.0, threads / (os.cpu_count() or 1)))
+    return int(HOST_SHARE * free_host_memory() * min(1.0, threads / usable_cpus()))
 
 
 def free_host_memory() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bitgenome.common.errors import UserError
 
@@ -16,12 +16,6 @@ S = TypeVar("S", bound=BaseModel)
 
 URL_WITH_PASSWORD = re.compile(r"[\w+.-]+://[^/@\s]*:[^/@\s]+@")
 STANDARD_INPUT = Path("-")
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, and a loaded configuration does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from bitgenome.config.file import Section
+from bitgenome.common.section import Section
 from workers.storage.folders import is_url, mirror_root
 
 

@@ -10,11 +10,13 @@ from pydantic import Field
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.file import parse_section, read_settings
-from bitgenome.config.run import QuantizationConfig, TextConfig, absolute_model, absolute_text
+from bitgenome.config.quantization import QuantizationConfig
+from bitgenome.config.run import absolute_model
 from bitgenome.config.storage import StoredSection
-from bitgenome.config.workers import WorkersConfig
+from bitgenome.config.text import TextConfig, absolute_text
 from evaluators.study.catalogue import METHODS
 from evaluators.study.methods import Method
+from workers.cluster.settings import WorkerSettings
 
 SWEEP = "sweep"  # of a method: settings with the list of values that each takes, in every combination
 
@@ -28,7 +30,7 @@ class StudyConfig(StoredSection):
     activation_samples: int = Field(2048, ge=2, description="positions of calibration text, for mutual information")
     text: TextConfig = TextConfig()
     quantization: QuantizationConfig = QuantizationConfig()
-    workers: WorkersConfig = WorkersConfig()
+    workers: WorkerSettings = WorkerSettings()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_json
-from bitgenome.config.search import GeneGroupsConfig
 from bitgenome.observe.progress import Track
 from bitgenome.run.plan import Plan, make_plan, tied_space
 from bitgenome.run.prepare import calibrate, record_inputs, sample_activations
@@ -19,6 +18,7 @@ from evaluators.prepare.bank import group_tensors
 from evaluators.prepare.calibration import group_file
 from quantizers.statistics.clustering import group
 from quantizers.statistics.mutual_information import pairwise_information
+from search.loop.settings import GeneGroups
 from workers.pool.base import Pool
 
 
@@ -58,7 +58,7 @@ def tied(plan: Plan, labels: Mapping[str, str]) -> Plan:
 
 
 def information_labels(
-    folder: ModelFolder, samples: Path, calibration: Path, groups: Sequence[str], config: GeneGroupsConfig
+    folder: ModelFolder, samples: Path, calibration: Path, groups: Sequence[str], config: GeneGroups
 ) -> dict[str, str]:
     """By tensor its group, by what the norms of the tensors' outputs share; a tensor without activations has none."""
     members = {name: group_tensors(group_file(calibration, name)) for name in groups}

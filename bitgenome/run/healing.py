@@ -1,7 +1,6 @@
 """The stage between search and export: the winner's float32 tensors tuned by distillation, if that helps."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of
 from bitgenome.common.errors import UserError
-from bitgenome.config.run import HealingConfig
 from bitgenome.observe.progress import Track
 from bitgenome.run.plan import Plan
 from bitgenome.storage.run_directory import RunDirectory
-from bitgenome.storage.shared import digest_of
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
-from evaluators.healing.tuner import HealingCheckpoint, HealingSettings
+from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
 from exporters.metadata.tensor_names import tensor_table
 from search.types import Evaluation, Fidelity
@@ -29,10 +27,6 @@ log = logging.getLogger(__name__)
 Trained = tuple[dict[str, Tensor], dict[str, Healed]]  # tensors by name, figures by split
 
 SPLITS = ("validation", "test")
-# The tensors' distance to their optimum grows as the root of the divergence. Test KL of the embedded model with
-# attention at Q3_K, MLP at Q2_K and embedding at Q6_K (KL 0.047) after 30 steps of 1,024 tokens, by learning rate:
-# -12.1 % at 0.0025, -12.8 % at 0.0045, -11.8 % at 0.009. Uniform Q4_K (KL 0.010) gains nothing at 0.01.
-RATE_PER_ROOT_KL = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,15 +65,6 @@ def float_tensors(plan: Plan) -> tuple[str, ...]:
     return tuple(entry.hf_name for entry in tensor_table(plan.folder) if not entry.quantizable)
 
 
-def settings_of(config: HealingConfig, kl: float) -> HealingSettings:
-    """``kl`` is the quantized model's divergence in front of healing."""
-    chosen = config.model_dump(include={"steps", "batch_tokens", "variant", "seed"})
-    rate = config.learning_rate or RATE_PER_ROOT_KL * math.sqrt(max(kl, 0.0))
-    return HealingSettings(
-        **chosen, learning_rate=rate, temperature=config.chosen_temperature, alpha=config.chosen_alpha
-    )
-
-
 def heal(
     plan: Plan,
     setup: EvaluatorSetup,
@@ -97,10 +82,10 @@ def heal(
     config = plan.config.healing
     if config.enabled == "off":
         return None
-    genome, settings = winner.genome, settings_of(config, winner.kl)
+    genome, settings = winner.genome, config.with_rate_for(winner.kl)
     digests = (plan.folder.digest, run.record["digests"]["text"], setup.bank.name, setup.activations)
     tokens = {split: getattr(plan.config.text.tokens, split) for split in SPLITS}
-    key = digest_of(*digests, tokens, list(genome), asdict(settings))
+    key = digest_of(*digests, tokens, list(genome), settings.deciding)
     if done := Healing.load(run.path, key):
         return done
     checkpoint = HealingCheckpoint((run.path / layout.HEALING_CHECKPOINT).resolve(), key)

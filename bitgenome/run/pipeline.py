@@ -39,7 +39,7 @@ from search.loop.archive import EvaluationLog
 from search.loop.search import Evaluate, evaluate_missing
 from search.loop.winner import Winner
 from search.types import Evaluation, Fidelity
-from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.cluster.open_pool import close_cluster, open_pool
 from workers.pool.base import Pool
 from workers.storage.folders import is_url
 
@@ -81,7 +81,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     plan.folder.check_finite()
     with RunDirectory.owned(config) as directory, log_file(directory.path / layout.EVENTS, config.name):
-        settings = WorkerSettings(**config.workers.model_dump())
+        settings = config.workers
         try:
             with directory.stage("workers"):
                 pool = open_pool(settings, config.name)

@@ -10,14 +10,15 @@ import torch
 
 from bitgenome.common.devices import best_device
 from bitgenome.common.errors import UserError
-from bitgenome.config.pruning import sparsity_by_tensor
-from bitgenome.config.run import BudgetConfig, RunConfig, TextConfig
+from bitgenome.config.run import BudgetConfig, RunConfig
+from bitgenome.config.text import TextConfig
+from bitgenome.run.pruning import sparsity_by_tensor
 from bitgenome.storage.staged import local_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.scaling import check_scalable
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.tensor_names import quantizable_tensors
-from quantizers.rounding.pruning_masks import Sparsity
+from quantizers.settings import Sparsity
 from search.budget import Budget
 from search.gene_groups import kind_labels, layer_labels, tied_genes
 from search.types import SearchSpace
@@ -39,7 +40,7 @@ class Plan:
     def search_evaluations(self) -> int:
         if self.config.search.strategy == "exact":
             return 0
-        return self.config.search.population * self.config.search.generations
+        return self.config.search.evaluations
 
     @property
     def search_rungs(self) -> list[tuple[int, int]]:
@@ -71,7 +72,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
     folder = ModelFolder(local_model(config.model))
     shapes = quantizable_tensors(folder)
-    if config.quantization.scaling.settings.active:
+    if config.quantization.scaling.active:
         check_scalable(folder)
     fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
     free = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)

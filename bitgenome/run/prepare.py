@@ -16,15 +16,16 @@ from typing import Protocol
 import pandas as pd
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
-from bitgenome.config.run import TextConfig
+from bitgenome.config.text import TextConfig
 from bitgenome.observe.progress import Track
 from bitgenome.run.compute_floor import log_compute_floor
 from bitgenome.run.memory import heaviest_load
 from bitgenome.run.plan import Plan
 from bitgenome.run.sensitivities import measure_sensitivities, table_of
 from bitgenome.storage.run_directory import RunDirectory
-from bitgenome.storage.shared import Storage, build_once, digest_of, shared_directory
+from bitgenome.storage.shared import Storage, build_once, shared_directory
 from evaluators.data.stdlib import SPLITS, load_held_out
 from evaluators.data.windows import (
     TokenWindows,
@@ -44,9 +45,8 @@ from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate, group_file,
 from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
 from exporters.files.imatrix import write_imatrix
 from exporters.metadata.tensor_names import tensor_table
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings
 from search.allocation.sensitivity import SensitivityTable
-from search.fitness import FitnessSettings
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -182,8 +182,8 @@ def scale_channels(
     plan: Plan, calibration: Path, groups: list[str], run: RunDirectory, pool: Pool, track: Track
 ) -> tuple[Plan, Path]:
     """Plan of the scaled model, and the directory of its input groups; the choices go into the run's scaling.json."""
-    settings, compensation = plan.config.quantization.scaling.settings, compensation_settings(plan)
-    parts = (plan.folder.digest, calibration.name, asdict(settings), asdict(compensation))
+    settings, compensation = plan.config.quantization.scaling, compensation_settings(plan)
+    parts = (plan.folder.digest, calibration.name, settings.model_dump(), asdict(compensation))
     digest = digest_of(scaling.SCHEMA, *parts)
     directory = shared_directory(plan.config, layout.SCALING_KIND, digest)
 
@@ -256,7 +256,7 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
 
 
 def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup:
-    fitness = FitnessSettings(**plan.config.fitness.model_dump())
+    fitness = plan.config.fitness
     windows = (run.path / layout.WINDOWS).resolve()
     evaluation = plan.config.evaluation
     key = digest_of(str(bank), str(windows), plan.config.digest, evaluation.memory)
@@ -272,7 +272,7 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
     with run.stage("calibration"):
         calibration, groups = calibrate(plan, windows, pool, track, plan.config.quantization.upstream_level)
         save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)
-    if plan.config.quantization.scaling.settings.active:
+    if plan.config.quantization.scaling.active:
         with run.stage("scaling"):
             plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
     with run.stage("bank"):

@@ -13,7 +13,6 @@ from typing import Any
 from bitgenome.common import layout
 from bitgenome.common.errors import StorageError
 from bitgenome.common.files import atomic_write_json, atomic_write_text
-from bitgenome.config.search import SearchConfig
 from bitgenome.observe.logs import GENERATION
 from bitgenome.observe.monitoring import Monitor
 from bitgenome.observe.progress import Track
@@ -26,8 +25,10 @@ from search.allocation.seeds import reference_genomes, seed_genomes
 from search.loop.archive import EvaluationLog
 from search.loop.checkpoint import Checkpoint
 from search.loop.search import Evaluate, Progress, run_search, with_table_rung
+from search.loop.settings import SearchSettings
 from search.loop.winner import Winner, choose_winner, pareto_records
-from search.strategies.factory import STRATEGIES, make_strategy
+from search.strategies.factory import make_strategy
+from search.strategies.settings import OptunaSettings, RandomSettings, SolverSettings
 from search.types import Evaluation, Fidelity, Genome
 from workers.pool.base import Pool
 
@@ -99,14 +100,17 @@ def pool_evaluate(
     return evaluate
 
 
-def strategy_settings(config: SearchConfig) -> Any:
-    """The strategy's own settings dataclass from the fields of ``config`` that it knows."""
-    kind = STRATEGIES[config.strategy]
-    values = config.model_dump() | {
-        "evaluations": config.population * config.generations,
-        "batch_size": config.population,
-    }
-    return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+def strategy_settings(config: SearchSettings) -> Any:
+    """Return the settings of the strategy that ``config`` names."""
+    match config.strategy:
+        case "genetic":
+            return config
+        case "optuna":
+            return OptunaSettings(config.evaluations, config.population, config.seed)
+        case "random":
+            return RandomSettings(config.evaluations, config.population, config.seed)
+        case _:
+            return SolverSettings(seed=config.seed)
 
 
 def search(

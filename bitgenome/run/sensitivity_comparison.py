@@ -36,7 +36,7 @@ from search.budget import Budget
 from search.loop.archive import EvaluationLog
 from search.loop.search import evaluate_missing
 from search.types import Fidelity, Genome, SearchSpace
-from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.cluster.open_pool import close_cluster, open_pool
 from workers.pool.base import Pool
 
 OF_THE_BANK = ("reconstruction", "relative")  # known without running any text
@@ -91,7 +91,7 @@ def comparison(
 
     with log_file(directory.path / layout.EVENTS, directory.path.name):
         try:
-            workers = open_pool(WorkerSettings(**plan.config.workers.model_dump()), plan.config.name)
+            workers = open_pool(plan.config.workers, plan.config.name)
             workers.limit = WorkerLimit(directory.path)
             with staged_pool(workers, plan.config, plan.folder) as pool:
                 plan = with_gene_groups(plan, windows, directory, pool, tracked)

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import StorageError
 from bitgenome.common.files import atomic_write_json, replacing
 from workers.storage.folders import is_url, mirror_root, open_folder
-from workers.storage.staging import digest_of_file
 from workers.storage.transfers import local_sizes, send
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,8 @@
 """Artefacts that several runs share: ``<storage_path>/shared/<kind>/<digest of all that they depend on>``."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from bitgenome.common import layout
 from bitgenome.storage.lease import Lease
@@ -20,10 +18,6 @@ class Storage(Protocol):
 
     @property
     def storage_url(self) -> str | None: ...
-
-
-def digest_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def shared_directory(config: Storage, kind: str, digest: str) -> Path:

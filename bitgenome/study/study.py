@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
 from bitgenome.config.study import Study, StudyConfig
@@ -20,7 +21,6 @@ from bitgenome.run.plan import check_text
 from bitgenome.run.prepare import calibrate, read_windows, sample_activations
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
-from bitgenome.storage.shared import digest_of
 from bitgenome.storage.staged import local_model, staged_pool
 from bitgenome.study.grouping_report import costs, write_grouping_report
 from bitgenome.study.report import write_report
@@ -33,7 +33,7 @@ from evaluators.study.methods import Method
 from evaluators.study.mutual_information import MutualInformation
 from exporters.metadata.tensor_names import quantizable_tensors
 from search.types import Fidelity
-from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.cluster.open_pool import close_cluster, open_pool
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
         log_file(plan.path / layout.EVENTS, plan.path.name),
     ):
         try:
-            pool = open_pool(WorkerSettings(**study.config.workers.model_dump()), study.config.name)
+            pool = open_pool(study.config.workers, study.config.name)
             with staged_pool(pool, study.config, plan.folder) as staged:
                 return plan.path, StudyRun(plan, windows, staged, console, lease, mirror).results()
         finally:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bitgenome.common.devices import Compute, best_device, compute_type, release_memory, worker_memory
+from bitgenome.common.devices import best_device, compute_type, release_memory, worker_memory
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.batches import Batches
 from evaluators.engine.divergence import Divergence, Reference
@@ -20,6 +20,7 @@ from evaluators.engine.weights import ModelWeights
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
+from evaluators.settings import Compute
 from quantizers.formats.table import QuantFormat
 from search.fitness import FitnessSettings, search_loss
 from search.types import Evaluation, Fidelity, Genome, SearchSpace

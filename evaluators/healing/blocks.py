@@ -19,12 +19,13 @@ from evaluators.data.windows import TokenWindows
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.healing.distillation import DistillationLoss
 from evaluators.healing.tuner import (
     FloatTuner,
     HealingCheckpoint,
-    HealingSettings,
     micro_batches,
     repeatable_attention,
+    schedule,
     tunable,
 )
 from evaluators.healing.whole import Healed
@@ -33,6 +34,7 @@ from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import chunked
 from evaluators.model.head import Head
 from evaluators.prepare.bank import Bank
+from evaluators.settings import HealingSettings
 from quantizers.formats.table import QuantFormat
 from search.types import Fidelity, Genome
 
@@ -97,7 +99,7 @@ class _Stream:
         windows = TokenWindows.load(task.setup.windows)
         self.ids = {f.split: torch.from_numpy(windows.take(f.split, f.tokens)) for f in task.fidelities}
         calibration = torch.from_numpy(windows.windows[CALIBRATION])
-        self.schedule = task.settings.schedule(*calibration.shape)
+        self.schedule = schedule(task.settings, *calibration.shape)
         used, places = self.schedule.unique(return_inverse=True)
         self.ids[CALIBRATION], self.schedule = calibration[used], places  # only the windows that are trained on
         saved = task.checkpoint.load()
@@ -179,7 +181,7 @@ class _Stream:
 
     def finish(self) -> dict[str, Healed]:
         """Train the output norm by the divergence itself, save all float32 tensors, and measure."""
-        model, loss = self.model, self.task.settings.loss
+        model, loss = self.model, DistillationLoss.of(self.task.settings)
         model.load_ends()
         self.advance(FULL, model.decoder.norm)
         full_head = model.head

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from evaluators.engine.divergence import chunk_positions
 from evaluators.model.head import Head
+from evaluators.settings import HealingSettings
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class DistillationLoss:
 
     temperature: float = 1.0
     alpha: float = 0.0
+
+    @classmethod
+    def of(cls, settings: HealingSettings) -> "DistillationLoss":
+        """Return the loss that ``settings`` choose."""
+        return cls(settings.chosen_temperature, settings.chosen_alpha)
 
     def __call__(self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor) -> Tensor:
         """Scalar loss, differentiable in ``hidden`` (B, T, D) alone.

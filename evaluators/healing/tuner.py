@@ -5,12 +5,11 @@ Shapes: n windows, T positions.
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,49 +18,26 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitgenome.common.files import atomic_write_bytes
-from evaluators.healing.distillation import DistillationLoss
 from evaluators.model.block_model import BlockModel
+from evaluators.settings import HealingSettings
 
 log = logging.getLogger(__name__)
 
 MICRO_TOKENS = 512  # positions of one gradient: their activations are kept at once, and a worker computes them
-WARM_UP = 0.05  # of all steps, at a learning rate that rises linearly
 BETAS = (0.9, 0.99)  # of Adam; few steps, so the second moment must not remember longer than they last
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class HealingSettings:
-    """How the tensors are tuned; ``steps`` of ``batch_tokens`` tokens, those of each block in the blockwise variant."""
+def schedule(settings: HealingSettings, windows: int, window: int) -> Tensor:
+    """Return (steps, batch) int64: of ``windows`` windows of ``window`` tokens, those of every step.
 
-    steps: int = 60
-    batch_tokens: int = 1024
-    learning_rate: float = 0.01
-    temperature: float = 1.0
-    alpha: float = 0.0  # weight of the text's own next token
-    variant: Literal["full", "blockwise"] = "full"
-    seed: int = 0
-
-    @property
-    def loss(self) -> DistillationLoss:
-        return DistillationLoss(self.temperature, self.alpha)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of ``step``: a linear rise, then half a cosine down to zero."""
-        rise = max(1, round(WARM_UP * self.steps))
-        return self.learning_rate * min(1, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-    def batch_windows(self, window: int) -> int:
-        """Windows of ``window`` tokens in one step."""
-        return max(1, self.batch_tokens // window)
-
-    def schedule(self, windows: int, window: int) -> Tensor:
-        """(steps, batch) int64: the windows of every step; each pass over the text is in a new random order."""
-        batch = self.batch_windows(window)
-        generator = torch.Generator().manual_seed(self.seed)
-        passes = -(-self.steps * batch // windows)
-        order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(passes)])
-        return order[: self.steps * batch].reshape(self.steps, batch)
+    Each pass over the text is in a new random order.
+    """
+    batch = settings.batch_windows(window)
+    generator = torch.Generator().manual_seed(settings.seed)
+    passes = -(-settings.steps * batch // windows)
+    order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(passes)])
+    return order[: settings.steps * batch].reshape(settings.steps, batch)
 
 
 class FloatTuner:

@@ -20,9 +20,9 @@ from evaluators.healing.quantized_model import SimulatedModel
 from evaluators.healing.tuner import (
     FloatTuner,
     HealingCheckpoint,
-    HealingSettings,
     micro_batches,
     repeatable_attention,
+    schedule,
     tunable,
 )
 from evaluators.model.block_model import BlockModel
@@ -30,6 +30,7 @@ from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import final_hidden
 from evaluators.model.head import Head
 from evaluators.prepare.bank import Bank
+from evaluators.settings import HealingSettings
 from search.types import Fidelity, Genome
 
 CHECKPOINT_STEPS = 10
@@ -136,9 +137,9 @@ class WholeHealing:
         tuner = FloatTuner({n: nn.Parameter(t.clone()) for n, t in self.floats.items()}, self.settings)
         if saved := self.checkpoint.load():
             tuner.load(saved[0], saved[1]["steps"])
-        schedule = self.settings.schedule(*self.windows)
+        windows_of_steps = schedule(self.settings, *self.windows)
         while tuner.done < self.settings.steps:
-            segment = schedule[tuner.done : tuner.done + CHECKPOINT_STEPS]
+            segment = windows_of_steps[tuner.done : tuner.done + CHECKPOINT_STEPS]
             reference = self.references(segment, run)
             for rows in segment:
                 self.accumulate(tuner, rows, reference, run)
@@ -166,7 +167,7 @@ class WholeHealing:
         tasks = []
         for part in parts:
             states = torch.stack([reference[row] for row in part.tolist()])
-            shared = (self.setup, self.genome, values, self.settings.loss)
+            shared = (self.setup, self.genome, values, DistillationLoss.of(self.settings))
             tasks.append(HealGradient(*shared, tuple(part.tolist()), states, tuner.done))
         for part, gradients in zip(parts, run(tasks), strict=True):
             for name, parameter in tuner.parameters.items():

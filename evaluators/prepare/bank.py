@@ -3,14 +3,13 @@
 One safetensors file a tensor, its header carrying the errors; ``manifest.json`` lists the files with their sha256.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from bitgenome.common import layout
 from bitgenome.common.devices import best_device
+from bitgenome.common.digests import digest_of, digest_of_file
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from evaluators.model.folder import ModelFolder
@@ -26,14 +26,13 @@ from evaluators.prepare.calibration import InputGroup
 from quantizers.formats.packed import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
-from quantizers.rounding.pruning_masks import Sparsity
-from quantizers.rounding.sparsegpt import Compensated, CompensationSettings, compensate
+from quantizers.rounding.sparsegpt import Compensated, compensate
+from quantizers.settings import CompensationSettings, Importance, Sparsity
 from quantizers.statistics.importance import channel_dimensions, combined_importance
 from quantizers.statistics.moments import InputStatistics
 
 log = logging.getLogger(__name__)
 
-Importance = Literal["conditional", "hessian", "five_dimensional"]  # of an input's columns, when scales are fitted
 DECODED_WEIGHTS = 1 << 20  # decoded at once
 SCHEMA = 1  # raise when packed bytes or file layout change meaning
 
@@ -70,8 +69,7 @@ def bank_digest(
     """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
-    key = json.dumps([SCHEMA, model, calibration, legal, asdict(settings), pruned, importance], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()
+    return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance)
 
 
 def save_tensor(directory: Path, tensor: str, levels: Mapping[str, Compensated]) -> None:
@@ -158,13 +156,8 @@ def readable(directory: Path, tensor: str, formats: Iterable[str]) -> bool:
         return False
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_manifest(directory: Path, tensors: Sequence[str]) -> None:
-    files = {name: file_digest(tensor_file(directory, name)) for name in tensors}
+    files = {name: digest_of_file(tensor_file(directory, name)) for name in tensors}
     atomic_write_text(directory / layout.MANIFEST, json.dumps({"schema": SCHEMA, "files": files}, indent=1))
 
 
@@ -182,7 +175,7 @@ def damaged_tensors(directory: Path) -> list[str]:
         log.warning("the bank's manifest %s cannot be read; it is written anew", manifest)
         manifest.unlink()
         return []
-    return [n for n, d in files.items() if not (p := tensor_file(directory, n)).is_file() or file_digest(p) != d]
+    return [name for name, digest in files.items() if digest_of_file(tensor_file(directory, name)) != digest]
 
 
 class Bank:

@@ -4,7 +4,6 @@ Linear layers that read the same tensor (q/k/v, gate/up) form one input group an
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import safe_open, save
 from torch import Tensor, nn
 
+from bitgenome.common.cpus import usable_cpus
 from bitgenome.common.devices import best_device
 from bitgenome.common.files import atomic_write_bytes
 from evaluators.data.windows import TokenWindows
@@ -216,7 +216,7 @@ class Calibrate:
         """Names of the groups, in order."""
         windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])
         threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(usable_cpus())
         try:
             names = []
             for group in calibrate(ModelFolder(self.model), windows, best_device(), self.upstream_level):

@@ -23,8 +23,8 @@ from evaluators.model.scaled_view import COLUMNS, ROWS, source_of, write_scaled_
 from evaluators.prepare.bank import group_tensors
 from evaluators.prepare.calibration import InputGroup, group_file, group_readable
 from quantizers.formats.table import format_for
-from quantizers.rounding.channel_scaling import ScalingSettings, SharedColumns, choose_scaling, scaled_hessian
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.rounding.channel_scaling import SharedColumns, choose_scaling, scaled_hessian
+from quantizers.settings import CompensationSettings, ScalingSettings
 
 PRODUCERS = {  # first reader of an input -> what makes the input
     "self_attn.q_proj": "input_layernorm",

@@ -6,7 +6,6 @@ interface only.
 
 import http.client
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import xllamacpp
 
+from bitgenome.common.cpus import usable_cpus
 from exporters.files.gguf_reader import GgufContents, read_gguf
 
 LOOPBACK = "127.0.0.1"
@@ -128,7 +128,7 @@ def generation_speed(
 
 def default_threads() -> int:
     """One for each two logical processors: llama.cpp's threads wait actively and starve each other on more."""
-    return max(1, (os.cpu_count() or 1) // 2)
+    return max(1, usable_cpus() // 2)
 
 
 def _require_tokenizer(contents: GgufContents) -> None:

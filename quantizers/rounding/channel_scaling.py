@@ -16,30 +16,14 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.table import QuantFormat
-from quantizers.rounding.sparsegpt import CompensationSettings, compensate
+from quantizers.rounding.sparsegpt import compensate
+from quantizers.settings import CompensationSettings, ScalingSettings
 from quantizers.statistics.moments import InputStatistics
 
 PROTECTION = 2.0  # by how much salient columns are enlarged (Lin et al. 2023, table 2: 1.5 to 2 is best)
 SAMPLED_ROWS = 128  # of each tensor, evenly spread, that errors are measured on
 DEFAULT_COMPENSATION = CompensationSettings()
 LARGEST_SCALE = 1e4  # relative to the geometric mean, either way; keeps fp16 block scales in range
-
-
-@dataclass(frozen=True)
-class ScalingSettings:
-    """``kind`` none, smoothquant (fixed ``alpha``) or awq (``grid`` values of alpha tried).
-
-    ``protect`` is the share of columns, by mean|x| times mean|W|, that are enlarged by PROTECTION on top.
-    """
-
-    kind: str = "none"
-    alpha: float = 0.5
-    grid: int = 20
-    protect: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        return self.kind != "none" or self.protect > 0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from quantizers.formats.table import FORMATS, LEVEL_FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend, descend_kept
 from quantizers.rounding.nearest import check_weights, pad_rows, quantize
-from quantizers.rounding.pruning_masks import ColumnMasks, Sparsity, prune_columns
-from quantizers.rounding.sparsegpt import Compensated, CompensationSettings, better_rows, conditional_importance
+from quantizers.rounding.pruning_masks import ColumnMasks, prune_columns
+from quantizers.rounding.sparsegpt import Compensated, better_rows, conditional_importance
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
+from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
 DEFAULTS = CompensationSettings()

@@ -4,52 +4,14 @@ Removing w_j and making up for it with the columns after it costs w_j^2 / [H^-1]
 j and later, which is (w_j / U_jj)^2. The cheapest weights go. Legend: W transposed (columns, R), R rows.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantizers.settings import Sparsity
+
 MASK_BLOCK = 128  # columns whose unstructured mask is chosen at once, over all rows of the tensor together
-GROUPS = (2, 4, 8, 16, 32)  # m of n:m: a group then lies within one scale block of every GGUF format
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How much of a tensor is pruned: ``fraction`` of every mask block, or of every ``group`` columns of each row."""
-
-    fraction: float
-    group: int = 0  # m of n:m; 0: unstructured
-
-    def __str__(self) -> str:
-        return f"{self.zeros}:{self.group}" if self.group else f"{self.fraction:g}"
-
-    @property
-    def zeros(self) -> int:
-        """n of n:m, the zeros in every group."""
-        return round(self.fraction * self.group)
-
-    @classmethod
-    def of_fraction(cls, fraction: float) -> "Sparsity":
-        """Raises ValueError unless 0 <= ``fraction`` < 1."""
-        if not 0 <= fraction < 1:
-            raise ValueError(f"expected a sparsity of at least 0 and below 1, found {fraction:g}")
-        return cls(fraction)
-
-    @classmethod
-    def of_pattern(cls, pattern: str) -> "Sparsity":
-        """``"n:m"``: n zeros in every m neighbouring weights of a row. Raises ValueError for another pattern."""
-        match = re.fullmatch(r"(\d+):(\d+)", pattern)
-        groups = ", ".join(map(str, GROUPS))
-        if match is None:
-            raise ValueError(f'expected a pattern "n:m" such as "2:4", n zeros in every m weights, found {pattern!r}')
-        n, m = int(match[1]), int(match[2])
-        if m not in GROUPS:
-            raise ValueError(f"expected m of a pattern n:m among {groups}, found {pattern!r}")
-        if not 0 < n < m:
-            raise ValueError(f"expected n of a pattern n:m from 1 to m - 1, found {pattern!r}")
-        return cls(n / m, m)
 
 
 def unstructured_mask(scores: Tensor, fraction: float) -> Tensor:

@@ -24,20 +24,12 @@ from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend
 from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize
+from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
-DESCENT_ROUNDS = 2  # sweeps after compensation; the third gains another 1 to 2 %
+DEFAULTS = CompensationSettings()
 BATCH_ROWS = 1024  # of all tensors together, each in all its formats: a CPU's cache holds them
 ACCELERATOR_BATCHES = 16  # times as many where every column is a kernel to launch
-
-
-@dataclass(frozen=True)
-class CompensationSettings:
-    """How weights get onto their grids."""
-
-    damping: float = 0.01  # of the Hessian's mean diagonal (see ``inverse_factor``)
-    compensation: bool = True  # spread every column's error over later ones; else rounding by importance alone
-    refinement_rounds: int = DESCENT_ROUNDS  # of coordinate descent after compensation
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ def compensate(
     weights: Mapping[str, Tensor],
     formats: Mapping[str, Sequence[QuantFormat]],
     H: Tensor,
-    settings: CompensationSettings = CompensationSettings(),
+    settings: CompensationSettings = DEFAULTS,
     importance: Tensor | None = None,
 ) -> dict[str, dict[str, Compensated]]:
     """Tensor name -> format name -> bytes and errors.

@@ -8,10 +8,11 @@ from search.allocation.repair import Repair
 from search.allocation.seeds import seed_genomes
 from search.allocation.sensitivity import SensitivityTable
 from search.budget import Budget
-from search.strategies.genetic import GeneticSettings, GeneticStrategy
-from search.strategies.optuna_tpe import OptunaSettings, OptunaStrategy
-from search.strategies.random_search import RandomSettings, RandomStrategy
-from search.strategies.solver import SolverSettings, SolverStrategy
+from search.strategies.genetic import GeneticStrategy
+from search.strategies.optuna_tpe import OptunaStrategy
+from search.strategies.random_search import RandomStrategy
+from search.strategies.settings import GeneticSettings, OptunaSettings, RandomSettings, SolverSettings
+from search.strategies.solver import SolverStrategy
 from search.types import Genome, SearchSpace, Strategy
 
 STRATEGIES: dict[str, Any] = {

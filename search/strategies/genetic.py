@@ -9,10 +9,9 @@ each place only the most promising is evaluated (screening.py), for an evaluatio
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from deap import base, tools
@@ -21,6 +20,7 @@ from search.allocation.repair import Repair
 from search.allocation.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
 from search.strategies.screening import Screening
+from search.strategies.settings import GeneticSettings
 from search.strategies.surrogate import MOST
 from search.types import Genome, Scored
 
@@ -34,41 +34,6 @@ CROSSOVERS: dict[str, Callable[..., Any]] = {
     "two_point": tools.cxTwoPoint,
     "uniform": partial(tools.cxUniform, indpb=0.5),
 }
-
-
-@dataclass(frozen=True)
-class GeneticSettings:
-    """Population and generations are evaluations: every generation proposes ``population`` new genomes.
-
-    Rates are probabilities for one offspring; a child that no operator changed is swapped. ``brood`` offspring compete
-    by surrogate for each place (1 evaluates everything bred), fewer where that would be more than MOST_BRED in all.
-    ``elites`` are the best of the whole run, kept as parents; ``immigrants`` are places of each generation for repaired
-    random genomes.
-    """
-
-    population: int = 20
-    generations: int = 12
-    tournament_size: int = 4
-    crossover: Literal["one_point", "two_point", "uniform"] = "uniform"
-    crossover_rate: float = 0.5
-    mutation_rate: float = 0.1
-    swap_rate: float = 0.8
-    elites: int = 4
-    immigrants: int = 1
-    brood: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.crossover not in CROSSOVERS:
-            raise ValueError(f"unknown crossover {self.crossover!r}: expected one of {', '.join(CROSSOVERS)}")
-        for name in ("population", "generations", "tournament_size", "elites", "brood"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("crossover_rate", "mutation_rate", "swap_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a probability from 0 to 1, found {getattr(self, name)}")
-        if not 0 <= self.immigrants < self.population:
-            raise ValueError(f"immigrants must be 0 to {self.population - 1}, found {self.immigrants}")
 
 
 class Fitness(base.Fitness):
@@ -190,14 +155,22 @@ class GeneticStrategy(BatchStrategy):
     def _generation(self) -> list[Genome]:
         """Offspring for all places but the immigrants', the most promising of each brood."""
         places = self.settings.population - self.settings.immigrants
-        own = self.rng
-        with global_random(own) as self.rng:
+        with self._drawing_globally():
             brood = self._new_ones(self._breed, places * max(1, min(self.settings.brood, MOST_BRED // max(1, places))))
-        self.rng = own
         told = list(chain.from_iterable(self.told))
         chosen = brood if len(brood) <= places else self._screening.choose(brood, places, told)
         self._unmark(set(brood) - set(chosen))
         return chosen
+
+    @contextmanager
+    def _drawing_globally(self) -> Iterator[None]:
+        """Meanwhile ``rng`` is the global random, which DEAP's operators draw from."""
+        own = self.rng
+        try:
+            with global_random(own) as self.rng:
+                yield
+        finally:
+            self.rng = own
 
     def _breed(self) -> Genome:
         """One offspring: parents by tournament, perhaps mated, then changed by at least one operator.

@@ -8,7 +8,6 @@ where optuna-dashboard finds it under the study's name.
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,11 @@ from bitgenome.common.files import cut_torn_tail
 from search.allocation.repair import Repair
 from search.strategies.base import Batch, BatchStrategy
 from search.strategies.rng import rng_to_json
+from search.strategies.settings import OptunaSettings
 from search.types import Fidelity, Genome
 
 STUDY_NAME = "bitgenome"
 PROPOSAL_TRIES = 5  # proposals whose repair is already known, before a random genome takes the place
-
-
-@dataclass(frozen=True)
-class OptunaSettings:
-    """``batch_size`` is fixed, so that the result does not depend on how many workers evaluate a batch."""
-
-    evaluations: int = 240
-    batch_size: int = 20
-    startup: int = 20  # trials before the estimator takes over from random draws
-    seed: int = 0
 
 
 class OptunaStrategy(BatchStrategy):

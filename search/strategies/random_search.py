@@ -1,17 +1,9 @@
 """Repaired random genomes: the baseline that a search has to beat."""
 
-from dataclasses import dataclass
-
 from search.allocation.repair import Repair
 from search.strategies.base import Batch, BatchStrategy
+from search.strategies.settings import RandomSettings
 from search.types import Genome
-
-
-@dataclass(frozen=True)
-class RandomSettings:
-    evaluations: int = 240
-    batch_size: int = 20
-    seed: int = 0
 
 
 class RandomStrategy(BatchStrategy):

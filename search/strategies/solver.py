@@ -1,7 +1,6 @@
 """No search: the solvers' genomes, and near-optimal alternatives around them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -10,16 +9,8 @@ from search.allocation.exact import lagrangian
 from search.allocation.repair import Repair
 from search.allocation.sensitivity import SensitivityTable
 from search.strategies.base import Batch, BatchStrategy
+from search.strategies.settings import SolverSettings
 from search.types import Genome
-
-
-@dataclass(frozen=True)
-class SolverSettings:
-    """``alternatives`` genomes are solved for tables perturbed by log-normal noise of ``spread``."""
-
-    alternatives: int = 8
-    spread: float = 0.1
-    seed: int = 0
 
 
 class SolverStrategy(BatchStrategy):

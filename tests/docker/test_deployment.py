@@ -13,9 +13,9 @@ import jsonschema
 import pytest
 import yaml
 
-from bitgenome.config.workers import WorkersConfig
 from tests.conftest import REPOSITORY
 from workers.cluster.metrics import COUNTERS, GAUGES, SECONDS, TAGS
+from workers.cluster.settings import WorkerSettings
 
 DOCKER = REPOSITORY / "docker"
 SCHEMA = json.loads((Path(__file__).parent / "kuberay-v1.schema.json").read_text())
@@ -163,7 +163,7 @@ def test_credentials_of_an_object_store_come_from_one_secret_once_a_comment_is_g
 def test_a_job_asks_for_as_many_workers_as_its_cluster_may_grow_to() -> None:
     (group,) = cluster_spec("RayJob")["workerGroupSpecs"]
     cpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    room = group["maxReplicas"] * cpus // WorkersConfig().cpus_per_worker
+    room = group["maxReplicas"] * cpus // WorkerSettings().cpus_per_worker
     assert f" --set workers.max={room} " in manifest("RayJob")["spec"]["entrypoint"]
     assert f"--set workers.max={room} " in (DOCKER / "README.md").read_text()
 

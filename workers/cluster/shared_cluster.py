@@ -1,6 +1,7 @@
 """One Ray cluster for several runs, each a process of its own: joined, or started and ended by this process."""
 
-from workers.cluster.open_pool import WorkerSettings, close_cluster, join_cluster, placement_of
+from workers.cluster.open_pool import close_cluster, join_cluster, placement_of
+from workers.cluster.settings import WorkerSettings
 
 
 class SharedCluster:

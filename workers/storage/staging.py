@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 from filelock import FileLock
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import StorageError
 from workers.pool.base import Pool, PoolStatistics, Task, work_of
 from workers.storage.folders import cache_root, mirror_root, open_folder
@@ -188,14 +189,6 @@ def stage(url: str, root: Path, name: str, digest: str | None, changing: bool = 
             remote.download(staged_name(name, digest), root / name)
             if digest_of_file(root / name) != digest:
                 raise StorageError(f"expected {url}/{name} as the driver has it, found other content")
-
-
-def digest_of_file(path: Path) -> str | None:
-    """sha256; None where there is no such file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def marks(root: Path, name: str) -> dict[str, tuple[int, int]]:

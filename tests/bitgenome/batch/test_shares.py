@@ -15,14 +15,14 @@ import yaml
 
 from bitgenome.batch.batch import START_TIMEOUT_S, Batch, make_directory, settings_of
 from bitgenome.batch.config import BatchRun, load_batch
-from bitgenome.batch.shares import Shares, worker_settings
+from bitgenome.batch.shares import Shares
 from bitgenome.batch.state import RunState, Stage
 from bitgenome.common import layout
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.storage.worker_limit import write_limit
 from tests.bitgenome.batch.test_config import write
 from workers.cluster.access import use_token
-from workers.cluster.open_pool import WorkerSettings
+from workers.cluster.settings import WorkerSettings
 from workers.cluster.shared_cluster import SharedCluster, fair_share
 
 ON_RAY = {"ray": "local", "max": 8, "cpus_per_worker": 4}
@@ -82,7 +82,7 @@ def test_a_lone_run_may_ask_for_all_that_max_says() -> None:
 def test_as_many_runs_go_at_a_time_as_the_cluster_has_workers_for(
     cluster: SharedCluster, runs: list[BatchRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cluster.room(worker_settings(runs[0])) == 4, "max says 8, and 4 fit"
+    assert cluster.room(runs[0].config.workers) == 4, "max says 8, and 4 fit"
     assert Shares("six", cluster, 100).runs_at_a_time(runs) == 4
     assert Shares("six", cluster, 2).runs_at_a_time(runs) == 2
     assert Shares("six", cluster, None).runs_at_a_time(runs) == min(4, usable_cpus())

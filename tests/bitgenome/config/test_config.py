@@ -8,7 +8,7 @@ from bitgenome.cli.report import searched
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config, parse_config
 from bitgenome.run.plan import make_plan
-from search.strategies.genetic import GeneticSettings
+from search.strategies.settings import GeneticSettings
 from tests.bitgenome.conftest import Runs
 from tests.conftest import REPOSITORY
 

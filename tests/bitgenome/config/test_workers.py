@@ -6,12 +6,11 @@ import pytest
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import parse_config
-from bitgenome.config.workers import WorkersConfig
-from workers.cluster.open_pool import WorkerSettings
+from workers.cluster.settings import WorkerSettings
 
 
 def settings(**values: Any) -> WorkerSettings:
-    return WorkerSettings(**WorkersConfig(**values).model_dump())
+    return WorkerSettings(**WorkerSettings(**values).model_dump())
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,13 @@ from exporters.files.gguf_writer import export_float, export_gguf
 from exporters.metadata.tensor_names import quantizable_tensors
 from exporters.runtime.llamacpp import LlamaCppRuntime
 from quantizers.formats.table import FORMATS
-from quantizers.rounding.channel_scaling import ScalingSettings
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings, ScalingSettings
 from tests import ggml_reference
 from tests.bitgenome.conftest import SMALL
 from tests.conftest import SmallBank
 from tests.exporters.conftest import relative_error, transformers_hidden
 
-SETTINGS = ScalingSettings("smoothquant", protect=0.01)
+SETTINGS = ScalingSettings(kind="smoothquant", protect=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ TTL = 1.2  # seconds, of owners that tests wait for
 BUILD = """
 import sys, time
 from pathlib import Path
-from bitgenome.shared_storage import build_once
-from bitgenome.storage_config import StoredSection
+from bitgenome.storage.shared import build_once
+from bitgenome.config.storage import StoredSection
 folder, built, log = map(Path, sys.argv[1:4])
 def build():
     with log.open("a") as stream:
@@ -35,7 +35,7 @@ build_once(StoredSection(), folder, "the bank", built.exists, build)
 WRITE = """
 import signal, sys, time
 from pathlib import Path
-from bitgenome.lease import Lease
+from bitgenome.storage.lease import Lease
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 log = Path(sys.argv[2])
 with Lease(Path(sys.argv[1]), "the run", ttl=float(sys.argv[3])) as lease:
@@ -47,7 +47,7 @@ with Lease(Path(sys.argv[1]), "the run", ttl=float(sys.argv[3])) as lease:
 """
 HOLD_ELSEWHERE = """
 import sys, time
-import bitgenome.lease as leases
+import bitgenome.storage.lease as leases
 leases.this_machine = lambda: "another machine"
 offset = float(sys.argv[2])
 leases.since_start = lambda: time.monotonic() + offset

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from evaluators.engine.evaluator import EvaluateGenomes, warm
 from evaluators.healing.blocks import HealBlock, output_error
-from evaluators.healing.tuner import FloatTuner, HealingCheckpoint, HealingSettings
+from evaluators.healing.tuner import FloatTuner, HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, TrainedModel, WholeHealing, gradient_of
 from evaluators.prepare.bank import Bank
+from evaluators.settings import HealingSettings
 from exporters.metadata.tensor_names import tensor_table
 from search.types import Fidelity
 from tests.conftest import SmallBank

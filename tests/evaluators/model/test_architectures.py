@@ -11,7 +11,7 @@ from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank, BuildBankGroup
 from evaluators.prepare.calibration import Calibrate, InputGroup, group_file
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings
 from search.types import Fidelity, SearchSpace
 from tests.small_models import save_small_model

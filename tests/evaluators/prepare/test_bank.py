@@ -22,8 +22,7 @@ from evaluators.prepare.bank import (
 from evaluators.prepare.calibration import InputGroup, group_file
 from quantizers.formats.packed import dequantize
 from quantizers.formats.table import FORMATS
-from quantizers.rounding.pruning_masks import Sparsity
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings, Sparsity
 from tests.conftest import SmallBank
 from workers.pool.base import SerialPool
 

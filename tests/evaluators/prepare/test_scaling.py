@@ -21,8 +21,7 @@ from evaluators.prepare.scaling import (
     scaling_record,
     write_scaled_model,
 )
-from quantizers.rounding.channel_scaling import ScalingSettings
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings, ScalingSettings
 from tests.small_models import save_small_model
 
 CPU = torch.device("cpu")
@@ -56,7 +55,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_scaling_leaves_the_function_as_it_was(model_type: str, tmp_path: Path) -> None:
     tied = model_type in ("llama", "qwen3")
     folder = save_small_model(tmp_path / "m", model_type, tie_word_embeddings=tied)
-    view, *_ = scale(tmp_path, folder, ScalingSettings("smoothquant", 0.5, protect=0.05))
+    view, *_ = scale(tmp_path, folder, ScalingSettings(kind="smoothquant", alpha=0.5, protect=0.05))
     original = ModelFolder(folder)
     assert relative(logits(view), logits(original)) <= 1e-5
     changed = [name for name in original.shapes if not torch.equal(view.read(name), original.read(name))]
@@ -68,7 +67,7 @@ def test_scaling_leaves_the_function_as_it_was(model_type: str, tmp_path: Path) 
 
 def test_biases_of_the_scaled_linears_are_scaled_with_their_rows(tmp_path: Path) -> None:
     folder = save_small_model(tmp_path / "m", "llama", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
-    view, *_ = scale(tmp_path, folder, ScalingSettings("smoothquant"))
+    view, *_ = scale(tmp_path, folder, ScalingSettings(kind="smoothquant"))
     original = ModelFolder(folder)
     assert relative(logits(view), logits(original)) <= 1e-5
     for linear in ("self_attn.v_proj", "mlp.up_proj"):
@@ -81,7 +80,7 @@ def test_biases_of_the_scaled_linears_are_scaled_with_their_rows(tmp_path: Path)
 
 def test_the_scaled_model_has_the_scaled_hessians_without_a_second_calibration(tmp_path: Path) -> None:
     folder = save_small_model(tmp_path / "m", "qwen2", num_hidden_layers=1, tie_word_embeddings=False)
-    view, _, _, directory = scale(tmp_path, folder, ScalingSettings("smoothquant"))
+    view, _, _, directory = scale(tmp_path, folder, ScalingSettings(kind="smoothquant"))
     for measured in calibrate(view, IDS, CPU):
         derived = InputGroup.load(group_file(directory, measured.name))
         assert measured.tensors == derived.tensors
@@ -92,7 +91,7 @@ def test_the_scaled_model_has_the_scaled_hessians_without_a_second_calibration(t
 def test_every_factor_of_columns_is_undone_by_the_producer_in_float64(tmp_path: Path) -> None:
     changes = {"num_hidden_layers": 1, "num_key_value_heads": 1, "tie_word_embeddings": False}
     folder = save_small_model(tmp_path / "m", "qwen3", **changes)
-    _, groups, _, directory = scale(tmp_path, folder, ScalingSettings("smoothquant"))
+    _, groups, _, directory = scale(tmp_path, folder, ScalingSettings(kind="smoothquant"))
     factors = {k: v.double() for k, v in folded_factors(ModelFolder(folder), directory, groups).items()}
     for group in groups:
         producer = producer_of(group)
@@ -105,7 +104,7 @@ def test_every_factor_of_columns_is_undone_by_the_producer_in_float64(tmp_path: 
 
 def test_a_search_that_finds_nothing_leaves_the_weights_alone(tmp_path: Path) -> None:
     folder = save_small_model(tmp_path / "m", "llama", num_hidden_layers=1)
-    view, groups, _, directory = scale(tmp_path, folder, ScalingSettings("awq", grid=1))
+    view, groups, _, directory = scale(tmp_path, folder, ScalingSettings(kind="awq", grid=1))
     records = [scaling_record(directory, group) for group in groups]
     assert all(record["error"] <= 1 for record in records)
     unscaled = [r["group"] for r in records if r["alpha"] == 0 and not r["weighted"]]
@@ -116,7 +115,7 @@ def test_a_search_that_finds_nothing_leaves_the_weights_alone(tmp_path: Path) ->
 
 def test_a_torn_scales_file_is_not_taken_for_done(tmp_path: Path) -> None:
     folder = save_small_model(tmp_path / "m", "llama", num_hidden_layers=1)
-    _, groups, _, directory = scale(tmp_path, folder, ScalingSettings("smoothquant"))
+    _, groups, _, directory = scale(tmp_path, folder, ScalingSettings(kind="smoothquant"))
     assert all(scaling_done(directory, group) for group in groups)
     file = directory / "scales" / f"{groups[0]}.safetensors"
     file.write_bytes(file.read_bytes()[:20])

@@ -11,7 +11,8 @@ from evaluators.prepare.bank import Bank, BuildBankGroup, bank_digest, scale_imp
 from evaluators.prepare.calibration import InputGroup, calibrate
 from evaluators.prepare.tensor_importance import gene_importance
 from quantizers.formats.table import FORMATS
-from quantizers.rounding.sparsegpt import CompensationSettings, compensate, conditional_importance
+from quantizers.rounding.sparsegpt import compensate, conditional_importance
+from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import inverse_factor
 from quantizers.statistics.importance import DIMENSIONS, ImportanceWeights, channel_dimensions, combined_importance
 from quantizers.statistics.moments import StatisticsAccumulator

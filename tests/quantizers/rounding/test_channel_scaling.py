@@ -7,7 +7,6 @@ from quantizers.formats.packed import dequantize
 from quantizers.formats.table import FORMATS
 from quantizers.rounding.channel_scaling import (
     PROTECTION,
-    ScalingSettings,
     SharedColumns,
     awq_scales,
     choose_scaling,
@@ -20,6 +19,7 @@ from quantizers.rounding.channel_scaling import (
 )
 from quantizers.rounding.nearest import quantize
 from quantizers.rounding.sparsegpt import row_errors
+from quantizers.settings import ScalingSettings
 from quantizers.statistics.moments import InputStatistics, StatisticsAccumulator
 from tests.quantizers.weights import heavy_tailed
 
@@ -84,7 +84,7 @@ def test_a_dead_column_is_not_scaled() -> None:
 def test_the_searched_alpha_is_never_worse_than_any_other_of_the_grid(grid: int, format_name: str) -> None:
     X, weights, formats = inputs(), {"w": heavy_tailed(24, COLUMNS)}, [FORMATS[format_name]]
     H, statistics = hessian_of(X), statistics_of(X)
-    chosen = choose_scaling(weights, formats, H, statistics, ScalingSettings("awq", grid=grid))
+    chosen = choose_scaling(weights, formats, H, statistics, ScalingSettings(kind="awq", grid=grid))
     found = float(scaled_error(weights, formats, H, chosen.scales))
     weight_mean = weights["w"].abs().mean(0)
     others = [awq_scales(statistics.mean_abs, weight_mean, *candidate) for candidate in grid_candidates(grid)]
@@ -101,7 +101,7 @@ def test_columns_of_heads_that_share_a_value_head_share_a_scale() -> None:
     assert torch.equal(shared.expand(shared.mean(values)).view(2, 3, 4)[:, 0], shared.mean(values).view(2, 4))
     X, weights = inputs(), {"w": heavy_tailed(8, COLUMNS)}
     shared = SharedColumns(repeats=2, width=32)
-    settings = ScalingSettings("smoothquant", protect=0.05)
+    settings = ScalingSettings(kind="smoothquant", protect=0.05)
     s = choose_scaling(weights, [FORMATS["Q4_K"]], hessian_of(X), statistics_of(X), settings, shared).scales
     heads = s.view(-1, 2, 32)
     assert torch.equal(heads[:, 0], heads[:, 1])

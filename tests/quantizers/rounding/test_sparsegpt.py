@@ -12,13 +12,8 @@ from quantizers.formats.packed import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.nearest import fit_rows, quantize
-from quantizers.rounding.sparsegpt import (
-    CompensationSettings,
-    compensate,
-    compensate_stack,
-    conditional_importance,
-    row_errors,
-)
+from quantizers.rounding.sparsegpt import compensate, compensate_stack, conditional_importance, row_errors
+from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import damped, inverse_factor
 from tests import ggml_reference
 from tests.quantizers.weights import correlated_hessian, extreme_rows, heavy_tailed

@@ -13,10 +13,8 @@ from search.loop.checkpoint import Checkpoint
 from search.loop.ladder import Ladder
 from search.loop.search import run_search, with_table_rung
 from search.loop.winner import Winner, choose_winner
-from search.strategies import make_strategy
-from search.strategies.genetic import GeneticSettings
-from search.strategies.optuna_tpe import OptunaSettings
-from search.strategies.random_search import RandomSettings
+from search.strategies.factory import make_strategy
+from search.strategies.settings import GeneticSettings, OptunaSettings, RandomSettings
 from tests.search.synthetic import VALIDATION, Landscape, middle_budget, random_table, transformer_space
 
 SETTINGS = {

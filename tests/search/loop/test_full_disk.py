@@ -16,9 +16,9 @@ from tests.conftest import REPOSITORY
 
 APPEND = """
 import resource, sys
-from tests.search.test_full_disk import evaluation
-from search.archive import EvaluationLog
-from search.errors import StorageError
+from tests.search.loop.test_full_disk import evaluation
+from search.loop.archive import EvaluationLog
+from bitgenome.common.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 log = EvaluationLog(sys.argv[1])
 try:

@@ -14,7 +14,8 @@ from search.loop.archive import EvaluationLog
 from search.loop.checkpoint import Checkpoint
 from search.loop.ladder import Ladder, promoted
 from search.loop.search import run_search, with_table_rung
-from search.strategies.genetic import GeneticSettings, GeneticStrategy
+from search.strategies.genetic import GeneticStrategy
+from search.strategies.settings import GeneticSettings
 from search.types import Evaluation, Fidelity, Genome
 from tests.search.synthetic import Landscape, middle_budget, random_table, transformer_space
 

@@ -17,7 +17,8 @@ from search.loop.ladder import Ladder
 from search.loop.search import Progress, run_search
 from search.loop.winner import choose_winner, pareto_records, search_best
 from search.strategies.factory import make_strategy
-from search.strategies.random_search import RandomSettings, RandomStrategy
+from search.strategies.random_search import RandomStrategy
+from search.strategies.settings import RandomSettings
 from search.types import Evaluation, Fidelity, Genome
 from tests.search.loop.killed_run import SETTINGS, run
 from tests.search.synthetic import SEARCH, VALIDATION, Landscape, middle_budget, random_table, transformer_space

@@ -7,7 +7,8 @@ import pytest
 from search.allocation.repair import Repair
 from search.budget import Budget
 from search.strategies.base import BatchStrategy
-from search.strategies.genetic import GeneticSettings, GeneticStrategy
+from search.strategies.genetic import GeneticStrategy
+from search.strategies.settings import GeneticSettings
 from search.types import SearchSpace
 from tests.search.strategies.contract import StrategyContract
 from tests.search.synthetic import middle_budget, transformer_space

@@ -11,8 +11,9 @@ import pytest
 from search.allocation.repair import Repair
 from search.allocation.seeds import seed_genomes
 from search.allocation.sensitivity import SensitivityTable
-from search.strategies.genetic import GeneticSettings, GeneticStrategy
+from search.strategies.genetic import GeneticStrategy
 from search.strategies.screening import FEWEST_JUDGED, UNSCREENED, Screening
+from search.strategies.settings import GeneticSettings
 from search.types import Genome, Scored
 from tests.search.synthetic import SEARCH, Landscape, middle_budget, random_table, transformer_space
 

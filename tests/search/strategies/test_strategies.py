@@ -14,12 +14,13 @@ from search.allocation.repair import Repair
 from search.allocation.seeds import seed_genomes
 from search.allocation.sensitivity import SensitivityTable
 from search.budget import Budget
-from search.strategies import make_strategy
 from search.strategies.base import BatchStrategy
-from search.strategies.genetic import GeneticSettings, GeneticStrategy, global_random
-from search.strategies.optuna_tpe import STUDY_NAME, OptunaSettings, OptunaStrategy
-from search.strategies.random_search import RandomSettings, RandomStrategy
-from search.strategies.solver import SolverSettings, SolverStrategy
+from search.strategies.factory import make_strategy
+from search.strategies.genetic import GeneticStrategy, global_random
+from search.strategies.optuna_tpe import STUDY_NAME, OptunaStrategy
+from search.strategies.random_search import RandomStrategy
+from search.strategies.settings import GeneticSettings, OptunaSettings, RandomSettings, SolverSettings
+from search.strategies.solver import SolverStrategy
 from search.types import Fidelity, Genome, SearchSpace
 from tests.search.strategies.contract import StrategyContract
 from tests.search.synthetic import SEARCH, Landscape, middle_budget, random_table, transformer_space

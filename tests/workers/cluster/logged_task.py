@@ -5,7 +5,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from workers.cluster.open_pool import WorkerSettings, close_cluster, open_pool
+from workers.cluster.open_pool import close_cluster, open_pool
+from workers.cluster.settings import WorkerSettings
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every pool keeps the contract of workers.pool.Pool; the Ray pool survives its workers."""
+"""Every pool keeps the contract of workers.pool.base.Pool; the Ray pool survives its workers."""
 
 import time
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ import ray
 
 from tests.workers.pool.pool_tasks import CountCalls, DieAlways, DieOnce, Fail, Sleep, SleepOnce, Threads
 from tests.workers.pool.thread_backend import ThreadBackend
-from workers.cluster.open_pool import WorkerSettings, open_pool
+from workers.cluster.open_pool import open_pool
 from workers.cluster.ray_cluster import Placement, connect
 from workers.cluster.ray_pool import RayPool
+from workers.cluster.settings import WorkerSettings
 from workers.errors import ClusterError, TaskError, WorkersLostError
 from workers.pool.base import Pool, SerialPool
 from workers.pool.dispatcher import Dispatcher

@@ -12,7 +12,7 @@ from bitgenome.common.errors import StorageError
 from bitgenome.storage.staged import local_model
 from evaluators.prepare.bank import Bank, BuildBankGroup
 from evaluators.prepare.calibration import group_file
-from quantizers.rounding.sparsegpt import CompensationSettings
+from quantizers.settings import CompensationSettings
 from tests.conftest import SmallBank
 from workers.pool.base import SerialPool, Task
 from workers.storage.folders import mirror_root

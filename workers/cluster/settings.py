@@ -1,15 +1,16 @@
-"""Where a run computes: nothing here changes its result."""
+"""Settings of the workers: where a run computes. Nothing here changes its result."""
 
 from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from bitgenome.config.file import Section
+from bitgenome.common.section import Section
+from workers.pool.scheduling import Elasticity, Patience
 
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class WorkersConfig(Section):
+class WorkerSettings(Section):
     """``ray``: auto, local, HOST:PORT, or off for one process.
 
     The cluster holds ``count`` workers, or from ``min`` to ``max`` of them, as many as there is work for.
@@ -30,11 +31,19 @@ class WorkersConfig(Section):
         None, description="of a task: then another worker gets it too; after twice as long its worker counts as lost"
     )
     straggler_factor: float = Field(
-        2.0, gt=1, description="times the median of its stage, after which another worker gets a task too"
+        Patience.straggler_factor,
+        gt=1,
+        description="times the median of its stage, after which another worker gets a task too",
     )
-    max_retries: int = Field(3, ge=0, description="of a task whose worker was lost; none for one that fails by itself")
-    idle_release: Seconds = Field(300.0, description="seconds without work until a worker beyond min is given back")
-    start_timeout: Seconds = Field(300.0, description="seconds for the first worker to come, and for any to load")
+    max_retries: int = Field(
+        Patience.max_retries, ge=0, description="of a task whose worker was lost; none for one that fails by itself"
+    )
+    idle_release: Seconds = Field(
+        Elasticity.idle_release_s, description="seconds without work until a worker beyond min is given back"
+    )
+    start_timeout: Seconds = Field(
+        Elasticity.start_timeout_s, description="seconds for the first worker to come, and for any to load"
+    )
     insecure: bool = Field(False, description="join another machine's cluster that asks for no token")
 
     @field_validator("ray", mode="before")
@@ -53,3 +62,14 @@ class WorkersConfig(Section):
         if reserved := {"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys():
             raise ValueError(f"expected resources beside cpus_per_worker and gpus_per_worker, found {min(reserved)}")
         return self
+
+    @property
+    def elasticity(self) -> Elasticity:
+        """How many workers a pool may hold."""
+        least = 1 if self.min is None else self.min
+        return Elasticity(self.count or least, self.count or self.max, self.idle_release, self.start_timeout)
+
+    @property
+    def patience(self) -> Patience:
+        """When tasks count as late and workers as lost."""
+        return Patience(self.straggler_factor, self.deadline, self.start_timeout, self.max_retries)

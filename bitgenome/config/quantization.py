@@ -1,0 +1,80 @@
+"""Settings of the bank: rounding, pruning and channel scaling."""
+
+import re
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from bitgenome.common.section import Section
+from quantizers.formats.table import LEVEL_FORMATS
+from quantizers.settings import CompensationSettings, Importance, ScalingSettings, Sparsity
+
+
+class SparsityConfig(Section):
+    """``sparsity``, a fraction of the weights, or ``pattern``, "n:m": n zeros in every m neighbours of a row."""
+
+    sparsity: float | None = Field(None, description="0 (nothing) to below 1; chosen by 128 columns over all rows")
+    pattern: str | None = Field(None, description='e.g. "2:4"; m is one of 2, 4, 8, 16, 32')
+
+    @model_validator(mode="after")
+    def valid(self) -> Self:
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError(f"expected one of sparsity and pattern, found {self.sparsity:g} and {self.pattern!r}")
+        self.wanted()
+        return self
+
+    def wanted(self) -> Sparsity | None:
+        """None where nothing is pruned."""
+        if self.pattern is not None:
+            return Sparsity.of_pattern(self.pattern)
+        return Sparsity.of_fraction(self.sparsity) if self.sparsity else None
+
+
+class PruningRule(SparsityConfig):
+    """A sparsity for the tensors whose Hugging Face name holds the regular expression ``match``."""
+
+    match: str = Field(description='e.g. "layers\\.[01]\\." or "down_proj"; the first rule that matches decides')
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"expected a regular expression in match, found {self.match!r} ({error})") from None
+        if self.sparsity is None and self.pattern is None:
+            raise ValueError(f"expected sparsity or pattern for match {self.match!r}, found neither")
+        return self
+
+
+class PruningConfig(SparsityConfig):
+    """Sparsity of every linear layer but embedding and head, which only a rule prunes, and rules that go before it."""
+
+    rules: tuple[PruningRule, ...] = ()
+
+
+class QuantizationConfig(Section):
+    """How the bank is built."""
+
+    damping: float = Field(CompensationSettings.damping, gt=0, description="of the Hessian's mean diagonal")
+    upstream_level: str | None = Field(
+        None, description="level of the blocks before the one that is calibrated (sequential); none: full precision"
+    )
+    compensation: bool = Field(
+        CompensationSettings.compensation, description="spread each column's error over later ones (SparseGPT, GPTQ)"
+    )
+    refinement_rounds: int = Field(
+        CompensationSettings.refinement_rounds,
+        ge=0,
+        le=20,
+        description="of scales and integers; twice as many if pruned",
+    )
+    importance: Importance = Field("conditional", description="of the columns that a block's scales are fitted to")
+    pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
+    scaling: ScalingSettings = Field(ScalingSettings(), description="of channels, before rounding; none by default")
+
+    @field_validator("upstream_level")
+    @classmethod
+    def known(cls, level: str | None) -> str | None:
+        if level is not None and level not in LEVEL_FORMATS:
+            raise ValueError(f"expected a level among {', '.join(LEVEL_FORMATS)}, found {level}")
+        return level

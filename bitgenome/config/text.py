@@ -1,0 +1,65 @@
+"""Settings of the text: where calibration, search, validation and test text come from."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from bitgenome.common.section import Section
+from evaluators.data.stdlib import SPLITS
+
+
+class TokensConfig(Section):
+    """Tokens of each split.
+
+    Of the search text, sensitivities read the first ``sensitivity`` tokens, genomes the rungs of ``search.ladder``.
+    """
+
+    calibration: int = Field(98304, gt=0)
+    sensitivity: int = Field(4096, gt=0)
+    search: int = Field(8192, gt=0)
+    validation: int = Field(16384, gt=0)
+    test: int = Field(16384, gt=0)
+
+    @model_validator(mode="after")
+    def nested(self) -> Self:
+        if self.sensitivity > self.search:
+            raise ValueError(f"expected sensitivity at most search ({self.search}), found {self.sensitivity}")
+        return self
+
+
+class TextConfig(Section):
+    """Where calibration, search, validation and test text come from; the splits are always disjoint.
+
+    ``stdlib`` reads held-out modules of the running interpreter's standard library; ``file`` divides one text file by
+    ``shares``; ``files`` names one file a split.
+    """
+
+    source: Literal["stdlib", "file", "files"] = "stdlib"
+    splits: Path = Path("models/stdlib-6m/splits.json")
+    path: Path | None = None
+    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2}
+    )
+    files: dict[str, Path] | None = None
+    window: int = Field(512, ge=8, description="tokens that are read together")
+    tokens: TokensConfig = TokensConfig()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        if self.source == "file" and self.path is None:
+            raise ValueError("expected text.path for source: file, found none")
+        if self.source == "files" and set(self.files or {}) != set(SPLITS):
+            raise ValueError(
+                f"expected text.files for {', '.join(SPLITS)}, found {', '.join(self.files or {}) or 'none'}"
+            )
+        if set(self.shares) != set(SPLITS):
+            raise ValueError(f"expected text.shares for {', '.join(SPLITS)}, found {', '.join(self.shares)}")
+        return self
+
+
+def absolute_text(text: TextConfig) -> TextConfig:
+    files = None if text.files is None else {split: path.absolute() for split, path in text.files.items()}
+    found = {"splits": text.splits.absolute(), "path": text.path and text.path.absolute(), "files": files}
+    return text.model_copy(update=found)

@@ -1,0 +1,49 @@
+"""Which tensors of a model are pruned, and how much."""
+
+import re
+from collections.abc import Mapping
+
+from bitgenome.common.errors import UserError
+from bitgenome.config.quantization import PruningConfig
+from exporters.metadata.source import ModelSource
+from exporters.metadata.tensor_names import tensor_table
+from quantizers.rounding.pruned_sparsegpt import check_prunable
+from quantizers.settings import Sparsity
+from search.types import SearchSpace
+
+ENDS = ("token_embd", "output")  # kinds that only a rule prunes
+
+
+def sparsity_by_tensor(config: PruningConfig, source: ModelSource, space: SearchSpace) -> dict[str, Sparsity]:
+    """Sparsity of the tensors that are pruned.
+
+    Raises UserError for a rule that matches no tensor, and for a tensor whose rows or formats cannot hold its zeros.
+    """
+    kinds = {entry.hf_name: entry.kind for entry in tensor_table(source) if entry.quantizable}
+    for rule in config.rules:
+        if not any(re.search(rule.match, name) for name in kinds):
+            raise UserError(
+                f"expected match of a rule in quantization.pruning to be found in a tensor's name, such as "
+                f"{', '.join(list(kinds)[:2])}, found {rule.match!r}"
+            )
+    chosen = {name: _sparsity_of(config, name, kind) for name, kind in kinds.items()}
+    wanted = {name: sparsity for name, sparsity in chosen.items() if sparsity is not None}
+    _check(wanted, space)
+    return wanted
+
+
+def _sparsity_of(config: PruningConfig, name: str, kind: str) -> Sparsity | None:
+    for rule in config.rules:
+        if re.search(rule.match, name):
+            return rule.wanted()
+    return None if kind in ENDS else config.wanted()
+
+
+def _check(wanted: Mapping[str, Sparsity], space: SearchSpace) -> None:
+    for gene in space.genes:
+        for tensor, shape in zip(gene.tensors, gene.shapes, strict=True):
+            for fmt in gene.formats if tensor in wanted else ():
+                try:
+                    check_prunable(fmt, wanted[tensor], shape[-1])
+                except ValueError as error:
+                    raise UserError(f"{error}, in {tensor}") from None

@@ -1,0 +1,71 @@
+"""Settings of the strategies."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from bitgenome.common.section import Section
+
+
+class GeneticSettings(Section):
+    """Settings of the genetic strategy: every generation proposes ``population`` new genomes.
+
+    Rates are probabilities for one offspring; a child that no operator changed is swapped. ``elites`` are the best of
+    the whole run, kept as parents; ``immigrants`` are places of each generation for repaired random genomes.
+    """
+
+    population: int = Field(20, ge=1)
+    generations: int = Field(12, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    tournament_size: int = Field(4, ge=1)
+    crossover: Literal["one_point", "two_point", "uniform"] = "uniform"
+    crossover_rate: float = Field(0.5, ge=0, le=1)
+    mutation_rate: float = Field(0.1, ge=0, le=1, description="offspring that get one to four random genes")
+    swap_rate: float = Field(0.8, ge=0, le=1, description="offspring that get one to three size-preserving swaps")
+    elites: int = Field(4, ge=1)
+    immigrants: int = Field(1, ge=0)
+    brood: int = Field(
+        16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate; at most 1,024 in all"
+    )
+
+    @model_validator(mode="after")
+    def room(self) -> Self:
+        if self.immigrants >= self.population:
+            raise ValueError(f"expected immigrants below population ({self.population}), found {self.immigrants}")
+        return self
+
+    @property
+    def evaluations(self) -> int:
+        """Genomes that the whole search asks for."""
+        return self.population * self.generations
+
+
+DEFAULTS = GeneticSettings()
+
+
+@dataclass(frozen=True)
+class RandomSettings:
+    """Settings of the random strategy; batches do not depend on how many workers evaluate them."""
+
+    evaluations: int = DEFAULTS.evaluations
+    batch_size: int = DEFAULTS.population
+    seed: int = DEFAULTS.seed
+
+
+@dataclass(frozen=True)
+class OptunaSettings(RandomSettings):
+    """Settings of Optuna's estimator, which takes over from random draws after ``startup`` trials."""
+
+    startup: int = 20
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """Settings of the exact strategy: ``alternatives`` genomes solve tables perturbed by log-normal noise of
+    ``spread``.
+    """
+
+    alternatives: int = 8
+    spread: float = 0.1
+    seed: int = DEFAULTS.seed
