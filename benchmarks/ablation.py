@@ -28,8 +28,9 @@ from bitgenome.common.files import atomic_write_json
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.observe.progress import track
 from bitgenome.run.plan import make_plan
-from bitgenome.run.prepare import Artefacts, prepare, read_windows
+from bitgenome.run.prepare import Artefacts, prepare
 from bitgenome.run.search import pool_evaluate
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from search.allocation.seeds import seed_genomes
 from search.loop.archive import EvaluationLog
@@ -100,7 +101,9 @@ def incumbents(variant: Variant, seed: int, limit: int, artefacts: Artefacts, me
     config, space, budget = artefacts.plan.config, artefacts.plan.space, artefacts.plan.budget
     tables = artefacts.tables
     seeds = seed_genomes(space, budget, tables)
-    settings = GeneticSettings(POPULATION, ENDLESS, brood=BROOD if variant.surrogate else 1, seed=seed)
+    settings = GeneticSettings(
+        population=POPULATION, generations=ENDLESS, brood=BROOD if variant.surrogate else 1, seed=seed
+    )
     strategy = make_strategy(
         "genetic", space, budget, tables=tables, seeds=seeds if variant.seeds else {}, settings=settings
     )

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from bitgenome.config.run import load_config
 from bitgenome.run.plan import make_plan
-from bitgenome.run.prepare import prepare, read_windows
+from bitgenome.run.prepare import prepare
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.engine.sweep import Candidate

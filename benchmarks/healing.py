@@ -10,7 +10,6 @@ import argparse
 import math
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from rich.table import Table
 from bitgenome.config.run import load_config
 from bitgenome.run.healing import RATE_PER_ROOT_KL, float_tensors
 from bitgenome.run.plan import Plan, make_plan
-from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_windows, record_inputs
+from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     plan = make_plan(load_config(args.config, [f"storage_path={args.storage}", "name=benchmark-healing"]))
     run, windows = RunDirectory.create(plan.config), read_windows(plan)
-    workers = WorkerSettings("local", args.workers) if args.workers else WorkerSettings("off")
+    workers = WorkerSettings(ray="local", count=args.workers) if args.workers else WorkerSettings(ray="off")
     console, table = Console(width=160), Table(title="KL before and after healing", title_justify="left")
     for column in ("genome", "settings", "learning rate", "validation", "test", "seconds"):
         table.add_column(column)
@@ -104,7 +104,7 @@ def main() -> None:
             ((plain,),) = pool.map([EvaluateGenomes(setup, (genome,), validation, name)])
             for text in args.settings:
                 rate = {"learning_rate": RATE_PER_ROOT_KL * math.sqrt(plain.kl)}
-                settings = replace(HealingSettings(), **(rate | parsed(text)))
+                settings = HealingSettings(**(rate | parsed(text)))
                 started = time.perf_counter()
                 found = [change(healed) for healed in measure(plan, setup, genome, settings, pool)]
                 seconds = f"{time.perf_counter() - started:.0f}"

@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.spatial import ConvexHull
 
+from benchmarks.float_gguf import export_float
 from bitgenome.common import layout
 from bitgenome.config.run import RunConfig, load_config
-from bitgenome.run.pipeline import Outcome, run
+from bitgenome.run.outcome import Outcome
+from bitgenome.run.pipeline import run
 from bitgenome.run.plan import make_plan
 from bitgenome.run.proof import Proof, prove
 from evaluators.data.windows import TokenWindows
-from exporters.files.gguf_writer import export_float
 
 THEIRS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 BITS = (3.0, 3.5, 4.0, 4.5, 5.0)

@@ -23,12 +23,13 @@ from scipy.stats import spearmanr
 
 from bitgenome.config.run import load_config
 from bitgenome.run.plan import make_plan
-from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, read_windows, record_inputs, scale_channels
+from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs, scale_channels
 from bitgenome.run.proof import prove
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.model.folder import ModelFolder
-from evaluators.model.scaled_view import scaled
+from evaluators.model.scaled_view import scaled, source_of
 from evaluators.prepare.bank import Bank
 from evaluators.prepare.calibration import InputGroup
 from exporters.files.gguf_writer import export_gguf
@@ -97,7 +98,7 @@ def original_reconstruction(setup: EvaluatorSetup, calibration: Path, level: str
         group = InputGroup.load(file)
         for name in group.tensors:
             weights, fmt = folder.read(name).float(), format_for(level, len(group.hessian))
-            factors = scaled(folder.path, name, torch.ones_like(weights)) if folder.is_view else torch.ones(())
+            factors = scaled(folder.path, name, torch.ones_like(weights)) if source_of(folder.path) else torch.ones(())
             rounded = bank.weights(name, fmt, weights.shape[1], weights.device)
             error += float(row_errors((weights - rounded) / factors, group.hessian).sum())
             power += float(row_errors(weights / factors, group.hessian).sum())

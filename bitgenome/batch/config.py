@@ -18,7 +18,7 @@ from bitgenome.config.file import apply_override, parse_section, read_settings, 
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.run.memory import check_memory
 from bitgenome.run.plan import Plan, make_plan
-from bitgenome.run.prepare import read_windows
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder

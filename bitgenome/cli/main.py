@@ -88,7 +88,7 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def export(run: RunPath) -> None:
     """Write the GGUF and the recipe of a finished run again, from its bank."""
-    from bitgenome.run.pipeline import export_again  # noqa: PLC0415
+    from bitgenome.run.export import export_again  # noqa: PLC0415
 
     gguf = export_again(run)
     console.print(f"wrote {run}/{gguf.name} and {run}/recipe.txt", soft_wrap=True)
@@ -101,7 +101,7 @@ def verify(
 ) -> None:
     """Read a file back through llama.cpp: perplexity, KL and speed beside the simulated figures."""
     from bitgenome.cli.report import show_proof  # noqa: PLC0415
-    from bitgenome.run.pipeline import verify_file  # noqa: PLC0415
+    from bitgenome.run.proof import verify_file  # noqa: PLC0415
 
     show_proof(verify_file(file, run or file.rpartition("/")[0] or "."), console)
 

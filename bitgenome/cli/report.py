@@ -7,7 +7,7 @@ from rich.table import Table
 
 from bitgenome.run.healing import verdict
 from bitgenome.run.memory import memory_line
-from bitgenome.run.pipeline import Outcome
+from bitgenome.run.outcome import Outcome
 from bitgenome.run.plan import Plan, estimated_seconds
 from bitgenome.run.proof import Proof
 from search.loop.winner import Winner

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -28,6 +29,11 @@ def track(items: Iterable[T], total: int, what: str, console: Console) -> Iterat
             left = (now - started) / done * (total - done)
             log.info("%s: %d of %d, %.0f s, about %.0f s left", what, done, total, now - started, left)
             last = now
+
+
+def tracker(console: Console) -> Track:
+    """Return what shows progress on ``console``."""
+    return partial(track, console=console)
 
 
 def _bar(items: Iterable[T], total: int, what: str, console: Console) -> Iterator[T]:

@@ -4,15 +4,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 
 from bitgenome.common.devices import best_device
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import BudgetConfig, RunConfig
-from bitgenome.config.text import TextConfig
 from bitgenome.run.pruning import sparsity_by_tensor
+from bitgenome.run.text import check_text
 from bitgenome.storage.staged import local_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.scaling import check_scalable
@@ -116,22 +115,6 @@ def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
         return Budget.from_compression(space, config.compression_ratio)
     assert config.file_size is not None
     return Budget.from_size(space, config.file_size)
-
-
-def check_text(text: TextConfig, folder: ModelFolder) -> None:
-    """Refuse a missing text file or a window that the model cannot read, before minutes of work."""
-    longest = folder.config.get("max_position_embeddings")
-    if longest and text.window > longest:
-        raise UserError(
-            f"expected text.window at most the model's context ({longest}, max_position_embeddings), "
-            f"found {text.window}"
-        )
-    needed: dict[str, Path | None] = {"text.splits": text.splits if text.source == "stdlib" else None}
-    if text.source == "file":
-        needed["text.path"] = text.path
-    for name, path in {**needed, **(text.files or {})}.items():
-        if path is not None and not path.is_file():
-            raise UserError(f"expected a file for {name}, found nothing at {path}")
 
 
 def matmul_flops(device: torch.device) -> float:

@@ -11,29 +11,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import pandas as pd
 
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
-from bitgenome.config.text import TextConfig
 from bitgenome.observe.progress import Track
 from bitgenome.run.compute_floor import log_compute_floor
 from bitgenome.run.memory import heaviest_load
 from bitgenome.run.plan import Plan
 from bitgenome.run.sensitivities import measure_sensitivities, table_of
+from bitgenome.run.text import ModelAndText
 from bitgenome.storage.run_directory import RunDirectory
-from bitgenome.storage.shared import Storage, build_once, shared_directory
-from evaluators.data.stdlib import SPLITS, load_held_out
+from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import (
     TokenWindows,
-    divide_file,
-    file_documents,
-    load_tokenizer,
-    stdlib_documents,
-    token_windows,
 )
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.model.folder import ModelFolder
@@ -55,23 +48,6 @@ COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
-class StorageAndText(Storage, Protocol):
-    """The settings that text and calibration depend on."""
-
-    @property
-    def text(self) -> TextConfig: ...
-
-
-class ModelAndText(Protocol):
-    """A plan of a run or of a study, as far as text and calibration go."""
-
-    @property
-    def config(self) -> StorageAndText: ...
-
-    @property
-    def folder(self) -> ModelFolder: ...
-
-
 @dataclass(frozen=True)
 class Artefacts:
     """What the search reads."""
@@ -91,23 +67,10 @@ class Artefacts:
         return [self.table(measure) for measure in (self.plan.config.sensitivity.measure, "reconstruction")]
 
 
-def read_windows(plan: ModelAndText) -> TokenWindows:
-    """Token windows of all splits. Raises TextError if a split is too short."""
-    text = plan.config.text
-    if text.source == "stdlib":
-        documents = stdlib_documents(load_held_out(text.splits))
-    elif text.source == "file" and text.path:
-        documents = divide_file(text.path, text.shares)
-    else:
-        documents = file_documents(text.files or {})
-    tokens = {split: getattr(text.tokens, split) for split in SPLITS}
-    return token_windows(load_tokenizer(plan.folder), documents, text.window, tokens, text.seed)
-
-
 def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     """Windows and digests into the run directory; raises UserError if a run was begun with another text or model."""
-    run.pin("text", windows.digest)
-    run.pin("model", plan.folder.digest)
+    run.record.pin("text", windows.digest)
+    run.record.pin("model", plan.folder.digest)
     atomic_write_bytes(run.path / layout.WINDOWS, windows.to_bytes())
 
 

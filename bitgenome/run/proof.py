@@ -1,38 +1,32 @@
-"""The file and its proof: export the winner, read the file back, run it in llama.cpp."""
+"""The proof of a file: what it is worth on held-out text, by simulation and by llama.cpp."""
 
-from collections.abc import Mapping
+import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
 from bitgenome.common import layout
 from bitgenome.common.devices import best_device
 from bitgenome.common.errors import UserError
-from bitgenome.common.files import atomic_write_text
-from bitgenome.run.healing import Healing
-from bitgenome.run.plan import Plan
+from bitgenome.run.export import differing_floats, shipped_floats, shipped_formats, shipped_weights
+from bitgenome.run.healing import shipped_healing
+from bitgenome.run.plan import make_plan
+from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
+from evaluators.data.windows import TokenWindows
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import final_hidden
-from evaluators.prepare.bank import Bank
-from exporters.files.gguf_reader import read_packed
-from exporters.files.gguf_writer import export_gguf
-from exporters.files.recipe import recipe_command, recipe_lines
-from exporters.metadata.provenance import Provenance
-from exporters.metadata.tensor_names import tensor_table
 from exporters.runtime.comparison import log_probs, measure_file
-from exporters.runtime.llamacpp import generation_speed
-from quantizers.formats.packed import dequantize
-from quantizers.formats.table import FORMATS, QuantFormat
-from search.types import Evaluation
+from exporters.runtime.llamacpp import LlamaCppError, generation_speed
+from workers.storage.folders import is_url
 
 
 @dataclass(frozen=True)
@@ -56,96 +50,6 @@ class Proof:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
-    bits = plan.space.bits_per_weight(winner.genome)
-    return run.path / f"{plan.folder.name}-{bits:.2f}bpw.gguf"
-
-
-def export_winner(
-    plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation, healing: Healing | None = None
-) -> Path:
-    """Write GGUF, with the float32 tensors of ``healing``, and recipe.
-
-    Raises UserError if the size is not the searched one: a changed tokenizer, say.
-    """
-    bank = Bank(bank_directory)
-    formats = plan.space.formats_of(winner.genome)
-    path = gguf_path(plan, run, winner)
-
-    def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
-        return formats[name], bank.packed(name, formats[name]).numpy()
-
-    healed = healing.figures["validation"].after if healing else None
-    provenance = Provenance(
-        genome=winner.genome,
-        budget_bytes=plan.budget.file_bytes,
-        kl=healed.kl if healed else winner.kl,
-        model_digest=run.record["digests"]["model"],
-        text_digest=run.record["digests"]["text"],
-        run_digest=plan.config.digest,
-        version=version("bitgenome"),
-    )
-    size = export_gguf(plan.folder, packed, path, provenance, healing.tensors if healing else None)
-    if size != winner.file_bytes:
-        raise UserError(
-            f"expected {path} to have the {winner.file_bytes:,} bytes that were searched, found {size:,}: "
-            f"has the tokenizer in {plan.folder.path} changed?"
-        )
-    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
-    by_gguf_name = {names[name]: fmt for name, fmt in formats.items()}
-    atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name)) + "\n")
-    atomic_write_text(run.path / layout.RECIPE_COMMAND, recipe_command(by_gguf_name) + "\n")
-    return path
-
-
-def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
-    """float32 (rows, columns) of the file's quantized tensors, by Hugging Face name, in transformers' row order."""
-    formats, weights = shipped_formats(path, folder), {}
-    for name, (_, rows) in read_packed(path, folder).items():
-        if name in formats:
-            data = torch.from_numpy(np.ascontiguousarray(rows)).view(torch.uint8).reshape(len(rows), -1)
-            weights[name] = dequantize(formats[name], data)
-    return weights
-
-
-def shipped_formats(path: Path, folder: ModelFolder) -> dict[str, QuantFormat]:
-    """Formats of the file's quantized tensors, by Hugging Face name."""
-    kinds = {name: kind for name, (kind, _) in read_packed(path, folder).items()}
-    return {n: FORMATS[kind] for n, kind in kinds.items() if kind in FORMATS and len(folder.shapes[n]) == 2}
-
-
-def shipped_floats(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
-    """The file's own float32 tensors (norms, biases) by Hugging Face name, in transformers' row order."""
-    packed = read_packed(path, folder)
-    return {
-        entry.hf_name: torch.from_numpy(np.ascontiguousarray(packed[entry.hf_name][1]))
-        .view(torch.float32)
-        .reshape(entry.shape)
-        for entry in tensor_table(folder)
-        if not entry.quantizable
-    }
-
-
-def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:
-    """Float32 tensors of the file that are neither the healed ones nor, where there is none, the model's own."""
-    return [
-        name
-        for name, tensor in shipped_floats(path, folder).items()
-        if not torch.equal(tensor, healed[name] if name in healed else folder.read(name).float())
-    ]
-
-
-def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
-    """Tensors of the file that do not decode to exactly the weights that were scored."""
-    shipped = shipped_weights(path, folder)
-    return [
-        name
-        for name, fmt in formats.items()
-        if name not in shipped
-        or not torch.equal(shipped[name], bank.weights(name, fmt, folder.shapes[name][1], torch.device("cpu")))
-    ]
 
 
 @torch.inference_mode()
@@ -191,3 +95,38 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str
         eight_bit_kl=eight_bit_kl,
         eight_bit_to_runtime_kl=runtime.eight_bit.kl if runtime.eight_bit else None,
     )
+
+
+def verify_file(file: Path | str, place: Path | str) -> Proof:
+    """Prove a file with the model and test text of its run. Raises UserError for a file or run that cannot serve.
+
+    A file behind a URL is that of its run's mirror.
+    """
+    directory = RunDirectory.open(place)
+    with directory.own() if directory.mirror else nullcontext():
+        windows = directory.path / layout.WINDOWS
+        if not windows.is_file():
+            raise UserError(f"expected {layout.WINDOWS} with the test text in {place}, found none")
+        plan = make_plan(directory.config)
+        directory.record.pin("model", plan.folder.digest)
+        folder = quantized_plan(plan, directory).folder
+        local = directory.path / str(file).rpartition("/")[2] if is_url(file) else Path(file)
+        try:
+            check_floats(local, folder, directory.path)
+            test = TokenWindows.load(windows).windows["test"]
+            return prove(local, folder, test, plan.config.evaluation.activations)
+        except (ValueError, LlamaCppError, SafetensorError) as error:
+            raise UserError(str(error)) from None
+
+
+def check_floats(file: Path, folder: ModelFolder, run: Path) -> None:
+    """Raise UserError unless the run's own file holds the float32 tensors that the run has measured."""
+    best = run / layout.BEST
+    record = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
+    if record.get("gguf") != file.name:
+        return
+    healing = shipped_healing(run, record)
+    if different := differing_floats(file, folder, healing.tensors if healing else {}):
+        raise UserError(
+            f"expected the float32 tensors of {run} in {file}, found {different[0]} to differ: bitgenome export {run}"
+        )

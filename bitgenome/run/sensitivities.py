@@ -156,7 +156,7 @@ def measure_sensitivities(
 ) -> pd.DataFrame:
     """The frame of the measure that ``run`` is configured for."""
     measurement = Measurement(plan, setup, windows, plan.config.sensitivity.measure)
-    run.pin("sensitivity", measurement.digest)
+    run.record.pin("sensitivity", measurement.digest)
     own = run.path / layout.SENSITIVITY
     if own.is_file():  # what this run was begun with counts, whatever became of the shared one
         return pd.read_parquet(own)

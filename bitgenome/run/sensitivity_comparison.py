@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,16 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes
 from bitgenome.config.run import RunConfig
-from bitgenome.observe.logs import log_file
-from bitgenome.observe.progress import Track, track
+from bitgenome.observe.progress import Track, tracker
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.memory import check_memory
 from bitgenome.run.plan import Plan, make_plan
-from bitgenome.run.prepare import Artefacts, prepare, read_windows
+from bitgenome.run.prepare import Artefacts, prepare
 from bitgenome.run.search import pool_evaluate
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, table_of
+from bitgenome.run.session import open_session
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
-from bitgenome.storage.staged import staged_pool
-from bitgenome.storage.worker_limit import WorkerLimit
 from evaluators.data.windows import TokenWindows
 from search.allocation.exact import exact
 from search.allocation.repair import Repair
@@ -36,7 +35,6 @@ from search.budget import Budget
 from search.loop.archive import EvaluationLog
 from search.loop.search import evaluate_missing
 from search.types import Fidelity, Genome, SearchSpace
-from workers.cluster.open_pool import close_cluster, open_pool
 from workers.pool.base import Pool
 
 OF_THE_BANK = ("reconstruction", "relative")  # known without running any text
@@ -85,22 +83,13 @@ def comparison(
     plan: Plan, windows: TokenWindows, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
 ) -> pd.DataFrame:
     """Measure what is not measured yet, and write sensitivity-comparison.parquet."""
-
-    def tracked(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-        return track(items, total, what, console)
-
-    with log_file(directory.path / layout.EVENTS, directory.path.name):
-        try:
-            workers = open_pool(plan.config.workers, plan.config.name)
-            workers.limit = WorkerLimit(directory.path)
-            with staged_pool(workers, plan.config, plan.folder) as pool:
-                plan = with_gene_groups(plan, windows, directory, pool, tracked)
-                artefacts = prepare(plan, windows, directory, pool, tracked)
-                measured = measure_all(artefacts, windows, pool, tracked)
-                with closing(EvaluationLog(directory.path / layout.COMPARISON_LOG, directory.check)) as log:
-                    rows = comparison_rows(artefacts, measured, count, bits, pool, tracked, log)
-        finally:
-            close_cluster()
+    track = tracker(console)
+    with open_session(plan.config, plan.folder, directory.path) as pool:
+        plan = with_gene_groups(plan, windows, directory, pool, track)
+        artefacts = prepare(plan, windows, directory, pool, track)
+        measured = measure_all(artefacts, windows, pool, track)
+        with closing(EvaluationLog(directory.path / layout.COMPARISON_LOG, directory.check)) as log:
+            rows = comparison_rows(artefacts, measured, count, bits, pool, track, log)
     frame = pd.DataFrame(rows)
     atomic_write_bytes(directory.path / layout.COMPARISON, frame.to_parquet(index=False))
     return frame

@@ -1,30 +1,23 @@
-"""The run directory: what a run was asked, what it has done, and where its artefacts lie."""
+"""The run directory: where a run's files lie, which run it belongs to, and who may write there."""
 
-import json
-import platform
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bitgenome.common import layout
-from bitgenome.common.errors import StorageError, UserError
-from bitgenome.common.files import atomic_write_text
+from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig, parse_config
-from bitgenome.storage.lease import Lease, LeaseLostError
+from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
 from bitgenome.storage.root import check_inside
+from bitgenome.storage.run_record import RunRecord
 from bitgenome.storage.shared import pull_shared
 from workers.storage.folders import is_url
 
-SCHEMA = 1
-RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "deap", "gguf", "numpy", "xllamacpp")
-
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two nested mappings."""
+    """Return the dotted keys whose values differ between two nested mappings."""
     keys = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
@@ -35,26 +28,15 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return keys
 
 
-def parse_record(content: bytes, source: str) -> dict[str, Any]:
-    """run.json. Raises UserError if it cannot be read, or is of another version."""
-    try:
-        record: dict[str, Any] = json.loads(content)
-        schema = record["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"expected a run record in {source}, found a file that cannot be read") from None
-    if schema != SCHEMA:
-        raise UserError(f"expected run schema {SCHEMA} in {source}, found {schema}: written by another version")
-    return record
-
-
 class RunDirectory:
-    """``run.json`` and the paths beside it. Use ``create`` or ``open``."""
+    """A run's folder and its record. Use ``owned``, ``create`` or ``open``."""
 
-    def __init__(self, path: Path, record: dict[str, Any], mirror: RunMirror | None = None):
+    def __init__(self, path: Path, record: RunRecord, mirror: RunMirror | None = None):
         self.path = path
         self.record = record
         self.mirror = mirror  # None: storage is a folder
         self.lease: Lease | None = None  # of the one driver that may write here
+        self.record.before_write = self.check
 
     @classmethod
     @contextmanager
@@ -65,13 +47,13 @@ class RunDirectory:
         with Lease(place, f"the run {place}") as lease, mirrored(place) as mirror:
             directory = cls.create(config)
             directory.lease, directory.mirror = lease, mirror
-            with directory.recorded_end():
+            with directory.record.ending():
                 yield directory
             directory.check()
 
     @classmethod
     def find(cls, config: RunConfig) -> "RunDirectory | None":
-        """The directory of ``config`` if something was evaluated in it.
+        """Return the directory of ``config`` if something was evaluated in it.
 
         Raises UserError if it belongs to another configuration, naming the keys that differ.
         """
@@ -89,13 +71,13 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: RunConfig) -> "RunDirectory":
-        """The directory of ``config``, new or continued; one that has evaluated nothing yet is begun anew.
+        """Return the directory of ``config``, new or continued; one that has evaluated nothing yet is begun anew.
 
         Raises UserError if it belongs to another configuration, naming the keys that differ.
         """
         if existing := cls.find(config):
             existing.record["config"] = config.model_dump(mode="json")  # workers and places may have changed
-            existing.save()
+            existing.record.save()
             return existing
         path = config.storage_path / config.name
         try:
@@ -104,33 +86,26 @@ class RunDirectory:
                 (path / stale).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"expected to create the run directory {path}, found {error.strerror}") from None
-        packages = {name: version(name) for name in RECORDED_PACKAGES}
-        record = {
-            "schema": SCHEMA,
-            "config": config.model_dump(mode="json"),
-            "config_digest": config.digest,
-            "python": platform.python_version(),
-            "packages": packages,
-            "stages": {},
-        }
-        directory = cls(path, record)
-        directory.save()
+        directory = cls(path, RunRecord.begin(path / layout.RECORD, config))
+        directory.record.save()
         return directory
 
     @classmethod
     def open(cls, place: Path | str) -> "RunDirectory":
-        """An existing run, at a path or URL. Raises UserError if there is none or its record cannot be read.
+        """Return an existing run, at a path or URL.
 
-        A link to a run elsewhere is none: its artefacts are not the storage path's.
+        A link to a run elsewhere is none: its artefacts are not the storage path's. Raises UserError if there is no
+        run or its record cannot be read.
         """
         mirror = RunMirror(str(place)) if is_url(place) else None
         if mirror is None:
             check_inside(Path(place), Path(place).parent, f"the run {Path(place).name}")
-        file = Path(place) / layout.RECORD
+        path = mirror.path if mirror else Path(place)
+        file = path / layout.RECORD
         content = mirror.read(layout.RECORD) if mirror else file.read_bytes() if file.is_file() else None
         if content is None:
-            raise UserError(f"expected a run directory with run.json, found none at {place}")
-        return cls(mirror.path if mirror else Path(place), parse_record(content, f"{place}/{layout.RECORD}"), mirror)
+            raise UserError(f"expected a run directory with {layout.RECORD}, found none at {place}")
+        return cls(path, RunRecord.parse(content, file, f"{place}/{layout.RECORD}"), mirror)
 
     @property
     def place(self) -> str:
@@ -147,7 +122,9 @@ class RunDirectory:
         with Lease(self.place, f"the run {self.place}") as self.lease:
             if self.mirror is not None:
                 self.mirror.pull()
-                self.record = parse_record((self.path / layout.RECORD).read_bytes(), f"{self.place}/{layout.RECORD}")
+                file = self.path / layout.RECORD
+                self.record = RunRecord.parse(file.read_bytes(), file, f"{self.place}/{layout.RECORD}")
+                self.record.before_write = self.check
             yield
             self.sync()
 
@@ -159,9 +136,10 @@ class RunDirectory:
         return parse_config(data, f"{self.place}/{layout.RECORD}")
 
     def artefact(self, key: str) -> Path:
-        """The path that the record has for ``key``; behind a URL, in this machine's mirror, fetched if it is not there.
+        """Return the path that the record has for ``key``.
 
-        Raises UserError if it is outside the storage path.
+        Behind a URL it is one in this machine's mirror, fetched if it is not there. Raises UserError if it is outside
+        the storage path.
         """
         recorded, root = Path(self.record[key]), self.path.resolve().parent
         if self.mirror is not None and layout.SHARED in recorded.parts:
@@ -181,53 +159,13 @@ class RunDirectory:
         if self.mirror is not None:
             self.mirror.push()
 
-    def save(self) -> None:
-        self.check()
-        atomic_write_text(self.path / layout.RECORD, json.dumps(self.record, indent=1) + "\n")
-
-    def pin(self, key: str, value: str) -> None:
-        """Record a digest once. Raises UserError if the run was begun with another."""
-        digests = self.record.setdefault("digests", {})
-        found = digests.get(key, value)
-        if found != value:
-            raise UserError(f"expected the {key} that {self.path} was begun with ({found[:12]}), found {value[:12]}")
-        if key not in digests:
-            digests[key] = value
-            self.save()
-
-    @contextmanager
-    def recorded_end(self) -> Iterator[None]:
-        """Record how this attempt ends, for who looks at the run later; a process that is killed records nothing."""
-        for key in ("ended", "error"):
-            self.record.pop(key, None)
-        try:
-            yield
-            self.record["ended"] = "finished"
-        except BaseException as error:
-            self.record["ended"] = "failed" if isinstance(error, Exception) else "stopped"
-            self.record["error"] = str(error)
-            raise
-        finally:
-            with suppress(LeaseLostError, StorageError):  # the record is another driver's by then, or the disk is full
-                self.save()
-
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record that the stage goes on; add the time spent inside to its seconds, also when it is interrupted."""
+        """Record a stage and its time while the context lasts; behind a URL, send what it left."""
         log = self.path / layout.EVALUATIONS
         evaluations = log.read_bytes().count(b"\n") if log.exists() else 0
-        self.record["stage"] = {"name": name, "since": round(time.time(), 2), "evaluations": evaluations}
-        self.save()
-        started = time.monotonic()
         try:
-            yield
+            with self.record.timed(name, evaluations):
+                yield
         finally:
-            stages = self.record["stages"]
-            stages[name] = round(stages.get(name, 0.0) + time.monotonic() - started, 2)
-            self.save()
             self.sync()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent by stage, over all attempts."""
-        return dict(self.record["stages"])

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,13 @@ from bitgenome.common.digests import digest_of
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
 from bitgenome.config.study import Study, StudyConfig
-from bitgenome.observe.logs import log_file
-from bitgenome.observe.progress import track
-from bitgenome.run.plan import check_text
-from bitgenome.run.prepare import calibrate, read_windows, sample_activations
+from bitgenome.observe.progress import Track, tracker
+from bitgenome.run.prepare import calibrate, sample_activations
+from bitgenome.run.session import open_session
+from bitgenome.run.text import check_text, read_windows
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
-from bitgenome.storage.staged import local_model, staged_pool
+from bitgenome.storage.staged import local_model
 from bitgenome.study.grouping_report import costs, write_grouping_report
 from bitgenome.study.report import write_report
 from evaluators.data.windows import TokenWindows
@@ -33,7 +32,6 @@ from evaluators.study.methods import Method
 from evaluators.study.mutual_information import MutualInformation
 from exporters.metadata.tensor_names import quantizable_tensors
 from search.types import Fidelity
-from workers.cluster.open_pool import close_cluster, open_pool
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -102,14 +100,9 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
     with (
         Lease(place, f"the study {place}") as lease,
         mirrored(place) as mirror,
-        log_file(plan.path / layout.EVENTS, plan.path.name),
+        open_session(study.config, plan.folder, plan.path) as pool,
     ):
-        try:
-            pool = open_pool(study.config.workers, study.config.name)
-            with staged_pool(pool, study.config, plan.folder) as staged:
-                return plan.path, StudyRun(plan, windows, staged, console, lease, mirror).results()
-        finally:
-            close_cluster()
+        return plan.path, StudyRun(plan, windows, pool, tracker(console), lease, mirror).results()
 
 
 @dataclass(frozen=True)
@@ -119,12 +112,9 @@ class StudyRun:
     plan: StudyPlan
     windows: TokenWindows
     pool: Pool
-    console: Console
+    track: Track
     lease: Lease
     mirror: RunMirror | None  # None: storage is a folder
-
-    def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-        return track(items, total, what, self.console)
 
     @cached_property
     def setup(self) -> StudySetup:

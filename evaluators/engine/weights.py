@@ -34,10 +34,6 @@ class ModelWeights:
         self._coming: dict[WeightKey, Future[Tensor]] = {}
         self._made = False  # any since the last release
 
-    @property
-    def held_bytes(self) -> int:
-        return self._stays.used + self._passes.used
-
     def get(self, name: str, fmt: QuantFormat | None) -> Tensor:
         """(rows, columns), or (columns,) of a norm or bias."""
         key = (name, fmt)

@@ -9,27 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from evaluators.model.families import FAMILIES
 from evaluators.model.folder import ModelFolder, ModelFolderError
-
-ARCHITECTURES = {  # model types whose blocks map hidden states to hidden states -> transformers' default attention
-    "llama": "sdpa",
-    "mistral": "sdpa",
-    "qwen2": "sdpa",
-    "qwen3": "sdpa",
-    "gemma2": "eager",  # PyTorch's fused attention has no soft cap
-    "gemma3_text": "sdpa",
-    "phi3": "sdpa",
-}
 
 
 def attention_of(folder: ModelFolder) -> str:
     """Attention implementation of the folder's model type. Raises ModelFolderError for one that is not supported."""
-    if folder.model_type not in ARCHITECTURES:
+    if folder.model_type not in FAMILIES:
         raise ModelFolderError(
-            f"expected a model of type {', '.join(ARCHITECTURES)}, which run block by block, found "
+            f"expected a model of type {', '.join(FAMILIES)}, which run block by block, found "
             f"{folder.model_type or 'none'!r} in {folder.path}"
         )
-    return ARCHITECTURES[folder.model_type]
+    return FAMILIES[folder.model_type].attention
 
 
 class _Recorder(nn.Module):

@@ -103,11 +103,6 @@ class ModelFolder:
         return path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name
 
     @property
-    def is_view(self) -> bool:
-        """Whether the weights are another folder's, scaled."""
-        return self._source is not None
-
-    @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
 

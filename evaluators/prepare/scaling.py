@@ -18,6 +18,7 @@ from torch import Tensor
 from bitgenome.common import layout
 from bitgenome.common.devices import best_device
 from bitgenome.common.files import atomic_write_bytes
+from evaluators.model.families import SCALABLE
 from evaluators.model.folder import ModelFolder, ModelFolderError
 from evaluators.model.scaled_view import COLUMNS, ROWS, source_of, write_scaled_view
 from evaluators.prepare.bank import group_tensors
@@ -33,7 +34,6 @@ PRODUCERS = {  # first reader of an input -> what makes the input
     "mlp.down_proj": "mlp.up_proj",
     "lm_head": "model.norm",
 }
-SCALABLE = ("llama", "mistral", "qwen2", "qwen3")  # model types built so, whose norms multiply by their plain weight
 SCHEMA = 1  # raise when scales or the layout of their files change
 SEARCH_LEVELS = ("W3", "W4")  # what AWQ's error is measured at
 

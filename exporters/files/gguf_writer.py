@@ -8,20 +8,16 @@ types is known beforehand, and the data can be written before the table that des
 
 import io
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from bitgenome.common.files import sync_folder
+from bitgenome.common.files import replacing
 from exporters.metadata.architectures import architecture_of, dimensions_of
 from exporters.metadata.hyperparameters import model_metadata
 from exporters.metadata.provenance import Provenance
@@ -35,25 +31,20 @@ log = logging.getLogger(__name__)
 
 Packed = Callable[[str], tuple[QuantFormat, np.ndarray]]
 F32 = GGMLQuantizationType.F32
-FLOAT_TYPES = {
-    GGMLQuantizationType.F32: (torch.float32, LlamaFileType.ALL_F32),
-    GGMLQuantizationType.F16: (torch.float16, LlamaFileType.MOSTLY_F16),
-    GGMLQuantizationType.BF16: (torch.bfloat16, LlamaFileType.MOSTLY_BF16),
-}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 class _Layout:
     """The tensors of a file and the key-values that hold for every choice of types."""
 
-    def __init__(self, source: ModelSource, allow_missing_tokenizer: bool, file_type: LlamaFileType):
+    def __init__(self, source: ModelSource, allow_missing_tokenizer: bool):
         self.architecture = architecture_of(source)
         self.rope_factors = frequency_factors(rope_of(source.config), dimensions_of(source).head_dim)
         self.entries = tensor_table(source)
         if self.rope_factors is not None:  # first, as in llama.cpp's own conversions
             self.entries.insert(0, TensorEntry("", ROPE_FACTORS, self.rope_factors.shape, quantizable=False))
         self.quantizable = [entry for entry in self.entries if entry.quantizable]
-        self.keys = model_metadata(source, file_type) | tokenizer_metadata(source, allow_missing_tokenizer)
+        self.keys = model_metadata(source) | tokenizer_metadata(source, allow_missing_tokenizer)
 
     def header(self, types: Mapping[str, GGMLQuantizationType], provenance: Provenance | None) -> bytes:
         """All bytes before the tensor data, for ``types`` by GGUF name (float32 where none is given)."""
@@ -66,7 +57,7 @@ class _Layout:
             writer.add_key_value(key, value, kind)
         for entry in self.entries:
             kind = types.get(entry.gguf_name, F32)
-            size = FORMATS[kind.name].tensor_bytes(entry.shape) if kind.name in FORMATS else 2 * prod(entry.shape)
+            size = FORMATS[kind.name].tensor_bytes(entry.shape)
             writer.add_tensor_info(entry.gguf_name, entry.shape, np.dtype(np.float32), size, raw_dtype=kind)
         buffer = io.BytesIO()
         writer.fout, writer.state = [buffer], WriterState.EMPTY  # a file of ours instead of one it opens
@@ -83,7 +74,7 @@ def fixed_bytes(source: ModelSource, genes: int | None = None, *, allow_missing_
     tensor. The folder's name is in the file, so renaming it changes the size. Reads no weights. Raises
     UnsupportedArchitectureError, TokenizerError or UnknownPretokenizerError for a model that cannot be exported.
     """
-    layout = _Layout(source, allow_missing_tokenizer, LlamaFileType.GUESSED)
+    layout = _Layout(source, allow_missing_tokenizer)
     blank = Provenance.blank(len(layout.quantizable) if genes is None else genes)
     floats = (entry for entry in layout.entries if not entry.quantizable)
     return len(layout.header({}, blank)) + sum(padded(4 * prod(entry.shape)) for entry in floats)
@@ -104,7 +95,7 @@ def export_gguf(
     order. ``f32_overrides`` replaces float32 tensors (norms, biases) by Hugging Face name. Raises ValueError if bytes
     or overrides do not fit the tensor they are for; nothing is left at ``path`` then that was not there before.
     """
-    layout = _Layout(source, allow_missing_tokenizer, LlamaFileType.GUESSED)
+    layout = _Layout(source, allow_missing_tokenizer)
     overrides = dict(f32_overrides or {})
     unknown = overrides.keys() - {entry.hf_name for entry in layout.entries if not entry.quantizable}
     if unknown:
@@ -112,7 +103,7 @@ def export_gguf(
 
     def data(entry: TensorEntry) -> tuple[GGMLQuantizationType, np.ndarray]:
         if not entry.quantizable:
-            return F32, _float_rows(source, layout, entry, torch.float32, overrides)
+            return F32, _float_rows(source, layout, entry, overrides)
         quant_format, rows = packed(entry.hf_name)
         expected = (entry.shape[0], quant_format.row_bytes(entry.shape[1]))
         if rows.dtype != np.uint8 or rows.shape != expected:
@@ -125,38 +116,13 @@ def export_gguf(
     return _write(layout, data, Path(path), provenance)
 
 
-def export_float(
-    source: ModelSource,
-    path: str | Path,
-    ggml_type: GGMLQuantizationType = F32,
-    *,
-    allow_missing_tokenizer: bool = False,
-) -> int:
-    """Write the unquantized model with its matrices in F32, F16 or BF16, as a reference; returns the file's bytes.
-
-    Raises ValueError for another type.
-    """
-    if ggml_type not in FLOAT_TYPES:
-        raise ValueError(f"expected one of {', '.join(t.name for t in FLOAT_TYPES)}, found {ggml_type!r}")
-    dtype, file_type = FLOAT_TYPES[ggml_type]
-    layout = _Layout(source, allow_missing_tokenizer, file_type)
-
-    def data(entry: TensorEntry) -> tuple[GGMLQuantizationType, np.ndarray]:
-        if entry.quantizable:
-            return ggml_type, _float_rows(source, layout, entry, dtype, {})
-        return F32, _float_rows(source, layout, entry, torch.float32, {})
-
-    return _write(layout, data, Path(path), None)
-
-
 def _float_rows(
     source: ModelSource,
     layout: _Layout,
     entry: TensorEntry,
-    dtype: torch.dtype,
     overrides: dict[str, torch.Tensor],
 ) -> np.ndarray:
-    """Little-endian bytes of a tensor as ``dtype``, uint8 (rows, row_bytes), rows in the file's order."""
+    """Little-endian bytes of a tensor in float32, uint8 (rows, row_bytes), rows in the file's order."""
     if entry.gguf_name == ROPE_FACTORS:
         assert layout.rope_factors is not None
         tensor = torch.from_numpy(layout.rope_factors)
@@ -165,7 +131,7 @@ def _float_rows(
         tensor = source.read(entry.hf_name) if replaced is None else replaced.detach().cpu()
     if tuple(tensor.shape) != entry.shape:
         raise ValueError(f"expected shape {entry.shape} for {entry.hf_name}, found {tuple(tensor.shape)}")
-    contiguous = tensor.to(dtype).contiguous()
+    contiguous = tensor.to(torch.float32).contiguous()
     rows = contiguous.view(torch.uint8).numpy().reshape(entry.shape[0], -1)
     return to_file_rows(entry, rows)
 
@@ -178,7 +144,7 @@ def _write(
 ) -> int:
     types: dict[str, GGMLQuantizationType] = {}
     start = len(layout.header({}, provenance))
-    with atomic_file(path) as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.seek(start)
         for entry in layout.entries:
             types[entry.gguf_name], rows = data(entry)
@@ -195,20 +161,3 @@ def _write(
 
 def _pad(data: bytes) -> bytes:
     return data.ljust(padded(len(data)), b"\0")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path`` complete or, after an exception, not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            yield file  # type: ignore[misc]
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)  # the rename itself

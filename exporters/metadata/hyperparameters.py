@@ -12,8 +12,8 @@ from exporters.metadata.source import ModelSource
 log = logging.getLogger(__name__)
 
 
-def model_metadata(source: ModelSource, file_type: LlamaFileType = LlamaFileType.GUESSED) -> KeyValues:
-    """Hyperparameters of ``source``; ``file_type`` GUESSED is ggml's word for a mix of types.
+def model_metadata(source: ModelSource) -> KeyValues:
+    """Return the hyperparameters of ``source``; file type GUESSED is ggml's word for a mix of types.
 
     ``general.architecture`` is not among them: GGUFWriter adds it. Raises UnsupportedArchitectureError for a model
     that llama.cpp would compute differently.
@@ -23,7 +23,7 @@ def model_metadata(source: ModelSource, file_type: LlamaFileType = LlamaFileType
     keys = KeyValues()
     keys.string("general.type", "model")
     keys.string("general.name", source.name)
-    keys.uint32("general.file_type", int(file_type))
+    keys.uint32("general.file_type", int(LlamaFileType.GUESSED))
     keys.uint32("general.quantization_version", GGML_QUANT_VERSION)
     for name, value in {
         "block_count": sizes.layers,

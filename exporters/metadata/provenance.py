@@ -6,9 +6,8 @@ before there is a file.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from exporters.metadata.key_values import KeyValues
 
@@ -44,17 +43,6 @@ class Provenance:
     def blank(cls, genes: int) -> "Provenance":
         """A stand-in of the right length for ``genes`` genes."""
         return cls(genome=(0,) * genes, budget_bytes=0)
-
-    @classmethod
-    def from_key_values(cls, keys: Mapping[str, Any]) -> "Provenance":
-        """What ``key_values`` wrote. Raises ValueError if the file holds none."""
-        if "bitgenome.genome" not in keys:
-            raise ValueError("expected a GGUF file with bitgenome.* keys, found none")
-        return cls(
-            genome=tuple(keys["bitgenome.genome"]),
-            version=keys["bitgenome.version"].rstrip(),
-            **{name: keys[f"bitgenome.{name}"] for name in ("budget_bytes", "kl", *DIGESTS)},
-        )
 
     def key_values(self, types: Sequence[str]) -> KeyValues:
         """``types`` are the GGUF type names of the quantizable tensors, in file order."""

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from exporters.metadata.architectures import UnsupportedArchitectureError, architecture_of, dimensions_of
 from exporters.metadata.source import ModelSource
@@ -17,6 +17,7 @@ DERIVED_BUFFERS = (
     re.compile(r"(^|\.)rotary_emb\.inv_freq$"),
     re.compile(r"(^|\.)self_attn\.(bias|masked_bias)$"),
 )
+GRAPHS = {name: graph for graph, name in MODEL_ARCH_NAMES.items()}  # by llama.cpp's name
 BLOCK_ORDER = (  # order of a block's tensors in the file, that in which they are used
     "attn_norm", "attn_q", "attn_q_norm", "attn_k", "attn_k_norm", "attn_v", "attn_output",
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
@@ -49,7 +50,7 @@ def tensor_table(source: ModelSource) -> list[TensorEntry]:
     Raises UnsupportedArchitectureError for an architecture or a tensor that has no place in the file.
     """
     architecture, sizes = architecture_of(source), dimensions_of(source)
-    names = get_tensor_name_map(architecture.gguf, sizes.layers)
+    names = get_tensor_name_map(GRAPHS[architecture.name], sizes.layers)
     heads = {"attn_q": sizes.heads, "attn_k": sizes.kv_heads} if architecture.permutes_qk else {}
     entries = []
     for hf_name, shape in source.shapes.items():
@@ -60,7 +61,7 @@ def tensor_table(source: ModelSource) -> list[TensorEntry]:
         if suffix not in ("weight", "bias") or (suffix == "bias" and kind not in architecture.biases):
             raise UnsupportedArchitectureError(
                 f"tensor {hf_name} {tuple(shape)} has no place in a {architecture.name} GGUF file: expected only the "
-                f"tensors of a plain {architecture.model_type} model"
+                f"tensors of a plain {source.config['model_type']} model"
             )
         quantizable = len(shape) == 2 and kind in QUANTIZABLE_KINDS
         entries.append(TensorEntry(hf_name, gguf_name, tuple(shape), quantizable, heads.get(kind, 0)))

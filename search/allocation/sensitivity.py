@@ -4,7 +4,7 @@ The sum over genes predicts a whole genome well (rank correlation 0.99 with the 
 tables seed the search, guide its repairs and give the exact solvers their objective.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,7 @@ from scipy.optimize import isotonic_regression
 
 from search.types import Genome, SearchSpace
 
-MEASURES = ("kl", "logit_mse", "reconstruction", "relative")
 PLACE_FIELDS = ("gene", "choice", "format")
-RECORD_FIELDS = (*PLACE_FIELDS, *MEASURES)
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,6 @@ class SensitivityTable:
                 f"sensitivity table of {len(found)} genes and {sum(found)} choices does not fit the space: "
                 f"expected {len(expected)} genes and {sum(expected)} choices"
             )
-
-
-def sensitivity_records(space: SearchSpace, measured: Mapping[str, Sequence[np.ndarray]]) -> list[dict[str, Any]]:
-    """One flat record for each gene and choice, with the fields RECORD_FIELDS, ready for JSON or a DataFrame.
-
-    ``measured`` maps each of MEASURES to losses by gene and choice.
-    """
-    return [
-        {"gene": gene.name, "choice": c, "format": quant_format.name}
-        | {measure: float(measured[measure][g][c]) for measure in MEASURES}
-        for g, gene in enumerate(space.genes)
-        for c, quant_format in enumerate(gene.formats)
-    ]
 
 
 def _locate(space: SearchSpace, position: Mapping[str, int], record: Mapping[str, Any]) -> tuple[int, int]:

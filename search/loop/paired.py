@@ -42,11 +42,6 @@ class Estimate:
         return float(t.ppf((1 + confidence) / 2, self.windows - 1)) * self.standard_error
 
 
-def kl_estimate(evaluation: Evaluation) -> Estimate:
-    """KL of one evaluation. Raises ValueError if it holds no KL by window."""
-    return Estimate.of(_windows(evaluation))
-
-
 def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
     """KL of ``a`` less that of ``b`` over the windows that both have read: the shorter is a part of the longer.
 

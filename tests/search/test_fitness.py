@@ -34,9 +34,9 @@ def test_an_unchanged_output_has_a_finite_fitness() -> None:
 
 
 def test_settings_that_leave_nothing_to_search_for_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected distortion or weighted"):
+    with pytest.raises(ValueError, match="'distortion' or 'weighted'"):
         FitnessSettings(kind="accuracy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="both weights of the distortion fitness are zero"):
         FitnessSettings(kl_weight=0.0)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
         FitnessSettings(kl_weight=-1.0)

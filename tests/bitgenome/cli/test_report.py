@@ -3,7 +3,7 @@
 from math import inf
 
 from bitgenome.cli.report import lead_on_validation
-from bitgenome.run.pipeline import validation_record
+from bitgenome.run.outcome import validation_record
 from search.loop.paired import Estimate
 from search.loop.winner import Winner
 from search.types import Evaluation

@@ -9,10 +9,6 @@ from bitgenome.config.run import parse_config
 from workers.cluster.settings import WorkerSettings
 
 
-def settings(**values: Any) -> WorkerSettings:
-    return WorkerSettings(**WorkerSettings(**values).model_dump())
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -33,12 +29,12 @@ def test_placement_that_cannot_be_is_refused(values: dict[str, Any], message: st
     [({}, 1, None), ({"count": 4}, 4, 4), ({"max": 8}, 1, 8), ({"min": 0, "max": 8}, 0, 8), ({"min": 2}, 2, None)],
 )
 def test_a_count_is_fixed_and_everything_else_elastic(values: dict[str, int], least: int, most: int | None) -> None:
-    elasticity = settings(**values).elasticity
+    elasticity = WorkerSettings(**values).elasticity
     assert (elasticity.minimum, elasticity.maximum) == (least, most)
 
 
 def test_patience_comes_from_the_configuration() -> None:
-    patience = settings(deadline=60, straggler_factor=2.5, max_retries=1, start_timeout=900).patience
+    patience = WorkerSettings(deadline=60, straggler_factor=2.5, max_retries=1, start_timeout=900).patience
     assert (patience.deadline_s, patience.straggler_factor, patience.max_retries) == (60, 2.5, 1)
     assert patience.loading_s == 900
 

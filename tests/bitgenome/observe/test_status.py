@@ -60,13 +60,13 @@ def test_a_run_with_a_living_driver_is_running_and_one_without_is_not(run: RunDi
     with run.own():
         assert reader.read().state == "running"
     assert reader.read().state == "stopped"
-    with pytest.raises(ZeroDivisionError), run.recorded_end():
+    with pytest.raises(ZeroDivisionError), run.record.ending():
         _ = 1 / 0
     assert (reader.read().state, reader.read().error) == ("failed", "division by zero")
-    with pytest.raises(KeyboardInterrupt), run.recorded_end():
+    with pytest.raises(KeyboardInterrupt), run.record.ending():
         raise KeyboardInterrupt
     assert (reader.read().state, reader.read().error) == ("stopped", None)
-    with run.recorded_end():
+    with run.record.ending():
         pass
     assert reader.read().state == "finished"
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from bitgenome.common.errors import UserError
-from bitgenome.run.pipeline import export_again, verify_file
-from bitgenome.run.proof import differing_floats, differing_tensors
+from bitgenome.run.export import differing_floats, differing_tensors, export_again
+from bitgenome.run.proof import verify_file
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
 from exporters.files.gguf_reader import read_gguf

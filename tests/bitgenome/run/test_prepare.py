@@ -7,7 +7,8 @@ import pytest
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
 from bitgenome.run.plan import make_plan
-from bitgenome.run.prepare import build_bank, calibrate, read_windows
+from bitgenome.run.prepare import build_bank, calibrate
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.prepare.bank import BankError, tensor_file
 from tests.bitgenome.conftest import Finished, Runs
@@ -59,7 +60,7 @@ def test_a_bank_interrupted_between_tensors_goes_on_where_it_stopped(runs: Runs,
 def test_a_run_begun_on_other_text_is_not_continued(runs: Runs, finished: Finished) -> None:
     directory = RunDirectory.open(runs.storage / "base")
     with pytest.raises(UserError, match="expected the text that .* was begun with"):
-        directory.pin("text", "0" * 64)
+        directory.record.pin("text", "0" * 64)
 
 
 def test_bank_errors_are_the_users_to_read() -> None:

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.float_gguf import export_float
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import parse_config
-from bitgenome.run.proof import prove, shipped_weights
+from bitgenome.run.export import shipped_weights
+from bitgenome.run.proof import prove
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.calibration import group_file
 from evaluators.prepare.scaling import ScaleGroup, write_scaled_model
-from exporters.files.gguf_writer import export_float, export_gguf
+from exporters.files.gguf_writer import export_gguf
 from exporters.metadata.tensor_names import quantizable_tensors
 from exporters.runtime.llamacpp import LlamaCppRuntime
 from quantizers.formats.table import FORMATS

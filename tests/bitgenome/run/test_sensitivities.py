@@ -9,10 +9,11 @@ import pytest
 from bitgenome.config.run import load_config
 from bitgenome.observe.monitoring import Monitor
 from bitgenome.run.plan import estimated_seconds, make_plan
-from bitgenome.run.prepare import Artefacts, build_bank, calibrate, evaluator_setup, read_windows, record_inputs
+from bitgenome.run.prepare import Artefacts, build_bank, calibrate, evaluator_setup, record_inputs
 from bitgenome.run.search import search
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, measure_sensitivities, table_of
 from bitgenome.run.sensitivity_comparison import MEASURED_BY, spread_budgets
+from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from search.allocation.seeds import nearest_uniform
 from tests.bitgenome.conftest import Runs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evaluators.engine.evaluator import EvaluateGenomes, warm
 from evaluators.healing.blocks import HealBlock, output_error
-from evaluators.healing.tuner import FloatTuner, HealingCheckpoint
+from evaluators.healing.tuner import FloatTuner, HealingCheckpoint, schedule
 from evaluators.healing.whole import Healed, MeasureHealing, TrainedModel, WholeHealing, gradient_of
 from evaluators.prepare.bank import Bank
 from evaluators.settings import HealingSettings
@@ -124,14 +124,14 @@ def test_a_checkpoint_of_something_else_or_a_damaged_one_does_not_count(
 
 
 def test_every_pass_over_the_text_reads_every_window_once() -> None:
-    schedule = HealingSettings(steps=9, batch_tokens=128, seed=4).schedule(windows=6, window=64)
-    assert schedule.shape == (9, 2)
+    order = schedule(HealingSettings(steps=9, batch_tokens=128, seed=4), windows=6, window=64)
+    assert order.shape == (9, 2)
     for start in (0, 6, 12):
-        assert sorted(schedule.flatten()[start : start + 6].tolist()) == list(range(6))
+        assert sorted(order.flatten()[start : start + 6].tolist()) == list(range(6))
 
 
 def test_a_learning_rate_that_destroys_the_model_is_told_apart(small_bank: SmallBank, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, steps=2, batch_tokens=256, learning_rate=1e30)
+    settings = SETTINGS.model_copy(update={"steps": 2, "batch_tokens": 256, "learning_rate": 1e30})
     training, pool = whole(small_bank, tmp_path / "c.safetensors", settings), SerialPool()
     list(training.train(pool.map))
     assert not measure(training, pool).better

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluators.model.block_arguments import ARCHITECTURES
 from evaluators.model.block_model import BlockModel
+from evaluators.model.families import FAMILIES
 from evaluators.model.folder import ModelFolder, ModelFolderError, resolve_model
 from tests.conftest import EMBEDDED
 from tests.small_models import CONFIGS, save_small_model
@@ -125,11 +125,11 @@ def test_gradients_pass_after_a_text_was_only_measured(tmp_path: Path) -> None:
     assert norm.grad is not None and bool(norm.grad.abs().sum() > 0)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_attention_is_what_transformers_takes_by_default(model_type: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[model_type](num_hidden_layers=1, vocab_size=8, pad_token_id=0))
-    assert model.config._attn_implementation == ARCHITECTURES[model_type]
+    assert model.config._attn_implementation == FAMILIES[model_type].attention
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "gemma3n", "mixtral", "gpt2", ""])

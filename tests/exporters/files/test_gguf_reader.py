@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.float_gguf import export_float
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf, read_packed
-from exporters.files.gguf_writer import export_float
-from exporters.metadata.provenance import Provenance
 from exporters.runtime.comparison import measure_file
 from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime, generation_speed
 
@@ -83,9 +82,3 @@ def test_a_sound_file_that_llamacpp_refuses_is_an_error_of_its_own(sound: bytes,
     read_gguf(path)
     with pytest.raises(LlamaCppError, match="cannot load"), LlamaCppRuntime(path, 8):
         pass
-
-
-def test_a_file_without_provenance_says_so(sound: bytes, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(sound)
-    with pytest.raises(ValueError, match="expected a GGUF file with bitgenome"):
-        Provenance.from_key_values(read_gguf(tmp_path / "m.gguf").key_values)

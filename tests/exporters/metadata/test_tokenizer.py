@@ -9,10 +9,11 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.float_gguf import export_float
+from evaluators.model.families import EXPORTABLE
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
-from exporters.files.gguf_writer import export_float, fixed_bytes
-from exporters.metadata.architectures import ARCHITECTURES
+from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.pretokenizers import DIGITS, GPT2, KNOWN, Splitting, UnknownPretokenizerError
 from exporters.metadata.tokenizer import TokenizerError
 from exporters.runtime.llamacpp import LlamaCppRuntime
@@ -37,7 +38,7 @@ def assert_same_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Se
             assert runtime.tokenize(text) == tokenizer(text).input_ids, text
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", EXPORTABLE)
 def test_llamacpp_tokenizes_as_transformers_does(
     model_type: str, small_model: Callable[..., ModelFolder], tmp_path: Path
 ) -> None:

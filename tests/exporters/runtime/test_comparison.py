@@ -12,10 +12,11 @@ import torch
 from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.float_gguf import export_float
 from benchmarks.mix_formats import MIXES, llamacpp_mix
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
-from exporters.files.gguf_writer import export_float, export_gguf
+from exporters.files.gguf_writer import export_gguf
 from exporters.metadata.tensor_names import quantizable_tensors, tensor_table
 from exporters.runtime import comparison as verify
 from exporters.runtime.comparison import LogProbs, compare, log_probs, measure_file, plain_head

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
+from benchmarks.float_gguf import export_float
+from evaluators.model.families import EXPORTABLE
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
-from exporters.files.gguf_writer import export_float
-from exporters.metadata.architectures import ARCHITECTURES, UnsupportedArchitectureError
+from exporters.metadata.architectures import UnsupportedArchitectureError
 from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
 from tests.exporters.conftest import random_windows, relative_error, transformers_hidden
 
@@ -53,7 +53,7 @@ def llamacpp_error(folder: ModelFolder, path: Path, length: int) -> float:
     return relative_error(found, transformers_hidden(folder, windows))
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", EXPORTABLE)
 def test_llamacpp_computes_the_hidden_states_of_transformers(
     model_type: str, small_model: Callable[..., ModelFolder], tmp_path: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_llamacpp_agrees_on_the_embedded_model(embedded: ModelFolder, tmp_path: 
     assert llamacpp_error(embedded, tmp_path / "f32.gguf", 256) < WIRING_TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", EXPORTABLE)
 def test_transformers_own_gguf_reader_finds_the_same_logits(
     model_type: str, small_model: Callable[..., ModelFolder], tmp_path: Path
 ) -> None:
@@ -91,21 +91,15 @@ def test_transformers_own_gguf_reader_finds_the_same_logits(
         torch.testing.assert_close(loaded(windows).logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("ggml_type", [GGMLQuantizationType.F16, GGMLQuantizationType.BF16])
 def test_half_precision_references_differ_by_their_rounding_only(
-    ggml_type: GGMLQuantizationType, small_model: Callable[..., ModelFolder], tmp_path: Path
+    small_model: Callable[..., ModelFolder], tmp_path: Path
 ) -> None:
     folder = small_model("llama")
-    export_float(folder, tmp_path / "half.gguf", ggml_type)
+    export_float(folder, tmp_path / "half.gguf", "F16")
     windows = random_windows(folder, 2, 40)
     with LlamaCppRuntime(tmp_path / "half.gguf", 40, threads=1) as runtime:
         error = relative_error(runtime.hidden_states(windows), transformers_hidden(folder, windows))
-    assert 1e-5 < error < (0.005 if ggml_type is GGMLQuantizationType.F16 else 0.03)
-
-
-def test_a_float_export_of_a_quantized_type_is_refused(small_model: Callable[..., ModelFolder], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected one of F32, F16, BF16"):
-        export_float(small_model("llama"), tmp_path / "x.gguf", GGMLQuantizationType.Q4_K)
+    assert 1e-5 < error < 0.005
 
 
 def test_hidden_states_do_not_depend_on_the_other_windows(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from search.loop.paired import ONE_SIGMA, kl_estimate, paired_difference
+from search.loop.paired import ONE_SIGMA, Estimate, paired_difference
 from search.types import Evaluation
 
 WINDOW = 256  # tokens
@@ -18,7 +18,7 @@ def evaluation(*kl: float, split: str = "search", draw: int = 0) -> Evaluation:
 
 
 def test_the_standard_error_is_the_spread_over_the_root_of_the_windows() -> None:
-    found = kl_estimate(evaluation(1.0, 2.0, 3.0, 6.0))
+    found = Estimate.of(np.array([1.0, 2.0, 3.0, 6.0]))
     assert (found.mean, found.windows) == (3.0, 4)
     assert found.standard_error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
 
@@ -28,7 +28,7 @@ def test_a_difference_is_paired_so_hard_windows_cancel() -> None:
     found = paired_difference(a, b)
     assert found.mean == pytest.approx(0.15)
     assert found.standard_error == pytest.approx(math.sqrt(4 * 0.05**2 / 3 / 4))
-    assert found.standard_error < kl_estimate(a).standard_error / 50
+    assert found.standard_error < Estimate.of(np.array(a.window_kl)).standard_error / 50
     assert paired_difference(b, a).mean == -found.mean
 
 
@@ -58,7 +58,7 @@ def test_evaluations_without_windows_are_not_compared() -> None:
 @pytest.mark.parametrize("windows", [3, 8, 200])
 def test_the_margin_holds_the_true_mean_as_often_as_it_says_however_few_windows(windows: int) -> None:
     rng = np.random.default_rng(windows)
-    estimates = [kl_estimate(evaluation(*rng.normal(1.0, 0.3, size=windows))) for _ in range(2000)]
+    estimates = [Estimate.of(rng.normal(1.0, 0.3, size=windows)) for _ in range(2000)]
     for confidence in (ONE_SIGMA, 0.95):
         held = np.mean([abs(e.mean - 1.0) <= e.margin(confidence) for e in estimates])
         assert held == pytest.approx(confidence, abs=0.03)

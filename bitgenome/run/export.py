@@ -1,0 +1,155 @@
+"""The file that ships: written from the bank's bytes, and read back to be the weights that were scored."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import atomic_write_text
+from bitgenome.run.gene_groups import plan_of_run
+from bitgenome.run.healing import Healing, shipped_healing
+from bitgenome.run.plan import Plan
+from bitgenome.run.prepare import quantized_plan
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.model.folder import ModelFolder
+from evaluators.prepare.bank import Bank, damaged_tensors
+from exporters.files.gguf_reader import read_packed
+from exporters.files.gguf_writer import export_gguf
+from exporters.files.recipe import recipe_command, recipe_lines
+from exporters.metadata.provenance import Provenance
+from exporters.metadata.tensor_names import tensor_table
+from quantizers.formats.packed import dequantize
+from quantizers.formats.table import FORMATS, QuantFormat
+from search.types import Evaluation
+
+
+def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
+    bits = plan.space.bits_per_weight(winner.genome)
+    return run.path / f"{plan.folder.name}-{bits:.2f}bpw.gguf"
+
+
+def export_winner(
+    plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation, healing: Healing | None = None
+) -> Path:
+    """Write GGUF, with the float32 tensors of ``healing``, and recipe.
+
+    Raises UserError if the size is not the searched one: a changed tokenizer, say.
+    """
+    bank = Bank(bank_directory)
+    formats = plan.space.formats_of(winner.genome)
+    path = gguf_path(plan, run, winner)
+
+    def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
+        return formats[name], bank.packed(name, formats[name]).numpy()
+
+    healed = healing.figures["validation"].after if healing else None
+    provenance = Provenance(
+        genome=winner.genome,
+        budget_bytes=plan.budget.file_bytes,
+        kl=healed.kl if healed else winner.kl,
+        model_digest=run.record["digests"]["model"],
+        text_digest=run.record["digests"]["text"],
+        run_digest=plan.config.digest,
+        version=version("bitgenome"),
+    )
+    size = export_gguf(plan.folder, packed, path, provenance, healing.tensors if healing else None)
+    if size != winner.file_bytes:
+        raise UserError(
+            f"expected {path} to have the {winner.file_bytes:,} bytes that were searched, found {size:,}: "
+            f"has the tokenizer in {plan.folder.path} changed?"
+        )
+    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
+    by_gguf_name = {names[name]: fmt for name, fmt in formats.items()}
+    atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name)) + "\n")
+    atomic_write_text(run.path / layout.RECIPE_COMMAND, recipe_command(by_gguf_name) + "\n")
+    return path
+
+
+def export_checked(
+    plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation, healing: Healing | None
+) -> Path:
+    """Write the file, read it back, and return its path.
+
+    Raises UserError if it does not decode to the weights that were scored.
+    """
+    gguf = export_winner(plan, bank_directory, run, winner, healing)
+    formats = plan.space.formats_of(winner.genome)
+    different = differing_tensors(gguf, plan.folder, Bank(bank_directory), formats)
+    different += differing_floats(gguf, plan.folder, healing.tensors if healing else {})
+    if different:
+        raise UserError(f"expected the file to decode to the weights that were scored, found {different[0]} to differ")
+    return gguf
+
+
+def export_again(place: Path | str) -> Path:
+    """Write GGUF and recipe of a finished run from its record and bank. Raises UserError if it is not finished."""
+    directory = RunDirectory.open(place)
+    with directory.own():
+        best = directory.path / layout.BEST
+        if not best.is_file():
+            raise UserError(
+                f"expected a finished run with {layout.BEST}, found none in {place}: bitgenome resume {place}"
+            )
+        record = json.loads(best.read_text(encoding="utf-8"))
+        winner, healing = Evaluation.from_json(record["winner"]), shipped_healing(directory.path, record)
+        plan = plan_of_run(directory)
+        directory.record.pin("model", plan.folder.digest)
+        plan = quantized_plan(plan, directory)
+        bank = directory.artefact("bank")
+        if damaged := damaged_tensors(bank):
+            raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {place} rebuilds it")
+        return export_winner(plan, bank, directory, winner, healing)
+
+
+def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
+    """float32 (rows, columns) of the file's quantized tensors, by Hugging Face name, in transformers' row order."""
+    formats, weights = shipped_formats(path, folder), {}
+    for name, (_, rows) in read_packed(path, folder).items():
+        if name in formats:
+            data = torch.from_numpy(np.ascontiguousarray(rows)).view(torch.uint8).reshape(len(rows), -1)
+            weights[name] = dequantize(formats[name], data)
+    return weights
+
+
+def shipped_formats(path: Path, folder: ModelFolder) -> dict[str, QuantFormat]:
+    """Formats of the file's quantized tensors, by Hugging Face name."""
+    kinds = {name: kind for name, (kind, _) in read_packed(path, folder).items()}
+    return {n: FORMATS[kind] for n, kind in kinds.items() if kind in FORMATS and len(folder.shapes[n]) == 2}
+
+
+def shipped_floats(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
+    """The file's own float32 tensors (norms, biases) by Hugging Face name, in transformers' row order."""
+    packed = read_packed(path, folder)
+    return {
+        entry.hf_name: torch.from_numpy(np.ascontiguousarray(packed[entry.hf_name][1]))
+        .view(torch.float32)
+        .reshape(entry.shape)
+        for entry in tensor_table(folder)
+        if not entry.quantizable
+    }
+
+
+def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:
+    """Float32 tensors of the file that are neither the healed ones nor, where there is none, the model's own."""
+    return [
+        name
+        for name, tensor in shipped_floats(path, folder).items()
+        if not torch.equal(tensor, healed[name] if name in healed else folder.read(name).float())
+    ]
+
+
+def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
+    """Tensors of the file that do not decode to exactly the weights that were scored."""
+    shipped = shipped_weights(path, folder)
+    return [
+        name
+        for name, fmt in formats.items()
+        if name not in shipped
+        or not torch.equal(shipped[name], bank.weights(name, fmt, folder.shapes[name][1], torch.device("cpu")))
+    ]

@@ -1,0 +1,105 @@
+"""What a run ends in: the closing table's rows on test text, and best.json."""
+
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_json
+from bitgenome.run.healing import Healing
+from bitgenome.run.plan import Plan
+from bitgenome.run.proof import Proof
+from bitgenome.run.search import SearchResult
+from bitgenome.storage.run_directory import RunDirectory
+from search.allocation.seeds import pure_uniform
+from search.budget import Budget
+from search.loop.archive import EvaluationLog
+from search.loop.search import Evaluate, evaluate_missing
+from search.loop.winner import Winner
+from search.types import Fidelity
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table: a genome measured on test text by simulation."""
+
+    name: str
+    file_bytes: int
+    bits_per_weight: float
+    kl: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that the closing table shows."""
+
+    budget_bytes: int
+    winner: Winner
+    bits_per_weight: float
+    rows: tuple[Row, ...]  # the winner first
+    healing: Healing | None  # None: it was off
+    proof: Proof
+    evaluations: int
+    seconds: dict[str, float]  # by stage
+    gguf: Path
+    recipe: Path
+    run: Path
+
+
+def comparison_rows(
+    plan: Plan, result: SearchResult, healing: Healing | None, evaluate: Evaluate, archive: EvaluationLog
+) -> tuple[Row, ...]:
+    """Winner, seeds and every uniform level, whatever its size, on test text; each genome once, with all its names.
+
+    The winner comes first, and the healed one, if there is one, behind it.
+    """
+    space = plan.space
+    levels = pure_uniform(space, Budget(space.file_bytes(space.largest())))
+    named = {
+        "searched": result.winner.evaluation.genome,
+        **result.seeds,
+        **{f"uniform {level}": genome for level, genome in levels.items()},
+    }
+    genomes = list(dict.fromkeys(named.values()))
+    fidelity = Fidelity("test", plan.config.text.tokens.test)
+    rows = []
+    for e in evaluate_missing(genomes, fidelity, evaluate, archive):
+        name = " = ".join(key for key, value in named.items() if value == e.genome)
+        rows.append(Row(name, e.file_bytes, space.bits_per_weight(e.genome), e.kl, e.perplexity))
+    if healing and (after := healing.figures["test"].after):
+        rows.insert(1, replace(rows[0], name="healed", kl=after.kl, perplexity=after.perplexity))
+    return tuple(rows)
+
+
+def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
+    winner = outcome.winner
+    record = {
+        "winner": winner.evaluation.to_json(),
+        "validation": validation_record(winner),
+        "formats": {name: f.name for name, f in plan.space.formats_of(winner.evaluation.genome).items()},
+        "budget_bytes": outcome.budget_bytes,
+        "bits_per_weight": outcome.bits_per_weight,
+        "rows": [asdict(row) for row in outcome.rows],
+        "healing": outcome.healing and outcome.healing.to_json(),
+        "proof": outcome.proof.to_json(),
+        "gguf": outcome.gguf.name,
+    }
+    atomic_write_json(directory.path / layout.BEST, record)
+
+
+def validation_record(winner: Winner) -> dict[str, Any]:
+    """For best.json: KL of the winner less the best reference's on validation text, paired, in nats per token.
+
+    A standard error of one window is null, and so is all of a lead where the winner is itself the reference.
+    """
+    lead = winner.lead
+    error = lead.standard_error if lead and isfinite(lead.standard_error) else None
+    return {
+        "reference": winner.reference,
+        "kl_difference": lead and lead.mean,
+        "standard_error": error,
+        "windows": lead and lead.windows,
+        "ties": winner.ties,
+    }
