@@ -60,37 +60,63 @@ class SweepMemory:
         return self.states + self.cache + self.reference + self.logits + self.work + self.weights
 
 
-def sweep_memory(
-    folder: ModelFolder, formats: Mapping[str, Sequence[QuantFormat]], window: int, load: Load, limit: int
-) -> SweepMemory:
-    """Shares of ``limit`` for a model whose tensors (Hugging Face names) may take ``formats``.
+@dataclass(frozen=True)
+class Needs:
+    """What a sweep takes beside weights, in bytes but for ``windows``."""
 
-    Raises UserError, with the least that would do, if not even one block fits.
-    """
-    D, layers = int(folder.config["hidden_size"]), int(folder.config["num_hidden_layers"])
-    state = D * FLOAT_BYTES  # of one position
-    floats = {name: prod(shape) * FLOAT_BYTES for name, shape in folder.shapes.items()}
-    head = folder.head_tensor
+    windows: int  # of text that go through a block at once
+    states: int
+    cache: int
+    reference: int
+    logits: int
+    in_block: int  # activations of a batch
+    in_head: int  # logits of a chunk
+
+
+def sweep_needs(folder: ModelFolder, window: int, load: Load, limit: int) -> Needs:
+    """Return what the sweep of ``load`` over windows of ``window`` tokens takes of ``limit`` bytes beside weights."""
+    config = folder.config
+    state = int(config["hidden_size"]) * FLOAT_BYTES  # of one position
     positions = max(window, load.tokens // window * window)
     activations = activations_of(folder, window) * FLOAT_BYTES  # of one position
     windows = max(1, min(BATCH_TOKENS, positions, int(limit * CACHE_SHARE) // activations) // window)
-    vocabulary = folder.shapes[head][0]
-    in_block, in_head = windows * window * activations, 4 * chunk_size(vocabulary) * FLOAT_BYTES
-    work = in_block + in_head + FIXED_BYTES  # allocators keep what they had for the one beside the other
-    reference = KEPT_TEXTS * positions * state
+    vocabulary = folder.shapes[folder.head_tensor][0]
     logits = 2 * positions * vocabulary * FLOAT_BYTES
-    logits = logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0
     states = min((load.candidates + 2) * positions * state, int(limit * STATE_SHARE))
-    states = max(states, (load.candidates + 2) * window * state)
-    cache = min(load.kept * (layers + 1) * positions * state, int(limit * CACHE_SHARE))
+    kept = load.kept * (int(config["num_hidden_layers"]) + 1) * positions * state
+    return Needs(
+        windows=windows,
+        states=max(states, (load.candidates + 2) * window * state),
+        cache=min(kept, int(limit * CACHE_SHARE)),
+        reference=KEPT_TEXTS * positions * state,
+        logits=logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0,
+        in_block=windows * window * activations,
+        in_head=4 * chunk_size(vocabulary) * FLOAT_BYTES,
+    )
+
+
+def sweep_memory(
+    folder: ModelFolder, formats: Mapping[str, Sequence[QuantFormat]], window: int, load: Load, limit: int
+) -> SweepMemory:
+    """Divide ``limit`` bytes for a model whose tensors (Hugging Face names) may take ``formats``.
+
+    Raises UserError, with the least that would do, if not even one block fits.
+    """
+    needs = sweep_needs(folder, window, load, limit)
+    floats = {name: prod(shape) * FLOAT_BYTES for name, shape in folder.shapes.items()}
     everything = sum(size * (1 + len(formats.get(name, ()))) for name, size in floats.items())
-    block = largest_block(floats, layers)
-    left = limit - states - cache - reference - logits - work
-    if everything <= left:
-        return SweepMemory(limit, windows, states, cache, reference, logits, work, everything, 0, everything)
-    work = max(in_block + block, in_head) + FIXED_BYTES  # the next block, as it is stored, is read meanwhile
-    left = limit - states - cache - reference - logits - work
-    least = max(block, 2 * floats[head])
+
+    def memory(work: int, weights: int, reserve: int) -> SweepMemory:
+        shares = (needs.windows, needs.states, needs.cache, needs.reference, needs.logits)
+        return SweepMemory(limit, *shares, work, weights, reserve, everything)
+
+    beside = needs.states + needs.cache + needs.reference + needs.logits
+    work = needs.in_block + needs.in_head + FIXED_BYTES  # allocators keep what they had for the one beside the other
+    if everything <= limit - beside - work:
+        return memory(work, everything, 0)
+    block, heads = largest_block(floats, int(folder.config["num_hidden_layers"])), 2 * floats[folder.head_tensor]
+    work = max(needs.in_block + block, needs.in_head) + FIXED_BYTES  # the next block is read meanwhile, as it is stored
+    left, least = limit - beside - work, max(block, heads)
     if left < least:
         raise UserError(
             f"expected at least {(limit - left + least) / 2**30:.2f} GiB of memory for a worker, of which "
@@ -98,8 +124,7 @@ def sweep_memory(
             "on a machine, a shorter text.window, or less text"
         )
     levels = 1 + max(map(len, formats.values()), default=0)
-    reserve = min(left, max(block * levels, 2 * floats[head]))
-    return SweepMemory(limit, windows, states, cache, reference, logits, work, left, reserve, everything)
+    return memory(work, left, reserve=min(left, max(block * levels, heads)))
 
 
 def largest_block(floats: Mapping[str, int], layers: int) -> int:

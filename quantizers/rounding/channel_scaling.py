@@ -108,6 +108,35 @@ def scaled_error(
     return torch.tensor(errors, dtype=torch.float64)
 
 
+class ScalingTrial:
+    """The input of some weights, on a sample of whose rows scales are tried."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        formats: Sequence[QuantFormat],
+        H: Tensor,
+        shared: SharedColumns,
+        compensation: CompensationSettings,
+    ):
+        self._sample = {name: sampled_rows(W) for name, W in weights.items()}
+        self._formats, self._H, self._shared, self._compensation = formats, H, shared, compensation
+        ones = torch.ones(len(H), device=H.device)
+        self.none = Scaling(ones, 0.0, False, 1.0)
+        self._plain = self._errors(ones).clamp(min=torch.finfo(torch.float64).tiny)
+
+    def of_groups(self, scales: Tensor, alpha: float, weighted: bool) -> Scaling:
+        """Try ``scales`` (columns / repeats,), one for the columns that must share one."""
+        return self.of_columns(self._shared.expand(scales), alpha, weighted)
+
+    def of_columns(self, scales: Tensor, alpha: float, weighted: bool) -> Scaling:
+        """Try ``scales`` (columns,): their error is the mean over formats, each relative to that without scaling."""
+        return Scaling(scales, alpha, weighted, float((self._errors(scales) / self._plain).mean()))
+
+    def _errors(self, scales: Tensor) -> Tensor:
+        return scaled_error(self._sample, self._formats, self._H, scales, self._compensation)
+
+
 def choose_scaling(
     weights: Mapping[str, Tensor],
     formats: Sequence[QuantFormat],
@@ -117,41 +146,31 @@ def choose_scaling(
     shared: SharedColumns | None = None,
     compensation: CompensationSettings = DEFAULT_COMPENSATION,
 ) -> Scaling:
-    """Scales of the input of ``weights`` (rows, columns) each, which are to be rounded by ``compensation``.
+    """Choose the scales of the input of ``weights`` (rows, columns) each, which are to be rounded by ``compensation``.
 
     kind awq takes the candidate of least mean error over ``formats``, each error relative to that without scaling;
     no scaling is a candidate, so the result is never worse on the sampled rows. Protection comes on top, unsearched.
     """
     shared = shared or SharedColumns()
-    sample = {name: sampled_rows(W) for name, W in weights.items()}
+    trial = ScalingTrial(weights, formats, H, shared, compensation)
     rows = sum(len(W) for W in weights.values())
     weight_mean = shared.mean(torch.stack([W.abs().sum(0) for W in weights.values()]).sum(0) / rows)
     mean_abs = shared.mean(statistics.mean_abs)
-    ones = torch.ones_like(statistics.mean_abs)
-    plain = scaled_error(sample, formats, H, ones, compensation).clamp(min=torch.finfo(torch.float64).tiny)
-
-    def scaling(scales: Tensor, alpha: float, weighted: bool) -> Scaling:
-        expanded = shared.expand(scales)
-        error = float((scaled_error(sample, formats, H, expanded, compensation) / plain).mean())
-        return Scaling(expanded, alpha, weighted, error)
-
-    candidates = [Scaling(ones, 0.0, False, 1.0)]
+    best = trial.none
     if settings.kind == "smoothquant":
         weight_max = torch.stack([W.abs().amax(0) for W in weights.values()]).amax(0)
         scales = smoothquant_scales(shared.amax(statistics.abs_max), shared.amax(weight_max), settings.alpha)
-        candidates = [scaling(scales, settings.alpha, True)]
+        best = trial.of_groups(scales, settings.alpha, True)
     elif settings.kind == "awq":
-        candidates += [
-            scaling(awq_scales(mean_abs, weight_mean, alpha, weighted), alpha, weighted)
+        tried = [
+            trial.of_groups(awq_scales(mean_abs, weight_mean, alpha, weighted), alpha, weighted)
             for alpha, weighted in grid_candidates(settings.grid)
         ]
-    best = min(candidates, key=lambda candidate: candidate.error)
+        best = min([trial.none, *tried], key=lambda candidate: candidate.error)
     if not settings.protect:
         return best
     protected = shared.expand(protection(mean_abs * weight_mean, settings.protect))
-    expanded = normalized_scales(best.scales * protected)
-    error = float((scaled_error(sample, formats, H, expanded, compensation) / plain).mean())
-    return Scaling(expanded, best.alpha, best.weighted, error)
+    return trial.of_columns(normalized_scales(best.scales * protected), best.alpha, best.weighted)
 
 
 def sampled_rows(W: Tensor) -> Tensor:

@@ -115,26 +115,38 @@ def search_affine(x: Tensor, w: Tensor, high: int, nonnegative_offset: bool) -> 
     best_offset = -floor if nonnegative_offset else -mean
     for target in targets(high):
         q = (shifted * (inverse_width * target)).round_().clamp_(0, high)
-        covariance = (wx * q).sum(T_DIM, keepdim=True)
-        wq = q * w
-        q_mean = wq.sum(T_DIM, keepdim=True) / total
-        square = wq.mul_(q).sum(T_DIM, keepdim=True)
-        variance = square - total * q_mean.square()
-        step = torch.where(variance > FLAT * square, covariance / variance, 0.0)
-        offset = step * q_mean - mean
-        gain = covariance * step
-        if nonnegative_offset:
-            through_zero = offset < 0  # then the best line passes through zero
-            free_projection = covariance + mean * total * q_mean
-            zero_step = free_projection / square.clamp_(min=TINY)
-            step = torch.where(through_zero, zero_step, step)
-            gain = torch.where(through_zero, free_projection * zero_step - total * mean.square(), gain)
-            offset = offset.clamp_(min=0)
+        step, offset, gain = _affine_fit(q, wx, w, total, mean, nonnegative_offset)
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best_step = torch.where(better, step, best_step)
         best_offset = torch.where(better, offset, best_offset)
     return best_step, best_offset
+
+
+def _affine_fit(
+    q: Tensor, wx: Tensor, w: Tensor, total: Tensor, mean: Tensor, nonnegative_offset: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best step and offset of each sub-block for given integers, and what they gain in weighted error.
+
+    Arguments: q (B, S, T, N) integers, wx = w * (x - mean) (B, S, T, N), w (B, S, T, 1), and by sub-block the sum
+    ``total`` of w and the weighted ``mean`` of x. All three results are (B, S, 1, N).
+    """
+    covariance = (wx * q).sum(T_DIM, keepdim=True)
+    wq = q * w
+    q_mean = wq.sum(T_DIM, keepdim=True) / total
+    square = wq.mul_(q).sum(T_DIM, keepdim=True)
+    variance = square - total * q_mean.square()
+    step = torch.where(variance > FLAT * square, covariance / variance, 0.0)
+    offset = step * q_mean - mean
+    gain = covariance * step
+    if nonnegative_offset:
+        through_zero = offset < 0  # then the best line passes through zero
+        free_projection = covariance + mean * total * q_mean
+        zero_step = free_projection / square.clamp_(min=TINY)
+        step = torch.where(through_zero, zero_step, step)
+        gain = torch.where(through_zero, free_projection * zero_step - total * mean.square(), gain)
+        offset = offset.clamp_(min=0)
+    return step, offset, gain
 
 
 def _snap(grid: Grid, x: Tensor, w: Tensor, step: Tensor, offset: Tensor) -> Scales:
