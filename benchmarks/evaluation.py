@@ -103,13 +103,13 @@ class Comparison:
             self.table.add_column(column, justify="right" if column else "left")
 
     def add(self, name: str, candidates: Sequence[Candidate], keep: Sequence[Candidate]) -> None:
-        """``keep`` are elites of an earlier generation, whose beginnings the evaluator remembers from it."""
+        """``keep`` are elites of an earlier generation, whose prefixes the evaluator remembers from it."""
         self.evaluator.sweep.cache.clear()
         if keep != [{}]:
             self.evaluator.divergences(keep, self.fidelity, keep)
         picked = [candidates[i] for i in np.linspace(0, len(candidates) - 1, self.sample).round().astype(int)]
         alone, plain = [], []
-        fresh = GenomeEvaluator(self.setup)  # remembers no beginnings, and holds the full-precision outputs
+        fresh = GenomeEvaluator(self.setup)  # remembers no prefixes, and holds the full-precision outputs
         fresh.divergences(picked[:1], self.fidelity)
         for candidate in picked[: self.sample // 2]:
             alone.append(seconds(lambda c=candidate: fresh.divergences([c], self.fidelity)))

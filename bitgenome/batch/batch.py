@@ -59,11 +59,11 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
         raise UserError(
             f"expected a batch's name of letters, digits, '.', '_' and '-', found {order.name!r}: choose it by --name"
         )
-    path, place = directory_of(runs, order.name)
+    path, location = directory_of(runs, order.name)
     if any(run.directory == path for run in runs):
         raise UserError(f"expected runs with other names than their batch's directory, found a run named {path.name}")
-    states = begin(runs, path, place, order.resume)
-    with Lease(place, f"the batch {place}"), mirrored(place) as mirror:
+    states = begin(runs, path, location, order.resume)
+    with Lease(location, f"the batch {location}"), mirrored(location) as mirror:
         make_directory(runs, path)
         if mirror:
             mirror.push()
@@ -103,19 +103,19 @@ def open_cluster(runs: Sequence[BatchRun]) -> SharedCluster | None:
 def directory_of(runs: Sequence[BatchRun], name: str) -> tuple[Path, str]:
     """That of the batch ``name`` on this machine, and its path or URL."""
     config, folder = runs[0].config, f"batch-{name}"
-    return config.storage_path / folder, f"{config.place}/{folder}"
+    return config.storage_path / folder, f"{config.storage_root}/{folder}"
 
 
-def begin(runs: Sequence[BatchRun], path: Path, place: str, resume: bool) -> list[RunState]:
+def begin(runs: Sequence[BatchRun], path: Path, location: str, resume: bool) -> list[RunState]:
     """The runs, those that have a result finished. Raises UserError for a batch that was begun, unless ``resume``."""
     states = [RunState(run, path / layout.LOGS / f"{run.name}.log") for run in runs]
     for state in states:
         if state.run.finished:
             state.stage = Stage.FINISHED
     left = sum(state.stage is not Stage.FINISHED for state in states)
-    if left and not resume and open_folder(place).read(layout.BATCH) is not None:
+    if left and not resume and open_folder(location).read(layout.BATCH) is not None:
         raise UserError(
-            f"expected a new batch, found {place} with {left} of {len(states)} runs unfinished: continue it with "
+            f"expected a new batch, found {location} with {left} of {len(states)} runs unfinished: continue it with "
             "--resume, or give this one another --name"
         )
     return states

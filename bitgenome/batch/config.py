@@ -69,9 +69,9 @@ class BatchRun:
         return self.config.storage_path / self.name
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Path or URL of its directory, of which ``directory`` is the mirror."""
-        return f"{self.config.place}/{self.name}"
+        return f"{self.config.storage_root}/{self.name}"
 
     @property
     def preparation(self) -> str:
@@ -82,9 +82,9 @@ class BatchRun:
     @property
     def finished(self) -> bool:
         """Whether its directory, behind a URL the remote one, holds the result of the same settings, model and text."""
-        if open_folder(self.place).read(layout.BEST) is None:
+        if open_folder(self.location).read(layout.BEST) is None:
             return False
-        found = RunDirectory.open(self.place)
+        found = RunDirectory.open(self.location)
         digests = {"text": self.text_digest, "model": self.plan.folder.digest}
         return found.config.digest == self.config.digest and digests.items() <= found.record["digests"].items()
 

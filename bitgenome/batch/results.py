@@ -66,7 +66,7 @@ def record(state: RunState, path: Path) -> dict[str, Any]:
 
 def figures_of(run: BatchRun) -> dict[str, Any]:
     """Of a finished run, from its directory; behind a URL from the remote one. Raises StorageError."""
-    files = run_files(run.place)
+    files = run_files(run.location)
     best = files.record(layout.BEST)
     proof = best["proof"]
     return {

@@ -30,9 +30,9 @@ class Shares:
         """Divide the cluster's workers among ``runs``, the oldest first, and tell those of which the share changed."""
         if self.cluster is None:
             return
-        for place, run in enumerate(runs):
+        for position, run in enumerate(runs):
             settings = run.config.workers
-            share = fair_share(self.cluster.room(settings), settings.max, place, len(runs))
+            share = fair_share(self.cluster.room(settings), settings.max, position, len(runs))
             if self._given.get(run.directory) != share:
                 run.directory.mkdir(parents=True, exist_ok=True)
                 self._given[run.directory] = share

@@ -160,7 +160,7 @@ def execute(config: "RunConfig") -> None:
     from bitgenome.cli.report import show_outcome  # noqa: PLC0415
     from bitgenome.run.pipeline import run as run_pipeline  # noqa: PLC0415
 
-    directory = f"{config.place}/{config.name}"
+    directory = f"{config.storage_root}/{config.name}"
     try:
         show_outcome(run_pipeline(config, console), console)
         if config.storage_url:

@@ -32,7 +32,7 @@ def status(
     from bitgenome.config.file import refuse_secrets  # noqa: PLC0415 - pydantic takes its time
 
     refuse_secrets({"a run": run, "--storage": storage}, "bitgenome status")
-    readers = [RunReader(place) for place in (runs_under(storage) if run is None else [run_at(run, storage)])]
+    readers = [RunReader(location) for location in (runs_under(storage) if run is None else [run_at(run, storage)])]
     looks = looks_at(readers, watch)
     if as_json:
         for found in looks:

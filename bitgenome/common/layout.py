@@ -54,7 +54,7 @@ SENSITIVITY_PARTS, SENSITIVITY_SECONDS = "parts.jsonl", "seconds.json"
 # Behind a URL, and for processes that meet
 LEASE = ".lease"  # folder of numbered claims
 LOCKS = ".locks"
-STAGED = ".staged"  # below a place: files by name and content
+STAGED = ".staged"  # below a storage root: files by name and content
 SEGMENTS = ".parts"  # behind the name of a file that grows: the folder of its segments
 PUSH_VERSION = "version.json"  # remote: says which push was the last
 PUSH_STATE = ".pushed.json"  # local: what that push was, and what of the mirror is remote already

@@ -31,6 +31,6 @@ class StoredSection(Section):
         return {**data, "storage_url": url, "storage_path": mirror_root(url)}
 
     @property
-    def place(self) -> str:
+    def storage_root(self) -> str:
         """Path or URL, as a user would give it."""
         return self.storage_url or str(self.storage_path)

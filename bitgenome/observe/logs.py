@@ -23,11 +23,11 @@ class LineFormatter(logging.Formatter):
     """One line a record, with the run and the generation where there is one."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(place)s%(message)s")
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(position)s%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         generation = GENERATION.get()
-        record.__dict__["place"] = f"[{RUN.get()} g{generation}] " if generation else ""
+        record.__dict__["position"] = f"[{RUN.get()} g{generation}] " if generation else ""
         return super().format(record)
 
 

@@ -70,11 +70,11 @@ class RunReader:
     Raises UserError if it is none, and StorageError.
     """
 
-    def __init__(self, place: str | Path):
-        self.place = str(place).rstrip("/")
-        self._files = run_files(place)
+    def __init__(self, location: str | Path):
+        self.location = str(location).rstrip("/")
+        self._files = run_files(location)
         if not self._files.size(layout.RECORD):
-            raise UserError(f"expected a run directory with {layout.RECORD}, found none at {place}")
+            raise UserError(f"expected a run directory with {layout.RECORD}, found none at {location}")
         self._lines = Lines(self._files, layout.EVALUATIONS)
         self._genomes: set[tuple[int, ...]] = set()
         self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search's text
@@ -82,7 +82,7 @@ class RunReader:
 
     @property
     def name(self) -> str:
-        return self.place.rpartition("/")[2]
+        return self.location.rpartition("/")[2]
 
     def read(self, running: bool = False) -> RunStatus:
         """As it stands; ``running`` is what somebody knows who watches its process, else its lease is looked at."""
@@ -100,7 +100,7 @@ class RunReader:
         stage = record.get("stage") or {}
         return RunStatus(
             name=self.name,
-            path=self.place,
+            path=self.location,
             state=state,
             error=record.get("error") if state == "failed" else None,
             stage=stage.get("name"),
@@ -139,9 +139,9 @@ class RunReader:
         """Where its driver has the lease: of a mirror, at the URL."""
         config = record.get("config")
         url = config.get("storage_url") if isinstance(config, dict) else None
-        if url and Path(self.place).absolute().parent.name == mirror_root(url).name:
+        if url and Path(self.location).absolute().parent.name == mirror_root(url).name:
             return f"{url}/{self.name}"
-        return self.place
+        return self.location
 
     @staticmethod
     def _seconds(record: Mapping[str, Any], state: str) -> dict[str, float]:
@@ -176,12 +176,12 @@ def runs_under(storage: str) -> list[str]:
     return sorted(str(path.parent) for path in Path(storage).glob(f"*/{layout.RECORD}"))
 
 
-def is_owned(place: str | Path) -> bool:
+def is_owned(location: str | Path) -> bool:
     """Whether a living driver has the lease of a run at a path or URL. Raises StorageError.
 
     Of a driver on another machine only the time of its last beat can be seen, by the storage's clock and this one's.
     """
-    folder = open_folder(f"{place}/{layout.LEASE}")
+    folder = open_folder(f"{location}/{layout.LEASE}")
     name = max(folder.sizes(), default=None)
     if name is None:
         return False

@@ -87,14 +87,14 @@ def export_checked(
     return gguf
 
 
-def export_again(place: Path | str) -> Path:
+def export_again(location: Path | str) -> Path:
     """Write GGUF and recipe of a finished run from its record and bank. Raises UserError if it is not finished."""
-    directory = RunDirectory.open(place)
+    directory = RunDirectory.open(location)
     with directory.own():
         best = directory.path / layout.BEST
         if not best.is_file():
             raise UserError(
-                f"expected a finished run with {layout.BEST}, found none in {place}: bitgenome resume {place}"
+                f"expected a finished run with {layout.BEST}, found none in {location}: bitgenome resume {location}"
             )
         record = json.loads(best.read_text(encoding="utf-8"))
         winner, healing = Evaluation.from_json(record["winner"]), shipped_healing(directory.path, record)
@@ -103,7 +103,9 @@ def export_again(place: Path | str) -> Path:
         plan = quantized_plan(plan, directory)
         bank = directory.artefact("bank")
         if damaged := damaged_tensors(bank):
-            raise UserError(f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {place} rebuilds it")
+            raise UserError(
+                f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {location} rebuilds it"
+            )
         return export_winner(plan, bank, directory, winner, healing)
 
 

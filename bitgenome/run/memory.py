@@ -8,7 +8,7 @@ from evaluators.engine.memory import Load, SweepMemory, sweep_memory
 
 GENES_TOGETHER = 8  # of neighbouring tensors, in one sweep: they branch off the full-precision model in the same blocks
 MOST_TOGETHER = 32  # genomes of one task: what a lost worker costs, and how often there is progress to show
-KEPT_GENOMES = 4  # whose beginnings workers remember
+KEPT_GENOMES = 4  # whose prefixes workers remember
 REFERENCES = 12  # seeds and uniform genomes, about, that are held against the winner
 
 

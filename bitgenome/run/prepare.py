@@ -207,8 +207,8 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
             tensors = names.keys() & banks.group_tensors(file)
             if absent & tensors:
                 work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
-                place = (plan.folder.path, file, directory)
-                tasks.append(banks.BuildBankGroup(*place, names, settings, plan.sparsity, how, work))
+                where = (plan.folder.path, file, directory)
+                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work))
         tasks.sort(key=lambda task: -task.work)  # the largest first, so that none is left alone at the end
         for _ in track(pool.map(tasks), len(tasks), "building the bank"):
             pass

@@ -97,16 +97,16 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str
     )
 
 
-def verify_file(file: Path | str, place: Path | str) -> Proof:
+def verify_file(file: Path | str, location: Path | str) -> Proof:
     """Prove a file with the model and test text of its run. Raises UserError for a file or run that cannot serve.
 
     A file behind a URL is that of its run's mirror.
     """
-    directory = RunDirectory.open(place)
+    directory = RunDirectory.open(location)
     with directory.own() if directory.mirror else nullcontext():
         windows = directory.path / layout.WINDOWS
         if not windows.is_file():
-            raise UserError(f"expected {layout.WINDOWS} with the test text in {place}, found none")
+            raise UserError(f"expected {layout.WINDOWS} with the test text in {location}, found none")
         plan = make_plan(directory.config)
         directory.record.pin("model", plan.folder.digest)
         folder = quantized_plan(plan, directory).folder

@@ -81,7 +81,7 @@ def pool_evaluate(
 ) -> Evaluate:
     """Evaluate genomes on the pool, in the order of their genes whatever the number of workers.
 
-    Each worker takes neighbours in that order, which share the most, and remembers the beginnings of the best genomes
+    Each worker takes neighbours in that order, which share the most, and remembers the prefixes of the best genomes
     in ``archive``, from which offspring branch off. Tasks' names say the generation, where there is one.
     """
 
@@ -90,9 +90,9 @@ def pool_evaluate(
         parts = divided(ordered, pool.size)
         best = archive.best(fidelity, KEPT_GENOMES) if archive else ()
         keep = tuple(evaluation.genome for evaluation in best)
-        place = f"g{generation} {fidelity.split}" if (generation := GENERATION.get()) else fidelity.split
+        where = f"g{generation} {fidelity.split}" if (generation := GENERATION.get()) else fidelity.split
         tasks = [
-            EvaluateGenomes(setup, part, fidelity, f"eval[{place} {index + 1}/{len(parts)}]", keep)
+            EvaluateGenomes(setup, part, fidelity, f"eval[{where} {index + 1}/{len(parts)}]", keep)
             for index, part in enumerate(parts)
         ]
         return track(chain.from_iterable(pool.map(tasks)), len(ordered), what)

@@ -148,8 +148,8 @@ def comparison_rows(
             row |= m.ranking(sample, members, [kl[genome] for genome in members])
         for budget in budgets:
             genome = solved[measure, budget]
-            place = {"bits_per_weight": space.bits_per_weight(genome), "file_bytes": space.file_bytes(genome)}
-            rows.append(row | place | {"kl": kl[genome]})
+            size = {"bits_per_weight": space.bits_per_weight(genome), "file_bytes": space.file_bytes(genome)}
+            rows.append(row | size | {"kl": kl[genome]})
     return rows
 
 

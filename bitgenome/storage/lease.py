@@ -176,13 +176,13 @@ class Lease:
             try:
                 return int(Path(name).stem), Claim(**json.loads(data))
             except (ValueError, TypeError):
-                raise StorageError(f"expected a claim in {self._files.place}/{name}, found something else") from None
+                raise StorageError(f"expected a claim in {self._files.location}/{name}, found something else") from None
         return 0, None
 
     def _take(self, number: int) -> bool:
         """Create the claim ``number``; whether this process now owns the lease."""
-        place = (socket.gethostname(), this_machine(), os.getpid(), started(os.getpid()))
-        claim = Claim(uuid.uuid4().hex, *place, self.ttl, beaten=since_start())
+        process = (socket.gethostname(), this_machine(), os.getpid(), started(os.getpid()))
+        claim = Claim(uuid.uuid4().hex, *process, self.ttl, beaten=since_start())
         if not self._files.create(file_name(number), claim.to_bytes()):
             return False
         names = sorted(self._files.sizes())

@@ -152,9 +152,9 @@ class RunMirror:
 
 
 @contextmanager
-def mirrored(place: str) -> Iterator[RunMirror | None]:
+def mirrored(location: str) -> Iterator[RunMirror | None]:
     """The mirror of a URL, pulled, and pushed at the end; None for a path."""
-    mirror = RunMirror(place) if is_url(place) else None
+    mirror = RunMirror(location) if is_url(location) else None
     if mirror is not None:
         mirror.pull()
     yield mirror

@@ -43,8 +43,8 @@ class RunDirectory:
     def owned(cls, config: RunConfig) -> Iterator["RunDirectory"]:
         """``create`` it, as the only driver for as long as the context lasts; see ``own``."""
         check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
-        place = f"{config.place}/{config.name}"
-        with Lease(place, f"the run {place}") as lease, mirrored(place) as mirror:
+        location = f"{config.storage_root}/{config.name}"
+        with Lease(location, f"the run {location}") as lease, mirrored(location) as mirror:
             directory = cls.create(config)
             directory.lease, directory.mirror = lease, mirror
             with directory.record.ending():
@@ -91,24 +91,24 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(cls, place: Path | str) -> "RunDirectory":
+    def open(cls, location: Path | str) -> "RunDirectory":
         """Return an existing run, at a path or URL.
 
         A link to a run elsewhere is none: its artefacts are not the storage path's. Raises UserError if there is no
         run or its record cannot be read.
         """
-        mirror = RunMirror(str(place)) if is_url(place) else None
+        mirror = RunMirror(str(location)) if is_url(location) else None
         if mirror is None:
-            check_inside(Path(place), Path(place).parent, f"the run {Path(place).name}")
-        path = mirror.path if mirror else Path(place)
+            check_inside(Path(location), Path(location).parent, f"the run {Path(location).name}")
+        path = mirror.path if mirror else Path(location)
         file = path / layout.RECORD
         content = mirror.read(layout.RECORD) if mirror else file.read_bytes() if file.is_file() else None
         if content is None:
-            raise UserError(f"expected a run directory with {layout.RECORD}, found none at {place}")
-        return cls(path, RunRecord.parse(content, file, f"{place}/{layout.RECORD}"), mirror)
+            raise UserError(f"expected a run directory with {layout.RECORD}, found none at {location}")
+        return cls(path, RunRecord.parse(content, file, f"{location}/{layout.RECORD}"), mirror)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Path or URL."""
         return self.mirror.url if self.mirror else str(self.path)
 
@@ -119,11 +119,11 @@ class RunDirectory:
         Raises LeaseHeldError, having touched nothing, while another driver works on it, and LeaseLostError once one
         has taken over.
         """
-        with Lease(self.place, f"the run {self.place}") as self.lease:
+        with Lease(self.location, f"the run {self.location}") as self.lease:
             if self.mirror is not None:
                 self.mirror.pull()
                 file = self.path / layout.RECORD
-                self.record = RunRecord.parse(file.read_bytes(), file, f"{self.place}/{layout.RECORD}")
+                self.record = RunRecord.parse(file.read_bytes(), file, f"{self.location}/{layout.RECORD}")
                 self.record.before_write = self.check
             yield
             self.sync()
@@ -133,7 +133,7 @@ class RunDirectory:
         """As it was begun, but stored where it was found."""
         parent, _, name = (self.mirror.url if self.mirror else str(self.path.resolve())).rpartition("/")
         data = {**self.record["config"], "storage_path": parent, "storage_url": None, "name": name}
-        return parse_config(data, f"{self.place}/{layout.RECORD}")
+        return parse_config(data, f"{self.location}/{layout.RECORD}")
 
     def artefact(self, key: str) -> Path:
         """Return the path that the record has for ``key``.
@@ -146,7 +146,7 @@ class RunDirectory:
             kind = recorded.parts.index(layout.SHARED)
             pull_shared(self.config, root.joinpath(*recorded.parts[kind : kind + 3]))
             recorded = root.joinpath(*recorded.parts[kind:])
-        return check_inside(recorded, root, f"the {key.replace('_', ' ')} of {self.place}/{layout.RECORD}")
+        return check_inside(recorded, root, f"the {key.replace('_', ' ')} of {self.location}/{layout.RECORD}")
 
     def check(self) -> None:
         """Before a file is written: raise LeaseLostError if another driver has taken over."""

@@ -95,6 +95,6 @@ class RemoteRunFiles(RunFiles):
         return [(int(part.rpartition("/")[2]), part) for part in parts]
 
 
-def run_files(place: str | Path) -> RunFiles:
+def run_files(location: str | Path) -> RunFiles:
     """Those at a path or URL."""
-    return RemoteRunFiles(str(place)) if is_url(place) else LocalRunFiles(Path(place))
+    return RemoteRunFiles(str(location)) if is_url(location) else LocalRunFiles(Path(location))

@@ -35,8 +35,8 @@ def build_once(
     """
     pull_shared(config, directory)
     if not done():
-        place = f"{config.storage_url}/{shared_name(directory)}" if config.storage_url else directory
-        with Lease(place, f"{what} {place}", wait=True):
+        location = f"{config.storage_url}/{shared_name(directory)}" if config.storage_url else directory
+        with Lease(location, f"{what} {location}", wait=True):
             pull_shared(config, directory)
             if not done():  # by whoever had the lease before
                 build()

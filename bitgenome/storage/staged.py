@@ -9,7 +9,7 @@ from bitgenome.storage.shared import Storage
 from evaluators.model.folder import ModelFolder, resolve_model
 from workers.pool.base import Pool
 from workers.storage.folders import is_url, mirror_root, open_folder
-from workers.storage.staging import Place, StagedPool, stage
+from workers.storage.staging import StagedPool, StorageRoot, stage
 
 
 class StoredModel(Storage, Protocol):
@@ -21,14 +21,14 @@ class StoredModel(Storage, Protocol):
 
 def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
     """``pool``, with files brought to every node where storage or model lie behind URLs."""
-    places = []
+    roots = []
     if config.storage_url:
-        places.append(Place(config.storage_path, config.storage_url))
+        roots.append(StorageRoot(config.storage_path, config.storage_url))
     if is_url(config.model):
-        places.append(Place(folder.path.parent, parent_of(config.model), changing=True))
+        roots.append(StorageRoot(folder.path.parent, parent_of(config.model), changing=True))
     elif config.storage_url:
-        places.append(Place(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
-    return StagedPool(pool, places) if places else pool
+        roots.append(StorageRoot(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
+    return StagedPool(pool, roots) if roots else pool
 
 
 def model_folder(digest: str) -> str:

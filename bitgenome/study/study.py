@@ -96,10 +96,10 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
     if any(method.needs_samples for method in study.methods):
         count, length = windows.windows["calibration"].shape
         sample_positions(count, length, study.config.activation_samples)
-    place = f"{study.config.place}/{study.config.name}"
+    location = f"{study.config.storage_root}/{study.config.name}"
     with (
-        Lease(place, f"the study {place}") as lease,
-        mirrored(place) as mirror,
+        Lease(location, f"the study {location}") as lease,
+        mirrored(location) as mirror,
         open_session(study.config, plan.folder, plan.path) as pool,
     ):
         return plan.path, StudyRun(plan, windows, pool, tracker(console), lease, mirror).results()

@@ -148,7 +148,7 @@ class GenomeEvaluator:
         return sum(e.error for e in entries) / max(sum(e.power for e in entries), torch.finfo(torch.float32).tiny)
 
     def evaluate(self, genomes: Sequence[Genome], fidelity: Fidelity, keep: Sequence[Genome] = ()) -> list[Evaluation]:
-        """Evaluations in the order of ``genomes``; the beginnings of ``keep`` are remembered for their offspring.
+        """Evaluations in the order of ``genomes``; the prefixes of ``keep`` are remembered for their offspring.
 
         Raises FloatingPointError, with genome and block, if the model's outputs are not finite.
         """
@@ -232,7 +232,7 @@ def warm_evaluator(setup: EvaluatorSetup, state: dict[Any, Any]) -> GenomeEvalua
 
 @dataclass(frozen=True)
 class EvaluateGenomes:
-    """Pool task: genomes at one fidelity, together; the beginnings of ``keep`` are remembered for their offspring."""
+    """Pool task: genomes at one fidelity, together; the prefixes of ``keep`` are remembered for their offspring."""
 
     setup: EvaluatorSetup
     genomes: tuple[Genome, ...]

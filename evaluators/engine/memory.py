@@ -18,13 +18,13 @@ from quantizers.formats.table import QuantFormat
 FLOAT_BYTES = 4
 KEPT_TEXTS = 3  # whose full-precision outputs stay: the rungs of a ladder
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep: longer text goes through in parts
-CACHE_SHARE = 0.125  # for the beginnings of elites, as much for logits, and for the activations of a batch
+CACHE_SHARE = 0.125  # for the prefixes of elites, as much for logits, and for the activations of a batch
 FIXED_BYTES = 64 << 20  # decoding, some rows at a time (evaluators/prepare/bank.py), and what matrix libraries keep
 
 
 @dataclass(frozen=True)
 class Load:
-    """The largest sweep of a run: candidates at once, tokens of its text, and genomes whose beginnings are kept."""
+    """The largest sweep of a run: candidates at once, tokens of its text, and genomes whose prefixes are kept."""
 
     candidates: int
     tokens: int
@@ -41,7 +41,7 @@ class SweepMemory:
     limit: int
     windows: int  # of text that go through a block at once
     states: int  # hidden states of the candidates
-    cache: int  # beginnings of elites
+    cache: int  # prefixes of elites
     reference: int  # full-precision outputs of the last texts
     logits: int  # of the full-precision model, where there is room to keep them for all candidates
     work: int  # activations of a batch in a block, logits of a chunk, decoding; reading ahead where it is streamed

@@ -1,7 +1,7 @@
 """Many candidates through the model together, block by block, what they share computed once.
 
 A candidate says which tensors are quantized, and how; the others keep full precision. Candidates that agree in the
-embedding and the first blocks have the same hidden states there: the distinct beginnings form a trie, of which every
+embedding and the first blocks have the same hidden states there: the distinct prefixes form a trie, of which every
 node is computed once. Within a block, candidates share attention and products that depend on nothing in which they
 differ, and a tensor is decoded once for all that hold it at one level.
 
@@ -81,10 +81,10 @@ class Sweep:
     ) -> list[Tensor]:
         """(B, T, D) behind the output norm for token ids (B, T), of each candidate in order.
 
-        ``text`` names the ids in the prefix cache, which takes what this sweep computes of the beginnings of ``keep``.
+        ``text`` names the ids in the prefix cache, which takes what this sweep computes of the prefixes of ``keep``.
         """
         kept = [self._member(-1, candidate).path for candidate in keep]
-        waiting = self._beginnings(ids, text, candidates)
+        waiting = self._prefixes(ids, text, candidates)
         nodes: list[Node] = []
         for block in range(len(self.model.blocks)):
             self._remember(text, block, waiting[block], kept)
@@ -99,7 +99,7 @@ class Sweep:
         choices = tuple(tuple(candidate.get(name) for name in names) for names in tensors)
         return Member(index, choices, tuple(self._numbers.setdefault(c, len(self._numbers)) for c in choices))
 
-    def _beginnings(self, ids: Tensor, text: Hashable, candidates: Sequence[Candidate]) -> list[list[Node]]:
+    def _prefixes(self, ids: Tensor, text: Hashable, candidates: Sequence[Candidate]) -> list[list[Node]]:
         """Nodes that start in front of each block (the last: behind all), by the deepest states that the cache has."""
         starts: list[dict[Path, Node]] = [{} for _ in range(len(self.model.blocks) + 1)]
         for index, candidate in enumerate(candidates):
@@ -116,7 +116,7 @@ class Sweep:
         return [list(nodes.values()) for nodes in starts]
 
     def _remember(self, text: Hashable, depth: int, nodes: Sequence[Node], kept: Sequence[Path]) -> None:
-        """Give the cache the states of nodes that are beginnings of ``kept``."""
+        """Give the cache the states of nodes that are prefixes of ``kept``."""
         prefixes = {path[: depth + 1] for path in kept}
         for node in nodes:
             if (prefix := node.members[0].path[: depth + 1]) in prefixes:
@@ -233,7 +233,7 @@ class Sweep:
     @torch.inference_mode()
     def first_overflow(self, ids: Tensor, candidate: Candidate) -> str:
         """Where the candidate's numbers first stop to be finite: ``embedding``, ``block 3`` or ``head``."""
-        (nodes, *_) = self._beginnings(ids, object(), [candidate])
+        (nodes, *_) = self._prefixes(ids, object(), [candidate])
         for block in range(len(self.model.blocks)):
             if not all(bool(chunk.isfinite().all()) for chunk in nodes[0].states):
                 return f"block {block - 1}" if block else "embedding"

@@ -61,7 +61,7 @@ class RayBackend:
         for worker in list(self._actors):
             self.stop(worker)
 
-    def place(self) -> str:
+    def needs(self) -> str:
         return str(self._placement)
 
     def _ready(self, worker: int, answer: Any) -> None:

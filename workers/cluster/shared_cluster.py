@@ -28,16 +28,16 @@ class SharedCluster:
         close_cluster()
 
 
-def fair_share(room: int, most: int | None, place: int, runs: int) -> int:
-    """Workers that one of ``runs`` may hold where ``room`` of them fit, the oldest at ``place`` 0; at least 1.
+def fair_share(room: int, most: int | None, position: int, runs: int) -> int:
+    """Workers that one of ``runs`` may hold where ``room`` of them fit, the oldest at ``position`` 0; at least 1.
 
     ``most`` bounds it (``workers.max``). Where less fits than that, the newest run may ask for the rest, so that a
     cluster that scales up is asked to; on any other one it cannot take the place of a run that keeps to its share.
     """
     each, over = divmod(room, runs)
-    share = max(1, each + (place < over))
+    share = max(1, each + (position < over))
     if most is None:
         return share
-    if place == runs - 1:
+    if position == runs - 1:
         share += max(0, most - room)
     return min(share, most)

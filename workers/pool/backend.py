@@ -71,5 +71,5 @@ class Backend(Protocol):
     def close(self) -> None:
         """End all workers."""
 
-    def place(self) -> str:
+    def needs(self) -> str:
         """What a worker needs, for messages."""

@@ -203,7 +203,7 @@ class Dispatcher(Pool):
         if worker.state == "starting":
             self._failed_starts += 1
             if self._failed_starts > FAILED_STARTS + len(self._workers):
-                raise ClusterError(f"expected a worker of {self._backend.place()} to start, found {reason}")
+                raise ClusterError(f"expected a worker of {self._backend.needs()} to start, found {reason}")
         for place, call in reversed(list(enumerate(worker.calls))):
             self._lose_call(call, reason, ran=place == 0)
         for other in list(self._idle.values()):
@@ -236,7 +236,7 @@ class Dispatcher(Pool):
             self._last_alive = now
         elif now - self._last_alive > self.elasticity.start_timeout_s:
             raise ClusterError(
-                f"expected room for a worker of {self._backend.place()}, found none within "
+                f"expected room for a worker of {self._backend.needs()}, found none within "
                 f"{self.elasticity.start_timeout_s:g} s"
             )
         self._speculate(job)

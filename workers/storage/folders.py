@@ -21,10 +21,10 @@ from bitgenome.common.files import atomic_write_bytes, replacing, sync_folder
 REMEDIES = {"s3": "pip install 'bitgenome[s3]'"}  # for protocols whose package is missing
 
 
-def file_sizes(root: Path, place: Path) -> dict[str, int]:
-    """Bytes of every file at or below ``place``, by name under ``root``; hidden ones left out."""
+def file_sizes(root: Path, location: Path) -> dict[str, int]:
+    """Bytes of every file at or below ``location``, by name under ``root``; hidden ones left out."""
     found = {}
-    for file in (place, *place.rglob("*")):
+    for file in (location, *location.rglob("*")):
         name = file.relative_to(root).as_posix()
         with suppress(FileNotFoundError):  # removed meanwhile
             if shown(name) and stat.S_ISREG((status := file.stat()).st_mode):
@@ -37,8 +37,8 @@ def shown(name: str) -> bool:
     return name == "." or all(part and not part.startswith(".") for part in name.split("/"))
 
 
-def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
+def is_url(location: str | Path) -> bool:
+    return "://" in str(location)
 
 
 VERSION_KEYS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "md5Hash")  # of backends
@@ -47,7 +47,7 @@ VERSION_KEYS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime"
 class Folder(ABC):
     """One folder; it need not exist before something is written into it."""
 
-    place: str
+    location: str
 
     @abstractmethod
     def sizes(self, name: str = "") -> dict[str, int]:
@@ -89,18 +89,18 @@ class Folder(ABC):
         """Make or replace ``target`` by the content of a file."""
 
 
-def open_folder(place: str | Path) -> Folder:
+def open_folder(location: str | Path) -> Folder:
     """The folder at a path or URL. Raises StorageError for a URL that no installed package can serve."""
-    if str(place).startswith("file://"):
-        return LocalFolder(Path(str(place).removeprefix("file://")))
-    return ObjectFolder(str(place)) if is_url(place) else LocalFolder(Path(place))
+    if str(location).startswith("file://"):
+        return LocalFolder(Path(str(location).removeprefix("file://")))
+    return ObjectFolder(str(location)) if is_url(location) else LocalFolder(Path(location))
 
 
 class LocalFolder(Folder):
     """On a file system, which may be a network's."""
 
     def __init__(self, path: Path):
-        self.path, self.place = path, str(path)
+        self.path, self.location = path, str(path)
 
     @contextmanager
     def _using(self, action: str, name: str) -> Iterator[Path]:
@@ -167,10 +167,10 @@ class ObjectFolder(Folder):
     def __init__(self, url: str):
         import fsspec  # noqa: PLC0415 - with its backends only where a URL is used
 
-        self.place = url.rstrip("/")
+        self.location = url.rstrip("/")
         protocol = url.partition("://")[0]
         try:
-            self._system, self._root = fsspec.core.url_to_fs(self.place, use_listings_cache=False)
+            self._system, self._root = fsspec.core.url_to_fs(self.location, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             remedy = REMEDIES.get(protocol, "install the fsspec package of that protocol")
             raise StorageError(f"expected storage that fsspec can reach at {url}, found: {error} ({remedy})") from None
@@ -182,11 +182,11 @@ class ObjectFolder(Folder):
             yield path
         except FileNotFoundError:
             raise StorageError(
-                f"expected to {action} {self.place}/{name}, found no such file, or no such bucket"
+                f"expected to {action} {self.location}/{name}, found no such file, or no such bucket"
             ) from None
         except Exception as error:  # backends share no base class
             reason = " ".join(f"{error}".split()) or type(error).__name__
-            raise StorageError(f"expected to {action} {self.place}/{name}, found: {reason}") from None
+            raise StorageError(f"expected to {action} {self.location}/{name}, found: {reason}") from None
 
     def _listed(self, name: str) -> dict[str, dict[str, Any]]:
         with self._using("list", name) as path:

@@ -1,9 +1,9 @@
 """Files of tasks on every node: what a task reads is fetched once a node, what it makes is sent from where it was made.
 
-A place is a folder of the driver's machine and the URL of the same files. Paths in tasks lie below such folders; on
-another node they are moved below that node's own copy (workers.storage.folders.mirror_root), on fast local disk, from
-which weights are memory-mapped. Files whose content may change under their names travel as what they are at the time,
-so that a task that runs again reads what it read.
+A storage root is a folder of the driver's machine and the URL of the same files. Paths in tasks lie below such folders;
+on another node they are moved below its own copy (workers.storage.folders.mirror_root), on fast local disk, from which
+weights are memory-mapped. Files whose content may change under their names travel as what they are at the time, so that
+a task that runs again reads what it read.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from workers.storage.transfers import fetch, follow, local_sizes, send, send_mis
 
 
 @dataclass(frozen=True)
-class Place:
+class StorageRoot:
     """The same files, by two names."""
 
     local: Path  # on the driver's machine
@@ -36,9 +36,9 @@ class Place:
 
 @dataclass(frozen=True)
 class StagedFile:
-    """A file or folder below a place; ``digest`` (sha256) of a file whose content may change under its name."""
+    """A file or folder below a storage root; ``digest`` (sha256) of a file whose content may change under its name."""
 
-    place: Place
+    root: StorageRoot
     name: str
     digest: str | None = None
     folder: bool = False
@@ -57,10 +57,10 @@ class StagedTask:
     """Pool task: another one, with the files that it needs and makes."""
 
     task: Task
-    places: tuple[Place, ...]
+    roots: tuple[StorageRoot, ...]
     needs: tuple[StagedFile, ...]
     makes: tuple[StagedFile, ...]
-    home: str  # node whose disk holds the places themselves
+    home: str  # node whose disk holds the roots themselves
 
     @property
     def label(self) -> str:
@@ -73,27 +73,27 @@ class StagedTask:
     def run(self, state: dict[Any, Any]) -> Staged:
         """Raises StorageError if a file cannot be fetched or sent."""
         at_home = self.home == this_node()
-        roots = {place: place.local if at_home else mirror_root(place.url) for place in self.places}
+        local = {root: root.local if at_home else mirror_root(root.url) for root in self.roots}
         for file in self.needs:
-            stage(file.place.url, roots[file.place], file.name, file.digest, file.place.changing)
-        before = [marks(roots[file.place], file.name) for file in self.makes]
+            stage(file.root.url, local[file.root], file.name, file.digest, file.root.changing)
+        before = [marks(local[file.root], file.name) for file in self.makes]
         for file in self.makes:
-            path = roots[file.place] / file.name
+            path = local[file.root] / file.name
             (path if file.folder else path.parent).mkdir(parents=True, exist_ok=True)
-        task = self.task if at_home else relocated(self.task, lambda path: moved(path, roots))
+        task = self.task if at_home else relocated(self.task, lambda path: moved(path, local))
         result = task.run(state)
         made: list[StagedFile] = []
         for file, old in zip(self.makes, before, strict=True):
-            made += send_made(file, roots[file.place], old)
+            made += send_made(file, local[file.root], old)
         return Staged(result, tuple(made))
 
 
 def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, int]]) -> list[StagedFile]:
     """Send what was made at ``target`` since ``before``; neighbours on the node may have made and sent a part of it."""
-    remote = open_folder(target.place.url)
+    remote = open_folder(target.root.url)
     there = remote.sizes(target.name)
     new = {name: size for name, (time, size) in marks(root, target.name).items() if before.get(name) != (time, size)}
-    files = {n: StagedFile(target.place, n, None if is_shared(n) else digest_of_file(root / n)) for n in new}
+    files = {n: StagedFile(target.root, n, None if is_shared(n) else digest_of_file(root / n)) for n in new}
     send(remote, root, [name for name, size in new.items() if not files[name].digest and there.get(name) != size])
     for file in files.values():
         send_changeable(file, root)
@@ -102,7 +102,7 @@ def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, in
 
 def send_changeable(file: StagedFile, root: Path) -> None:
     if file.digest is not None:
-        open_folder(file.place.url).upload(root / file.name, staged_name(file.name, file.digest))
+        open_folder(file.root.url).upload(root / file.name, staged_name(file.name, file.digest))
 
 
 def staged_name(name: str, digest: str) -> str:
@@ -112,9 +112,9 @@ def staged_name(name: str, digest: str) -> str:
 class StagedPool(Pool):
     """A pool whose tasks find their files on every node; otherwise the one that it wraps."""
 
-    def __init__(self, pool: Pool, places: Sequence[Place]):
+    def __init__(self, pool: Pool, roots: Sequence[StorageRoot]):
         self._pool = pool
-        self._places = tuple(places)
+        self._roots = tuple(roots)
         self._sent: dict[StagedFile, None] = {}
         self._made: dict[StagedFile, None] = {}
 
@@ -130,7 +130,7 @@ class StagedPool(Pool):
         for answer in self._pool.map([self._staged(task) for task in tasks]):
             for file in answer.made:
                 self._made[file] = None
-                stage(file.place.url, file.place.local, file.name, file.digest)
+                stage(file.root.url, file.root.local, file.name, file.digest)
             yield answer.result
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class StagedPool(Pool):
         with suppress(StorageError):  # what is left there harms nobody
             for file in {**self._sent, **self._made}:
                 if file.digest is not None:
-                    open_folder(file.place.url).delete(staged_name(file.name, file.digest))
+                    open_folder(file.root.url).delete(staged_name(file.name, file.digest))
 
     def _staged(self, task: Task) -> StagedTask:
         makes = tuple(getattr(task, "makes", ()))
@@ -148,22 +148,22 @@ class StagedPool(Pool):
             if file not in self._sent:
                 self._send(file)
         made = tuple(file for path in makes if (file := self._file(path)))
-        return StagedTask(task, self._places, tuple(needs), made, this_node())
+        return StagedTask(task, self._roots, tuple(needs), made, this_node())
 
     def _send(self, file: StagedFile) -> None:
         if file.digest is None:
-            send_missing(open_folder(file.place.url), file.place.local, file.name)
-        send_changeable(file, file.place.local)
+            send_missing(open_folder(file.root.url), file.root.local, file.name)
+        send_changeable(file, file.root.local)
         self._sent[file] = None
 
     def _file(self, path: Path, changes: bool = False) -> StagedFile | None:
-        """None for a path outside all places."""
-        place = next((place for place in self._places if path.is_relative_to(place.local)), None)
-        if place is None:
+        """None for a path outside all roots."""
+        root = next((root for root in self._roots if path.is_relative_to(root.local)), None)
+        if root is None:
             return None
-        name = path.relative_to(place.local).as_posix().removeprefix(".")
+        name = path.relative_to(root.local).as_posix().removeprefix(".")
         digest = digest_of_file(path) if changes and not is_shared(name) else None
-        return StagedFile(place, name, digest, path.is_dir())
+        return StagedFile(root, name, digest, path.is_dir())
 
 
 def this_node() -> str:
@@ -197,11 +197,11 @@ def marks(root: Path, name: str) -> dict[str, tuple[int, int]]:
     return {file: (status.st_mtime_ns, status.st_size) for file, status in found.items()}
 
 
-def moved(path: Path, roots: Mapping[Place, Path]) -> Path:
-    """``path`` below the root that stands for its place's folder."""
-    for place, root in roots.items():
-        if path.is_relative_to(place.local):
-            return root / path.relative_to(place.local)
+def moved(path: Path, local: Mapping[StorageRoot, Path]) -> Path:
+    """Return ``path`` below the folder that stands for its root on this node."""
+    for root, folder in local.items():
+        if path.is_relative_to(root.local):
+            return folder / path.relative_to(root.local)
     return path
 
 

@@ -42,7 +42,7 @@ def follow(remote: Folder, root: Path, name: str) -> None:
 
 
 def _download(remote: Folder, root: Path, sizes: Mapping[str, int]) -> None:
-    transfer(sizes, lambda name: remote.download(name, root / name), f"fetching from {remote.place}")
+    transfer(sizes, lambda name: remote.download(name, root / name), f"fetching from {remote.location}")
 
 
 def send(remote: Folder, root: Path, names: Collection[str]) -> None:
@@ -54,7 +54,7 @@ def send(remote: Folder, root: Path, names: Collection[str]) -> None:
     transfer(
         {name: size for name, size in sizes.items() if rank[name] < 0},
         lambda name: remote.upload(root / name, name),
-        f"sending to {remote.place}",
+        f"sending to {remote.location}",
     )
     for name in sorted((name for name in names if rank[name] >= 0), key=lambda name: rank[name]):
         remote.upload(root / name, name)

@@ -204,14 +204,17 @@ def test_a_batch_behind_a_url_is_known_to_another_machine(
     matrix = {"budget": [{"bits_per_weight": 3.0}], "search.strategy": ["exact"]}
     file = tmp_path / "far.yaml"
     file.write_text(yaml.safe_dump({"base": base, "matrix": matrix}))
-    name, place = "stdlib-6m-3.0bpw-exact", f"{url}/batch-far"
+    name, location = "stdlib-6m-3.0bpw-exact", f"{url}/batch-far"
     monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "disk"))
     shutil.copytree(story.runs.storage / "shared", tmp_path / "nfs" / "shared")  # as an earlier run left it
-    with Lease(place, "the batch"), pytest.raises(LeaseHeldError, match=f"expected the batch {place} to be nobody"):
+    with (
+        Lease(location, "the batch"),
+        pytest.raises(LeaseHeldError, match=f"expected the batch {location} to be nobody"),
+    ):
         run_batch(load_batch([file]), BatchOrder("far"), Console(quiet=True))
     done = story.runs.call("batch", file)
     assert done.returncode == 0, done.stderr
-    assert f"stored  {place}" in done.stdout
+    assert f"stored  {location}" in done.stdout
     assert f"{name}: finishing" in done.stdout, "the batch sees how far a run has come"
     monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "another disk"))
     _, again = run_batch(load_batch([file]), BatchOrder("far", resume=True), Console())
@@ -224,5 +227,5 @@ def test_a_batch_behind_a_url_is_known_to_another_machine(
     assert pd.read_csv(remote / "results.csv").kl.tolist() == pytest.approx([first["kl"]])
     assert (remote / layout.LOGS / f"{name}.log").is_file() and (remote / "leaderboard.html").is_file()
     file.write_text(yaml.safe_dump({"base": base, "matrix": {**matrix, "search.strategy": ["exact", "genetic"]}}))
-    with pytest.raises(UserError, match=f"expected a new batch, found {place} with 1 of 2 runs unfinished"):
-        begin(load_batch([file]), tmp_path, place, resume=False)
+    with pytest.raises(UserError, match=f"expected a new batch, found {location} with 1 of 2 runs unfinished"):
+        begin(load_batch([file]), tmp_path, location, resume=False)

@@ -151,13 +151,13 @@ class Remote:
     mirror: Path
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.url}/{self.name}"
 
     @property
     def claim(self) -> Path:
         """The driver's, where storage is a file system."""
-        return next((Path(self.place.removeprefix("file://")) / layout.LEASE).iterdir())
+        return next((Path(self.location.removeprefix("file://")) / layout.LEASE).iterdir())
 
 
 @contextmanager
@@ -181,13 +181,13 @@ def test_status_of_a_url_reads_what_is_remote_and_touches_no_mirror(
     monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "another disk"))
     url = (tmp_path / "nfs").as_uri()
     with driven(runs, url, tmp_path / "disk") as run:
-        reader = RunReader(run.place)
+        reader = RunReader(run.location)
         found = reader.read()
         assert (found.state, found.stage, found.evaluations, found.best_loss) == ("running", "search", 3, 0.125)
-        assert (found.name, found.path, found.last_line) == ("far", run.place, "12:00 bank")
+        assert (found.name, found.path, found.last_line) == ("far", run.location, "12:00 bank")
         append(run.mirror / "evaluations.jsonl", evaluation(3, 0.0625))
         assert reader.read().evaluations == 3, "what is not sent is not there"
-        for arguments in ([run.place], ["far", "--storage", url], ["--storage", url]):
+        for arguments in ([run.location], ["far", "--storage", url], ["--storage", url]):
             assert json.loads(said(capsys, monkeypatch, *arguments, "--json"))["state"] == "running"
     found = reader.read()
     assert (found.state, found.evaluations) == ("finished", 4)
@@ -206,23 +206,23 @@ def test_a_driver_on_another_machine_lives_as_long_as_its_beats_are_young(runs: 
     with driven(runs, (tmp_path / "nfs").as_uri(), tmp_path / "disk") as run:
         mine = run.claim.read_text()
         run.claim.write_text(json.dumps(json.loads(mine) | {"machine": "another", "beaten": 0.0}))
-        assert is_owned(run.place)
+        assert is_owned(run.location)
         os.utime(run.claim, (time.time() - 120, time.time() - 120))
-        assert not is_owned(run.place)
+        assert not is_owned(run.location)
         run.claim.write_text(mine)
 
 
 @pytest.mark.parametrize(
-    ("place", "sentence"),
+    ("location", "sentence"),
     [
         ("file:///nowhere/at/all", "expected a storage path with runs, found none at file:///nowhere/at/all"),
         ("s3://key:secret@genomes/x", "expected --storage in bitgenome status without a password, found one in its"),
     ],
 )
 def test_a_url_without_runs_is_answered_in_one_sentence(
-    place: str, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    location: str, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = refusal(capsys, monkeypatch, "status", "--storage", place)
+    told = refusal(capsys, monkeypatch, "status", "--storage", location)
     assert sentence in told and "secret" not in told
 
 

@@ -121,14 +121,14 @@ def test_status_reads_runs_on_s3_and_who_drives_them(
     url = f"{s3}/watched"
     with driven(runs, url, tmp_path / "disk") as run:
         found = json.loads(said(capsys, monkeypatch, "--storage", url, "--json"))
-        assert (found["path"], found["state"], found["evaluations"]) == (run.place, "running", 3)
-        leases = open_folder(f"{run.place}/{layout.LEASE}")
+        assert (found["path"], found["state"], found["evaluations"]) == (run.location, "running", 3)
+        leases = open_folder(f"{run.location}/{layout.LEASE}")
         (name,) = leases.sizes()
         mine = leases.read(name) or b""
         leases.write(name, json.dumps(json.loads(mine) | {"machine": "another"}).encode())
-        assert RunReader(run.place).read().state == "running", "its last beat is young"
+        assert RunReader(run.location).read().state == "running", "its last beat is young"
         leases.write(name, mine)
-    assert RunReader(run.place).read().state == "finished"
+    assert RunReader(run.location).read().state == "finished"
 
 
 Refused = Callable[[str], str]
@@ -139,8 +139,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     """What the command line says to a run on that storage; it must be one sentence with exit code 2."""
     monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "disk"))
 
-    def call(place: str) -> str:
-        config = runs.write("refused", storage_path=place, workers={"ray": "off"})
+    def call(location: str) -> str:
+        config = runs.write("refused", storage_path=location, workers={"ray": "off"})
         return refusal(capsys, monkeypatch, "run", config)
 
     return call
@@ -166,7 +166,7 @@ def test_of_threads_that_race_for_a_lease_on_s3_one_gets_it(s3: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "sentence"),
+    ("location", "sentence"),
     [
         ("s3://no-such-bucket/runs", "no such bucket"),
         ("s3://key:secret@genomes/runs", "without a password"),
@@ -175,8 +175,8 @@ def test_of_threads_that_race_for_a_lease_on_s3_one_gets_it(s3: str) -> None:
         ("/proc/nowhere", "No such file or directory"),
     ],
 )
-def test_storage_that_cannot_be_used_is_one_sentence(place: str, sentence: str, s3: str, refused: Refused) -> None:
-    said = refused(place)
+def test_storage_that_cannot_be_used_is_one_sentence(location: str, sentence: str, s3: str, refused: Refused) -> None:
+    said = refused(location)
     assert sentence in said and "secret" not in said
 
 

@@ -110,7 +110,7 @@ class SimulatedBackend:
     def close(self) -> None:
         self.alive.clear()
 
-    def place(self) -> str:
+    def needs(self) -> str:
         return "1 CPU"
 
     def times(self, what: str) -> int:

@@ -53,7 +53,7 @@ class ThreadBackend:
         for worker in list(self._queues):
             self.stop(worker)
 
-    def place(self) -> str:
+    def needs(self) -> str:
         return "a thread"
 
 

@@ -16,7 +16,7 @@ from quantizers.settings import CompensationSettings
 from tests.conftest import SmallBank
 from workers.pool.base import SerialPool, Task
 from workers.storage.folders import mirror_root
-from workers.storage.staging import Place, StagedPool, StagedTask, paths_of, stage, staged_name
+from workers.storage.staging import StagedPool, StagedTask, StorageRoot, paths_of, stage, staged_name
 
 
 class OtherNode(SerialPool):
@@ -59,38 +59,38 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OtherNode:
 
 
 @pytest.fixture
-def place(tmp_path: Path, node: OtherNode) -> Place:
+def root(tmp_path: Path, node: OtherNode) -> StorageRoot:
     url = (tmp_path / "nfs").as_uri()
-    return Place(mirror_root(url), url)
+    return StorageRoot(mirror_root(url), url)
 
 
 def test_a_task_reads_and_writes_on_its_own_node_and_the_driver_gets_the_files(
-    tmp_path: Path, node: OtherNode, place: Place
+    tmp_path: Path, node: OtherNode, root: StorageRoot
 ) -> None:
-    made = place.local / "shared" / "kind" / "digest"
+    made = root.local / "shared" / "kind" / "digest"
     made.mkdir(parents=True)
-    (place.local / "run").mkdir()
-    source = place.local / "run" / "windows"
+    (root.local / "run").mkdir()
+    source = root.local / "run" / "windows"
     for content in ("first", "other"):  # under one name, of one size
         source.write_text(content)
-        (read,) = StagedPool(node, [place]).map([Copy(source, made)])
+        (read,) = StagedPool(node, [root]).map([Copy(source, made)])
         assert Path(read).is_relative_to(tmp_path / "there") and Path(read).read_text() == content
     assert (made / "copy").exists() and (tmp_path / "nfs" / "shared" / "kind" / "digest" / "copy").exists()
     assert node.seen[0].label == "copy"
 
 
 def test_a_bank_is_built_from_staged_files_elsewhere_to_the_same_bytes(
-    small_bank: SmallBank, tmp_path: Path, node: OtherNode, place: Place
+    small_bank: SmallBank, tmp_path: Path, node: OtherNode, root: StorageRoot
 ) -> None:
     group = small_bank.groups[0]
-    local, bank = (place.local / "shared" / kind / "digest" for kind in ("calibration", "bank"))
+    local, bank = (root.local / "shared" / kind / "digest" for kind in ("calibration", "bank"))
     for folder in (local, bank):
         folder.mkdir(parents=True)
     group_file(local, group).write_bytes(group_file(small_bank.directory, group).read_bytes())
-    model = Place(small_bank.folder.path.parent, f"{place.url}/shared/model/digest")
+    model = StorageRoot(small_bank.folder.path.parent, f"{root.url}/shared/model/digest")
     formats = {gene.name: tuple(f.name for f in gene.formats) for gene in small_bank.space.genes}
     task = BuildBankGroup(small_bank.folder.path, group_file(local, group), bank, formats, CompensationSettings())
-    (built,) = StagedPool(node, [place, model]).map([task])
+    (built,) = StagedPool(node, [root, model]).map([task])
     formats_of = {gene.name: gene.formats for gene in small_bank.space.genes}
     for tensor in built:
         for fmt in formats_of[tensor]:
@@ -99,23 +99,23 @@ def test_a_bank_is_built_from_staged_files_elsewhere_to_the_same_bytes(
     assert len(staged) == 1
 
 
-def test_a_node_fetches_a_folder_over_the_network_once(tmp_path: Path, node: OtherNode, place: Place) -> None:
+def test_a_node_fetches_a_folder_over_the_network_once(tmp_path: Path, node: OtherNode, root: StorageRoot) -> None:
     remote = tmp_path / "nfs" / "shared" / "bank"
     remote.mkdir(parents=True)
     (remote / "tensor").write_text("weights")
-    stage(place.url, tmp_path / "disk", "shared/bank", None)
+    stage(root.url, tmp_path / "disk", "shared/bank", None)
     staged = (tmp_path / "disk" / "shared" / "bank" / "tensor").stat().st_ino
     stage.cache_clear()  # another process of the node
-    stage(place.url, tmp_path / "disk", "shared/bank", None)
+    stage(root.url, tmp_path / "disk", "shared/bank", None)
     assert (tmp_path / "disk" / "shared" / "bank" / "tensor").stat().st_ino == staged
 
 
-def test_a_file_that_is_not_the_drivers_is_refused(tmp_path: Path, node: OtherNode, place: Place) -> None:
+def test_a_file_that_is_not_the_drivers_is_refused(tmp_path: Path, node: OtherNode, root: StorageRoot) -> None:
     staged = tmp_path / "nfs" / staged_name("windows", "0" * 64)
     staged.parent.mkdir(parents=True)
     staged.write_text("of another run")
     with pytest.raises(StorageError, match="found other content"):
-        stage(place.url, tmp_path / "disk", "windows", "0" * 64)
+        stage(root.url, tmp_path / "disk", "windows", "0" * 64)
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,13 @@ class Advance:
         return self.file.read_text()
 
 
-def test_a_task_that_runs_again_reads_what_it_read_although_it_has_rewritten_it(node: OtherNode, place: Place) -> None:
-    (place.local / "run").mkdir(parents=True)
-    file = place.local / "run" / "checkpoint"
+def test_a_task_that_runs_again_reads_what_it_read_although_it_has_rewritten_it(
+    node: OtherNode, root: StorageRoot
+) -> None:
+    (root.local / "run").mkdir(parents=True)
+    file = root.local / "run" / "checkpoint"
     file.write_text("a")
-    pool = StagedPool(node, [place])
+    pool = StagedPool(node, [root])
     task = Advance(file)
     assert list(pool.map([task])) == ["ax"]
     (again,) = node.seen
@@ -146,7 +148,7 @@ def test_a_task_that_runs_again_reads_what_it_read_although_it_has_rewritten_it(
     assert answer.result == "ax"
     assert list(pool.map([task])) == ["axx"] and file.read_text() == "axx"
     pool.close()
-    assert not list((Path(place.url.removeprefix("file://")) / layout.STAGED).iterdir())
+    assert not list((Path(root.url.removeprefix("file://")) / layout.STAGED).iterdir())
 
 
 def test_a_model_that_was_uploaded_again_is_fetched_again_although_its_sizes_are_the_same(
@@ -177,11 +179,11 @@ def test_paths_are_found_in_setups_within_tasks(small_bank: SmallBank) -> None:
     }
 
 
-def test_a_file_outside_all_places_is_left_where_it_is(tmp_path: Path, node: OtherNode, place: Place) -> None:
+def test_a_file_outside_all_roots_is_left_where_it_is(tmp_path: Path, node: OtherNode, root: StorageRoot) -> None:
     source = tmp_path / "elsewhere"
     source.write_text("content")
-    made = place.local / "shared" / "kind"
+    made = root.local / "shared" / "kind"
     made.mkdir(parents=True)
-    (read,) = StagedPool(node, [place]).map([Copy(source, made)])
+    (read,) = StagedPool(node, [root]).map([Copy(source, made)])
     assert read == str(source)
     assert isinstance(node.seen[0], StagedTask) and os.environ["BITGENOME_CACHE"] == str(tmp_path / "here")
