@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitgenome.config.run import load_config
-from bitgenome.run.healing import RATE_PER_ROOT_KL, float_tensors
+from bitgenome.run.healing import float_tensors
 from bitgenome.run.plan import Plan, make_plan
 from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs
 from bitgenome.run.text import read_windows
@@ -27,7 +27,7 @@ from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
-from evaluators.settings import HealingSettings
+from evaluators.settings import RATE_PER_ROOT_KL, HealingSettings
 from search.allocation.seeds import pure_uniform
 from search.budget import Budget
 from search.types import Fidelity, Genome

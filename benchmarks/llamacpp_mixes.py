@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.mix_formats import llamacpp_mix
+from bitgenome.common import layout
 from bitgenome.config.run import RunConfig, load_config
 from bitgenome.run.pipeline import run
 from bitgenome.run.plan import make_plan
-from bitgenome.run.prepare import WINDOWS_FILE
 from bitgenome.run.proof import Proof, prove
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
@@ -50,7 +50,7 @@ def importances(calibration: Path) -> dict[str, torch.Tensor]:
     """Mean square of each input feature (columns,) by Hugging Face tensor name, as llama-imatrix collects it."""
     found = {}
     for file in sorted(calibration.glob("*.safetensors")):
-        if file.name != WINDOWS_FILE:
+        if file.name != layout.WINDOWS:
             group = InputGroup.load(file)
             found.update(dict.fromkeys(group.tensors, group.hessian.diagonal().contiguous()))
     return found
@@ -87,7 +87,7 @@ def duel(config: RunConfig, mix: str, console: Console) -> Duel:
         }
     )
     outcome = run(ours, console)
-    windows = TokenWindows.load(outcome.run / WINDOWS_FILE).windows["test"]
+    windows = TokenWindows.load(outcome.run / layout.WINDOWS).windows["test"]
     return Duel(mix, prove(path, folder, windows), outcome.proof, outcome.evaluations)
 
 

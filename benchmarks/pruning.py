@@ -39,7 +39,7 @@ from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.nearest import pad_rows
 from quantizers.rounding.pruned_sparsegpt import encode_pruned, prune_and_compensate
 from quantizers.rounding.pruning_masks import ColumnMasks, group_mask, unstructured_mask
-from quantizers.rounding.sparsegpt import DESCENT_ROUNDS, compensate, conditional_importance, row_errors
+from quantizers.rounding.sparsegpt import compensate, conditional_importance, row_errors
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero
 from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import inverse_factor
@@ -114,7 +114,7 @@ def methods() -> Iterator[tuple[str, str, str, Encoder]]:
         for label, fmt in CHOICES.items():
             yield str(sparsity), label, "magnitude", magnitude(fmt, sparsity)
             yield str(sparsity), label, "published", sparsegpt(fmt, sparsity, 0)
-            yield str(sparsity), label, "ours", sparsegpt(fmt, sparsity, DESCENT_ROUNDS)
+            yield str(sparsity), label, "ours", sparsegpt(fmt, sparsity, CompensationSettings.refinement_rounds)
 
 
 def measure(plan: Plan, groups: list[InputGroup], ids: Tensor, console: Console) -> tuple[Divergence, list[Row]]:

@@ -1,4 +1,4 @@
-"""Settings of rounding, pruning and channel scaling, apart from the tensor mathematics that they steer."""
+"""This module defines the settings of rounding, pruning and channel scaling; it does no tensor arithmetic."""
 
 import re
 from dataclasses import dataclass
@@ -8,23 +8,24 @@ from pydantic import Field
 
 from bitgenome.common.section import Section
 
-Importance = Literal["conditional", "hessian", "five_dimensional"]  # of an input's columns, when scales are fitted
-PRUNING_GROUPS = (2, 4, 8, 16, 32)  # m of n:m: a group then lies within one scale block of every GGUF format
+Importance = Literal["conditional", "hessian", "five_dimensional"]  # column weights to fit scales with
+PRUNING_GROUPS = (2, 4, 8, 16, 32)  # m of n:m; each divides the block size of every block format
 
 
 @dataclass(frozen=True)
 class CompensationSettings:
-    """How weights get onto their grids."""
+    """Settings of rounding weights onto the grid of a GGUF format, with or without error compensation."""
 
-    damping: float = 0.01  # of the Hessian's mean diagonal (see quantizers.statistics.hessian.inverse_factor)
-    compensation: bool = True  # spread every column's error over later ones; else rounding by importance alone
-    refinement_rounds: int = 2  # of coordinate descent after compensation; the third gains another 1 to 2 %
+    damping: float = 0.01  # relative to the Hessian's mean diagonal (quantizers.statistics.hessian.inverse_factor)
+    compensation: bool = True  # spread each column's error over later columns; else importance-weighted rounding
+    refinement_rounds: int = 2  # of coordinate descent after compensation; a third round gains another 1 to 2 %
 
 
 class ScalingSettings(Section):
-    """Channel scaling, folded into the tensors before each input; the function stays the same.
+    """Settings of channel scaling, which rescales weights so that they round better.
 
-    ``smoothquant``: max|X|^alpha / max|W|^(1 - alpha); ``awq``: alpha searched for every input.
+    Inverse scales are folded into the tensors that produce each input, so the model's function stays the same. Kind
+    ``smoothquant`` scales by max|X|^alpha / max|W|^(1 - alpha); ``awq`` searches alpha for every input.
     """
 
     kind: Literal["none", "smoothquant", "awq"] = "none"
@@ -40,7 +41,10 @@ class ScalingSettings(Section):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How much of a tensor is pruned: ``fraction`` of every mask block, or of every ``group`` columns of each row."""
+    """States how much of a tensor is pruned, unstructured or n:m.
+
+    ``fraction`` is the share of zeros: in every mask block if unstructured, else in every ``group`` columns of a row.
+    """
 
     fraction: float
     group: int = 0  # m of n:m; 0: unstructured
@@ -50,7 +54,7 @@ class Sparsity:
 
     @property
     def zeros(self) -> int:
-        """n of n:m, the zeros in every group."""
+        """Number of zeros in every group, the n of n:m; 0 if unstructured."""
         return round(self.fraction * self.group)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A batch: runs as processes of their own, a few at a time, on one cluster whose workers they share fairly."""
+"""Runs a batch: several runs as separate processes, a few at a time, on one cluster whose workers they share fairly."""
 
 import logging
 import os
@@ -35,13 +35,13 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 POLL_S = 0.5
 PREPARED = (Stage.SEARCHING, Stage.FINISHING, Stage.FINISHED)
-START_TIMEOUT_S = 6 * 3600.0  # of workers whose room a neighbour's task may still take: no task is stopped for it
-STOP_S = 60.0  # for the checkpoints of runs that are told to stop
+START_TIMEOUT_S = 6 * 3600.0  # for a run's workers, which may wait for tasks of other runs: none is stopped for them
+STOP_S = 60.0  # for runs that are told to stop to write their checkpoints
 
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """How a batch is to be run."""
+    """Settings of how a batch is run."""
 
     name: str
     most: int | None = None  # runs at a time; by default as many as there are workers and CPUs
@@ -49,11 +49,13 @@ class BatchOrder:
 
 
 def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> tuple[Path, pd.DataFrame]:
-    """Run all that have no result yet; the batch's directory, and a row a run. Runs that fail do so alone.
+    """Run everything that has no result yet, and return the batch's directory and a frame with a row per run.
 
-    Behind a URL the directory is a mirror, sent at the start and whenever a run ends.
+    A run that fails does not stop the others. Behind a URL the directory is a mirror, sent at the start and whenever a
+    run ends.
 
-    Raises UserError for a batch that was begun, unless it is to be resumed, and for one that another process runs.
+    Raises UserError for a batch that was started before, unless it is to be resumed, and for one that another process
+    runs.
     """
     if not re.fullmatch(NAME, order.name):
         raise UserError(
@@ -69,11 +71,11 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
             mirror.push()
         wait_for_orphans(path)
         for run in runs:
-            withdraw_limit(run.directory, order.name)  # of a process of this batch that was killed
+            withdraw_limit(run.directory, order.name)  # left by a killed process of this batch
         view = BatchView(states, console)
 
         def changed(state: RunState) -> None:
-            """Results are there from the first run that ends."""
+            """Show a change, and write the results whenever a run has ended."""
             said = ""
             if not state.live:
                 frame = write_results(path, order.name, states)
@@ -95,19 +97,22 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
 
 
 def open_cluster(runs: Sequence[BatchRun]) -> SharedCluster | None:
-    """The cluster of all runs; None where each is one process. Raises ClusterError."""
+    """Return the cluster of all runs, or None if each run is one process. Raises ClusterError."""
     settings = runs[0].config.workers
     return None if settings.ray == "off" else SharedCluster(settings)
 
 
 def directory_of(runs: Sequence[BatchRun], name: str) -> tuple[Path, str]:
-    """That of the batch ``name`` on this machine, and its path or URL."""
+    """Return the directory of the batch ``name`` on this machine, and its path or URL."""
     config, folder = runs[0].config, f"batch-{name}"
     return config.storage_path / folder, f"{config.storage_root}/{folder}"
 
 
 def begin(runs: Sequence[BatchRun], path: Path, location: str, resume: bool) -> list[RunState]:
-    """The runs, those that have a result finished. Raises UserError for a batch that was begun, unless ``resume``."""
+    """Return the state of every run; those that have a result are finished.
+
+    Raises UserError for a batch that was started before and has runs left, unless ``resume``.
+    """
     states = [RunState(run, path / layout.LOGS / f"{run.name}.log") for run in runs]
     for state in states:
         if state.run.finished:
@@ -122,7 +127,7 @@ def begin(runs: Sequence[BatchRun], path: Path, location: str, resume: bool) -> 
 
 
 def make_directory(runs: Sequence[BatchRun], path: Path) -> None:
-    """Folders and record of a batch. Raises UserError if they cannot be written."""
+    """Create the directories of a batch, and write its record. Raises UserError if they cannot be created."""
     try:
         for folder in (layout.LOGS, layout.CONFIGS):
             (path / folder).mkdir(parents=True, exist_ok=True)
@@ -137,16 +142,16 @@ def make_directory(runs: Sequence[BatchRun], path: Path) -> None:
 
 @dataclass
 class Batch:
-    """Runs every state that is waiting; ``changed`` is told of each that changes."""
+    """Runs everything that is waiting, and calls ``changed`` with each state that changes."""
 
     path: Path
     states: Sequence[RunState]
     shares: Shares
     changed: Callable[[RunState], None]
-    _live: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by name, the oldest first
+    _live: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # by name of the run, the oldest first
 
     def run(self) -> None:
-        """Until no run is waiting or live; an interrupt first stops the live ones in order."""
+        """Go on until no run is waiting or live; an interrupt first stops the live ones in order."""
         try:
             while self._start_what_fits() or self._live:
                 self._share()
@@ -159,7 +164,7 @@ class Batch:
                 self.shares.close()
 
     def _start_what_fits(self) -> bool:
-        """Start runs while there is room; whether any was started."""
+        """Start runs while there is room, and return whether any was started."""
         started = False
         left = [state.run for state in self.states if state.live or state.stage is Stage.WAITING]
         while (state := self._next()) and len(self._live) < self.shares.runs_at_a_time(left):
@@ -169,7 +174,7 @@ class Batch:
         return started
 
     def _next(self) -> RunState | None:
-        """The first that waits, and not for another one to prepare what both need."""
+        """Return the first waiting run that needs no artefact which another run is preparing, or None."""
         preparing = {s.run.preparation for s in self.states if s.stage is Stage.PREPARING}
         prepared = {s.run.preparation for s in self.states if s.stage in PREPARED}
         waiting = (s for s in self.states if s.stage is Stage.WAITING)
@@ -181,10 +186,12 @@ class Batch:
         self.shares.give([state.run for state in states])
 
     def _live_states(self) -> list[RunState]:
+        """Return the states of the live runs, the oldest first."""
         by_name = {state.name: state for state in self.states}
         return [by_name[name] for name in self._live]
 
     def _start(self, state: RunState) -> None:
+        """Start the process of a run."""
         config = (self.path / layout.CONFIGS / f"{state.name}.yaml").absolute()
         atomic_write_text(config, yaml.safe_dump(settings_of(state.run), sort_keys=False))
         cluster = self.shares.cluster
@@ -194,12 +201,12 @@ class Batch:
         with state.log.open("ab") as stream:
             self._live[state.name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True,  # Ctrl-C comes to this process, which stops the runs in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the runs in order
             )  # fmt: skip
         self.changed(state)
 
     def _look(self) -> None:
-        """What the live runs have done, and which of them have ended."""
+        """Update the live runs, and take note of those that have ended."""
         for state in self._live_states():
             code = self._live[state.name].poll()
             if code is None:
@@ -212,7 +219,10 @@ class Batch:
             self.changed(state)
 
     def _stop(self) -> None:
-        """Tell live runs to stop, and wait for their checkpoints; a second interrupt or too long a wait kills them."""
+        """Tell live runs to stop, and wait for their checkpoints.
+
+        A second interrupt, or a wait of more than STOP_S seconds, kills them.
+        """
         if not self._live:
             return
         log.info("stopping %d runs", len(self._live))
@@ -230,7 +240,7 @@ class Batch:
 
 
 def settings_of(run: BatchRun) -> dict[str, Any]:
-    """A run's configuration for its own process, which joins the batch's cluster and waits for its share of it."""
+    """Return the configuration for a run's own process, which joins the batch's cluster and waits for its share."""
     settings: dict[str, Any] = run.config.model_dump(mode="json", exclude_none=True)
     if settings["workers"]["ray"] == "local":
         settings["workers"]["ray"] = "auto"

@@ -1,4 +1,4 @@
-"""Configurations of a batch: files of one run each or with a matrix of settings, all checked before any work."""
+"""Loads the configurations of a batch, files of one run each or with a matrix of settings, checked before any work."""
 
 import copy
 import re
@@ -24,13 +24,13 @@ from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others stand between, as in the file
-OF_ONE_RUN = ("budget", "search", "healing", "fitness")  # settings that runs with one bank may differ in
+NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others go between, as in the file
+OF_ONE_RUN = ("budget", "search", "healing", "fitness")  # settings in which runs with the same bank may differ
 BUDGET_UNITS = {"bits_per_weight": "bpw", "compression_ratio": "x", "file_size": ""}
 
 
 class MatrixConfig(Section):
-    """A batch in one file: every combination of the lists in ``matrix``, set in ``base``, less those of ``exclude``."""
+    """Settings of a batch in one file: every combination of ``matrix``, set in ``base``, but those of ``exclude``."""
 
     name: str | None = Field(None, pattern=NAME, description="first in the runs' names; by default the model's")
     base: dict[str, Any] | str = Field(description="settings of a run, or the file that holds them, beside this one")
@@ -42,7 +42,7 @@ class MatrixConfig(Section):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Models by name, and digests of texts that fit by model and settings: each is read once for all runs."""
+    """Caches models by name, and digests of checked texts by model and settings: each is read once for all runs."""
 
     folders: dict[str, ModelFolder]
     texts: dict[tuple[str, str], str]
@@ -50,7 +50,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One run of a batch, and what it amounts to."""
+    """One run of a batch, with its plan and the digest of its text."""
 
     source: Path
     plan: Plan
@@ -58,30 +58,36 @@ class BatchRun:
 
     @property
     def config(self) -> RunConfig:
+        """Configuration of the run."""
         return self.plan.config
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.config.name
 
     @property
     def directory(self) -> Path:
+        """Directory of the run on this machine; behind a URL, the mirror."""
         return self.config.storage_path / self.name
 
     @property
     def location(self) -> str:
-        """Path or URL of its directory, of which ``directory`` is the mirror."""
+        """Path or URL of the run's directory."""
         return f"{self.config.storage_root}/{self.name}"
 
     @property
     def preparation(self) -> str:
-        """Runs of equal ones share calibration, bank and sensitivities (but those around a budget's base)."""
+        """Digest of what the run prepares: runs of equal digests share calibration, bank and sensitivities.
+
+        Sensitivities around a budget's base are not shared.
+        """
         settings = self.config.result_keys()
         return digest_of(self.config.model, {k: v for k, v in settings.items() if k not in OF_ONE_RUN})
 
     @property
     def finished(self) -> bool:
-        """Whether its directory, behind a URL the remote one, holds the result of the same settings, model and text."""
+        """Whether the run has a result of the same settings, model and text; behind a URL, the remote one counts."""
         if open_folder(self.location).read(layout.BEST) is None:
             return False
         found = RunDirectory.open(self.location)
@@ -90,7 +96,10 @@ class BatchRun:
 
 
 def load_batch(paths: Sequence[Path], overrides: Sequence[str] = ()) -> list[BatchRun]:
-    """Runs of all files in order, each one checked. Raises UserError, naming file and run, for the first mistake."""
+    """Return the runs of all files in order, each one checked.
+
+    Raises UserError, naming file and run, for the first mistake.
+    """
     loaded = [(path, settings) for path in paths for settings in expand(path, overrides)]
     names = [str(settings.get("name")) for _, settings in loaded]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -104,7 +113,7 @@ def load_batch(paths: Sequence[Path], overrides: Sequence[str] = ()) -> list[Bat
 
 
 def check(path: Path, settings: dict[str, Any], inputs: Inputs) -> BatchRun:
-    """A run that can begin. Raises UserError."""
+    """Return a run that can start; ``inputs`` keeps what several runs read. Raises UserError for one that cannot."""
     source = f"{path}, run {settings.get('name')}"
     config = absolute_paths(parse_config(settings, source))
     try:
@@ -137,7 +146,7 @@ def one_for_all(runs: Sequence[BatchRun], key: str) -> None:
 
 
 def expand(path: Path, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Settings of every run of a file, overrides applied, with their names."""
+    """Yield the settings of every run of a file, with overrides applied and the run's name."""
     data = read_settings(path)
     if "matrix" not in data:
         yield read_settings(path, overrides)
@@ -157,7 +166,10 @@ def expand(path: Path, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def combinations(config: MatrixConfig, source: str) -> list[dict[str, Any]]:
-    """What ``exclude`` leaves of every combination. Raises UserError for an exclusion that leaves out nothing."""
+    """Return the combinations that ``exclude`` leaves.
+
+    Raises UserError for an exclusion that matches nothing, or if none is left.
+    """
     values = product(*config.matrix.values())
     found = [dict(zip(config.matrix, combination, strict=True)) for combination in values]
     left = found
@@ -172,7 +184,10 @@ def combinations(config: MatrixConfig, source: str) -> list[dict[str, Any]]:
 
 
 def run_name(batch: str | None, settings: Mapping[str, Any], combination: Mapping[str, Any]) -> str:
-    """Such as stdlib-6m-3.0bpw-genetic-s0: the model, unless the batch has a name and one model, then what varies."""
+    """Return the name of a run, such as stdlib-6m-3.0bpw-genetic-s0.
+
+    It consists of the model, unless the batch has a name and one model, then what varies.
+    """
     first = [key for key in NAMED_FIRST if any(within(varied, key) for varied in combination)]
     middle = [key for key in combination if key != NAMED_LAST and not any(within(key, named) for named in NAMED_FIRST)]
     last = [NAMED_LAST] if NAMED_LAST in combination else []
@@ -185,11 +200,12 @@ def run_name(batch: str | None, settings: Mapping[str, Any], combination: Mappin
 
 
 def within(key: str, section: str) -> bool:
+    """Return whether the dotted key is ``section`` or below it."""
     return key == section or key.startswith(f"{section}.")
 
 
 def label(key: str, value: Any) -> str:
-    """A setting as a part of a name."""
+    """Return a setting as a part of a run's name."""
     if key == "model":
         return Path(str(value)).name
     if key == "budget" and isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a batch ends in: a row a run, as Parquet, CSV, a page and a table in the terminal."""
+"""Writes the results of a batch, one row per run, as Parquet, CSV, an HTML page and a table in the terminal."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -31,23 +31,26 @@ COLUMNS = {  # of results.parquet and results.csv
     "runtime_kl": "Float64",  # the same by llama.cpp
     "runtime_perplexity": "Float64",
     "evaluations": "Int64",
-    "seconds": "Float64",  # of all attempts, waiting for what other runs prepare included
+    "seconds": "Float64",  # of all attempts, including waits for artefacts of other runs
     "strategy": "string",
     "seed": "Int64",
-    "run": "string",  # its directory, from the batch's own
+    "run": "string",  # its directory, relative to the batch's
     "gguf": "string",
     "sentence": "string",  # why it failed
 }
 
 
 def results_frame(states: Sequence[RunState], path: Path) -> pd.DataFrame:
-    """A row a run with COLUMNS: by model and budget, the best first, runs without a result last."""
+    """Return a frame of COLUMNS with a row per run: by model and budget, the best first, runs without a result last.
+
+    ``path`` is the batch's directory.
+    """
     frame = pd.DataFrame([record(state, path) for state in states], columns=list(COLUMNS)).astype(COLUMNS)
     return frame.sort_values(["model", "budget_bytes", "kl", "name"], na_position="last", ignore_index=True)
 
 
 def record(state: RunState, path: Path) -> dict[str, Any]:
-    """What is known of one run; figures only of a finished one."""
+    """Return what is known of one run; figures only of a finished one."""
     config, directory = state.run.config, state.run.directory
     if state.stage is Stage.FINISHED and state.figures is None:
         state.figures = figures_of(state.run)
@@ -65,7 +68,7 @@ def record(state: RunState, path: Path) -> dict[str, Any]:
 
 
 def figures_of(run: BatchRun) -> dict[str, Any]:
-    """Of a finished run, from its directory; behind a URL from the remote one. Raises StorageError."""
+    """Return the figures of a finished run from its directory, behind a URL the remote one. Raises StorageError."""
     files = run_files(run.location)
     best = files.record(layout.BEST)
     proof = best["proof"]
@@ -82,7 +85,7 @@ def figures_of(run: BatchRun) -> dict[str, Any]:
 
 
 def write_results(path: Path, name: str, states: Sequence[RunState]) -> pd.DataFrame:
-    """results.parquet, results.csv and leaderboard.html in ``path``; the frame that they show."""
+    """Write results.parquet, results.csv and leaderboard.html into ``path``, and return the frame that they show."""
     frame = results_frame(states, path)
     atomic_write_bytes(path / layout.RESULTS_PARQUET, frame.to_parquet(index=False))
     atomic_write_text(path / layout.RESULTS_CSV, frame.to_csv(index=False))
@@ -91,7 +94,7 @@ def write_results(path: Path, name: str, states: Sequence[RunState]) -> pd.DataF
 
 
 def leaderboard(frame: pd.DataFrame, name: str) -> str:
-    """The page: a table for each model and budget, the best run first, then the runs without a result."""
+    """Return the HTML page: a table per model and budget, the best run first, then the runs without a result."""
     finished, others = frame[frame.stage == Stage.FINISHED], frame[frame.stage != Stage.FINISHED]
     groups = [
         {
@@ -110,11 +113,12 @@ def leaderboard(frame: pd.DataFrame, name: str) -> str:
 
 
 def size(count: int) -> str:
+    """Return a number of bytes as text in MB (10^6 bytes)."""
     return f"{count / 1e6:.3f} MB"
 
 
 def summary(row: Mapping[Any, Any]) -> str:
-    """The figures of a finished run in one line, "" of another."""
+    """Return the figures of a finished run in one line, "" for any other run."""
     if row["stage"] != Stage.FINISHED:
         return ""
     return (
@@ -125,7 +129,7 @@ def summary(row: Mapping[Any, Any]) -> str:
 
 
 def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
-    """The closing table of a batch."""
+    """Show the closing table of a batch."""
     width = None if console.is_terminal else LOG_WIDTH
     table = Table(title="Held-out test text, by model and budget", title_justify="left", width=width)
     for column in ("run", "size", "bits/weight", "KL", "llama.cpp", "perplexity", "evaluations", "seconds"):

@@ -1,4 +1,4 @@
-"""How a batch shares its cluster: how many runs go at a time, and how many workers each of them may hold."""
+"""Divides a batch's cluster: how many runs go at a time, and how many workers each of them may hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,22 +12,28 @@ from workers.cluster.shared_cluster import SharedCluster, fair_share
 
 @dataclass
 class Shares:
-    """Of the batch ``batch``; without a ``cluster`` every run is one process, and there is nothing to share."""
+    """Divides the cluster among the runs of the batch ``batch``.
+
+    Without a ``cluster`` every run is one process, and there is nothing to divide.
+    """
 
     batch: str
     cluster: SharedCluster | None
     most: int | None  # runs at a time
-    _given: dict[Path, int] = field(default_factory=dict)  # by directory of a run
+    _given: dict[Path, int] = field(default_factory=dict)  # workers by run directory
 
     def runs_at_a_time(self, runs: Sequence[BatchRun]) -> int:
-        """Of these runs: each needs a worker; every driver is a process of this machine."""
+        """Return how many of ``runs`` may go at a time.
+
+        Each run needs a worker, and its driver is a process on this machine.
+        """
         cpus, settings = usable_cpus(), [run.config.workers for run in runs]
         if self.cluster is None:
             return self.most or max(1, cpus // max(s.cpus_per_worker for s in settings))
         return min(self.most or cpus, *(self.cluster.room(s) for s in settings))
 
     def give(self, runs: Sequence[BatchRun]) -> None:
-        """Divide the cluster's workers among ``runs``, the oldest first, and tell those of which the share changed."""
+        """Divide the cluster's workers among ``runs``, the oldest first, and write each limit that has changed."""
         if self.cluster is None:
             return
         for position, run in enumerate(runs):
@@ -39,10 +45,14 @@ class Shares:
                 write_limit(run.directory, share, self.batch)
 
     def take_back(self, run: Path) -> None:
-        """The run at ``run`` has ended: whoever continues it alone may hold as many workers as it likes."""
+        """Withdraw the limit of the run at ``run``, which has ended.
+
+        Whoever continues it alone may hold any number of workers.
+        """
         if self._given.pop(run, None) is not None:
             withdraw_limit(run, self.batch)
 
     def close(self) -> None:
+        """Withdraw all limits."""
         for run in list(self._given):
             self.take_back(run)

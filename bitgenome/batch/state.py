@@ -1,4 +1,4 @@
-"""Where the runs of a batch stand, as their directories and logs tell it."""
+"""Follows the runs of a batch by their directories and logs."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,15 +10,17 @@ from bitgenome.common import layout
 from bitgenome.common.files import json_object
 from bitgenome.observe.run_status import RunReader
 
-if TYPE_CHECKING:  # who only reads states needs none of what checks configurations
+if TYPE_CHECKING:  # reading states does not need what checks configurations
     from bitgenome.batch.config import BatchRun
 
-SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # until the search begins
+SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # before the search
 
-ERROR, ERROR_LEVELS = "error: ", ("ERROR", "CRITICAL")  # in a log of lines, and in one of JSON
+ERROR, ERROR_LEVELS = "error: ", ("ERROR", "CRITICAL")  # marks of an error in a log of lines, and in a log of JSON
 
 
 class Stage(StrEnum):
+    """Stages of a run, as its batch sees them."""
+
     WAITING = "waiting"
     PREPARING = "preparing"
     SEARCHING = "searching"
@@ -28,7 +30,7 @@ class Stage(StrEnum):
 
 
 def stage_of(doing: str) -> Stage:
-    """What a run's own stage is in a batch."""
+    """Return the batch's stage for a run's own stage."""
     if doing in SHARED_STAGES:
         return Stage.PREPARING
     return Stage.SEARCHING if doing == "search" else Stage.FINISHING
@@ -36,7 +38,7 @@ def stage_of(doing: str) -> Stage:
 
 @dataclass
 class RunState:
-    """One run; ``log`` is what its process says."""
+    """The state of one run; ``log`` is the file that its process writes to."""
 
     run: "BatchRun"
     log: Path
@@ -47,32 +49,34 @@ class RunState:
     best_loss: float | None = None
     seconds_left: float | None = None  # of the search
     sentence: str = ""  # why it failed
-    figures: dict[str, Any] | None = None  # of its result, once they were read
+    figures: dict[str, Any] | None = None  # of its result, once they are read
     _begun: float = 0.0  # when its process was started
-    _log_bytes: int = 0  # of earlier processes
+    _log_bytes: int = 0  # length of the log of earlier processes
     _reader: RunReader | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.run.name
 
     @property
     def live(self) -> bool:
+        """Whether the run's process is running."""
         return self.stage in (Stage.PREPARING, Stage.SEARCHING, Stage.FINISHING)
 
     @property
     def generations(self) -> int:
-        """Of the whole search."""
+        """Number of generations of the whole search."""
         search = self.run.config.search
         return 1 if search.strategy == "exact" else search.generations
 
     def begin(self) -> None:
-        """Its process is about to be started, with a log behind that of earlier ones."""
+        """Take note that the run's process is about to start; its log is appended to that of earlier ones."""
         self.stage, self._begun = Stage.PREPARING, round(time.time(), 2)  # as precise as a run's record
         self._log_bytes = self.log.stat().st_size if self.log.is_file() else 0
 
     def refresh(self) -> bool:
-        """Read what a live run has written; whether something worth a line changed."""
+        """Read what a live run has written, and return whether something worth a line has changed."""
         before = (self.stage, self.doing, self.generation)
         if self._reader is None:
             if not (self.run.directory / layout.RECORD).is_file():
@@ -81,13 +85,13 @@ class RunState:
         status = self._reader.read(running=True)
         self.generation, self.genomes, self.best_loss = status.generation, status.evaluations, status.best_loss
         self.seconds_left = status.seconds_left
-        if status.stage and (status.stage_since or 0.0) >= self._begun:  # and not what an earlier process had come to
+        if status.stage and (status.stage_since or 0.0) >= self._begun:  # not the stage of an earlier process
             self.doing = status.stage
             self.stage = stage_of(status.stage)
         return before != (self.stage, self.doing, self.generation)
 
     def end(self, code: int) -> None:
-        """The run's process has ended with ``code``, negative for a signal."""
+        """Take note that the run's process has ended with ``code``, negative for a signal."""
         self.doing = ""
         if code == 0 and self.run.finished:
             self.stage, self.sentence = Stage.FINISHED, ""
@@ -96,7 +100,10 @@ class RunState:
 
 
 def last_words(log: Path, code: int, start: int = 0) -> str:
-    """One sentence on why a process ended with ``code`` that began its log, of lines or JSON, at byte ``start``."""
+    """Return one sentence on why a process ended with ``code``.
+
+    The process's log, of lines or JSON, starts at byte ``start`` of ``log``.
+    """
     text = log.read_bytes()[start:].decode("utf-8", errors="replace")
     lines = [said(line) for line in text.splitlines() if line.strip()]
     errors = [sentence for is_error, sentence in lines if is_error]
@@ -108,7 +115,7 @@ def last_words(log: Path, code: int, start: int = 0) -> str:
 
 
 def said(line: str) -> tuple[bool, str]:
-    """Whether a line of a log is an error, and what it says."""
+    """Return whether a line of a log is an error, and its message."""
     record = json_object(line.encode())
     if "message" in record:
         return record.get("levelname") in ERROR_LEVELS, str(record["message"])

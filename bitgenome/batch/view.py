@@ -1,4 +1,4 @@
-"""Batches for people: a line for every change in a log, a live table on a terminal."""
+"""Shows a batch: as a line for every change in a log, as a live table on a terminal."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ STYLES = {Stage.WAITING: "dim", Stage.FINISHED: "green", Stage.FAILED: "red"}
 
 
 class BatchView:
-    """Told of every run that changes; ``summary`` is the line of one that has finished."""
+    """Shows the runs of a batch; ``changed`` is called for every run that changes."""
 
     def __init__(self, states: Sequence[RunState], console: Console):
         self.states, self.console = states, console
@@ -21,7 +21,7 @@ class BatchView:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """On a terminal the table stays in place meanwhile."""
+        """Show the live table while the context lasts, if there is a terminal."""
         if not self.console.is_terminal:
             yield
             return
@@ -29,18 +29,19 @@ class BatchView:
             yield
 
     def begun(self) -> None:
-        """Say what is there and what is left."""
+        """Print the number of runs, and which are finished already."""
         finished = [state.name for state in self.states if state.stage is Stage.FINISHED]
         self.console.print(f"{len(self.states)} runs, {len(finished)} of them finished already", markup=False)
         for name in finished:
             self.console.print(f"{name}: finished already", soft_wrap=True, markup=False)
 
     def changed(self, state: RunState, summary: str = "") -> None:
+        """Show a run that has changed; ``summary`` is the line of a finished one."""
         if self._live is None or state.stage in (Stage.FINISHED, Stage.FAILED):
             self.console.print(line(state, summary), soft_wrap=True, markup=False)
 
     def table(self) -> Table:
-        """All runs as they stand."""
+        """Return a table of all runs."""
         done = sum(state.stage is Stage.FINISHED for state in self.states)
         table = Table(title=f"{done} of {len(self.states)} runs finished", title_justify="left")
         for column in ("run", "state", "generation", "best loss", "evaluations", "left"):
@@ -53,7 +54,7 @@ class BatchView:
 
 
 def figures(state: RunState) -> tuple[str, str, str, str]:
-    """Generation, best loss, evaluations and time left, as far as they are known."""
+    """Return generation, best loss, evaluations and time left as text, "" while unknown."""
     if state.best_loss is None:
         return "", "", "", ""
     left = state.seconds_left
@@ -66,14 +67,14 @@ def figures(state: RunState) -> tuple[str, str, str, str]:
 
 
 def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 3.5 h."""
+    """Return a duration in seconds as text, such as 40 s, 12 min or 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def line(state: RunState, summary: str) -> str:
-    """Where one run stands."""
+    """Return one line on the state of a run."""
     said = f"{state.name}: {state.stage}"
     if state.stage is Stage.FAILED:
         return f"{said}: {state.sentence}"

@@ -1,4 +1,4 @@
-"""``python -m bitgenome.cli``: the command line, for whoever starts it as a module (jobs, tests)."""
+"""Runs the command line as ``python -m bitgenome.cli``, for whoever starts it as a module (jobs, tests)."""
 
 from bitgenome.cli.main import main
 

@@ -1,4 +1,4 @@
-"""``bitgenome batch``: several searches at once."""
+"""Defines ``bitgenome batch``, which runs several searches at once."""
 
 import shlex
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def batch(
 
 
 def continuation(configs: Sequence[Path], overrides: Sequence[str], order: "BatchOrder") -> str:
-    """The command that continues a batch, for a shell."""
+    """Return the shell command that continues a batch."""
     settings = [word for override in overrides for word in ("--set", override)]
     bound = [] if order.most is None else ["--max-parallel", str(order.most)]
     command = ["bitgenome", "batch", *map(str, configs), *settings, "--name", order.name, *bound, "--resume"]
@@ -55,7 +55,10 @@ def continuation(configs: Sequence[Path], overrides: Sequence[str], order: "Batc
 
 
 def batch_name(configs: list[Path]) -> str:
-    """Of one file its name, of several their folder's. Raises UserError where they lie in several folders."""
+    """Return the default name of a batch: that of its only file, or of the directory of its files.
+
+    Raises UserError if the files are in several directories.
+    """
     if len(configs) == 1:
         return configs[0].stem
     folders = {path.absolute().parent for path in configs}

@@ -1,6 +1,6 @@
-"""``python -m bitgenome.cli.child PID ARGUMENTS``: the command line, ended in order once process PID is gone.
+"""Runs the command line as ``python -m bitgenome.cli.child PID ARGUMENTS``, and ends it once process PID is gone.
 
-For processes that another one starts and watches: one that is killed cannot end them itself.
+It is for processes that another one starts and watches: a parent that is killed cannot end them itself.
 """
 
 import os
@@ -16,7 +16,10 @@ LOOK_EVERY_S = 1.0
 
 
 def watch(parent: int) -> None:
-    """Send this process SIGTERM once ``parent`` is not its parent any more, and SIGKILL if that does not end it."""
+    """Send this process SIGTERM once ``parent`` is not its parent any more.
+
+    SIGKILL follows GRACE_S seconds later if it still runs.
+    """
     while os.getppid() == parent:
         time.sleep(LOOK_EVERY_S)
     os.kill(os.getpid(), signal.SIGTERM)

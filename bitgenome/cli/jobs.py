@@ -1,4 +1,4 @@
-"""``bitgenome submit``, ``logs`` and ``stop``: runs as jobs of a Ray cluster."""
+"""Defines ``bitgenome submit``, ``logs`` and ``stop``, which handle runs as jobs of a Ray cluster."""
 
 import json
 from collections.abc import Iterable
@@ -82,7 +82,7 @@ def stop(run: RunName, address: Address = DASHBOARD, insecure: Insecure = False)
 
 
 def follow_to_end(jobs: "Jobs", job: str) -> int:
-    """The job's log to its end, and its exit code."""
+    """Show a job's log to its end, and return the job's exit code."""
     try:
         show(jobs.follow(job))
         code = jobs.exit_code(job)
@@ -95,15 +95,15 @@ def follow_to_end(jobs: "Jobs", job: str) -> int:
 
 
 def show(pieces: Iterable[str]) -> None:
-    """A job's log as it is: no markup, no wrapping."""
+    """Print a job's log as it is, without markup or wrapping."""
     for piece in pieces:
         console.out(piece, end="", highlight=False)
 
 
 def job_settings(path: Path, overrides: Iterable[str], insecure: bool) -> tuple[str, str, dict[str, str]]:
-    """Name of the run, its settings as JSON, and what the dashboard shows of it.
+    """Return the name of the run, its settings as JSON, and the metadata that the dashboard shows.
 
-    Raises UserError for a configuration that no job could run.
+    Raises UserError for a configuration that cannot run as a job.
     """
     from importlib.metadata import version  # noqa: PLC0415
 
@@ -113,7 +113,7 @@ def job_settings(path: Path, overrides: Iterable[str], insecure: bool) -> tuple[
     settings = read_settings(path, list(overrides))
     if insecure:
         settings.setdefault("workers", {})["insecure"] = True
-    config = parse_config(settings, str(path))  # paths as they are: they are not this machine's
+    config = parse_config(settings, str(path))  # paths stay as they are: they are the cluster's
     if config.workers.ray == "local":
         raise UserError("expected workers.ray: auto in a job, which has a cluster, found local: --set workers.ray=auto")
     metadata = {
@@ -127,7 +127,11 @@ def job_settings(path: Path, overrides: Iterable[str], insecure: bool) -> tuple[
 
 
 def environment_of(image: str | None, file: Path | None, lock: Path | None, wheel: Path | None) -> dict[str, Any]:
-    """Ray's runtime environment; empty is the cluster's own installation. Raises UserError."""
+    """Return Ray's runtime environment; {} uses the cluster's own installation.
+
+    ``image`` is a container image, ``file`` the YAML of a runtime environment, ``lock`` a file of pinned requirements,
+    and ``wheel`` bitgenome's own wheel. Raises UserError if they exclude each other or cannot be used.
+    """
     if image and (file or lock or wheel):
         raise UserError("expected an image or an environment to install, found both: give --image alone")
     if file and lock:
@@ -138,7 +142,7 @@ def environment_of(image: str | None, file: Path | None, lock: Path | None, whee
     if file:
         from bitgenome.config.file import read_settings  # noqa: PLC0415
 
-        environment = {key: value for key, value in read_settings(file).items() if value is not None}  # as if absent
+        environment = {key: value for key, value in read_settings(file).items() if value is not None}  # null: absent
         for key, kind in (("env_vars", dict), ("py_modules", list)):
             if not isinstance(found := environment.get(key, kind()), kind):
                 raise UserError(f"expected {key} as a {KINDS[kind]} in {file}, found {found!r}")
@@ -152,7 +156,7 @@ def environment_of(image: str | None, file: Path | None, lock: Path | None, whee
 
 
 def requirements_in(lock: Path) -> list[str]:
-    """The requirements of a lock file. Raises UserError if there is none."""
+    """Return the requirements in a lock file. Raises UserError if it cannot be read."""
     try:
         lines = [line.partition("#")[0].strip() for line in lock.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError):
@@ -161,7 +165,7 @@ def requirements_in(lock: Path) -> list[str]:
 
 
 def resources_of(text: str | None) -> dict[str, float]:
-    """Amounts by resource, from JSON. Raises UserError."""
+    """Return amounts by resource name, from JSON. Raises UserError for anything else."""
     try:
         return {str(name): float(amount) for name, amount in json.loads(text or "{}").items()}
     except (ValueError, AttributeError, TypeError):

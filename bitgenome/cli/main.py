@@ -1,7 +1,7 @@
-"""The command line.
+"""Defines the command line.
 
-Exit codes: 0 done; 1 a task that fails, machines lost too often, or a batch of which runs failed: what is done is kept;
-2 the user's to mend; 130 interrupted and resumable; ``submit --wait`` ends with its job's.
+Exit codes: 0 success; 1 a task failed, machines were lost too often, or runs of a batch failed (what is done is kept);
+2 an error that the user can fix; 130 interrupted and resumable. ``submit --wait`` exits with its job's code.
 """
 
 import logging
@@ -26,7 +26,7 @@ from bitgenome.observe.logs import log_handler
 from workers.cluster.worker_logs import LOG_JSON
 from workers.errors import TaskError, WorkersLostError
 
-if TYPE_CHECKING:  # commands import what they need, so that those which need little start at once
+if TYPE_CHECKING:  # commands import what they need when called, so that small ones start fast
     from bitgenome.config.run import RunConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -36,6 +36,7 @@ RunPath = Annotated[str, typer.Argument(help="Run directory, or its URL", show_d
 
 
 def show_version(wanted: bool) -> None:
+    """Print the version and exit, if ``wanted``."""
     if wanted:
         console.print(f"bitgenome {version('bitgenome')}", highlight=False)
         raise typer.Exit
@@ -50,14 +51,14 @@ def options(
 ) -> None:
     """Search mixed-precision GGUF quantizations: what is searched is what ships."""
     if log_json:
-        os.environ[LOG_JSON] = "1"  # for whoever starts workers
+        os.environ[LOG_JSON] = "1"  # read by whoever starts workers
         logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=True)], force=True)
 
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Search, export and prove; continues a run of the same configuration."""
-    from bitgenome.config.run import load_config  # noqa: PLC0415 - here and below: see RunConfig
+    from bitgenome.config.run import load_config  # noqa: PLC0415 - here and below: imported when called
 
     execute(load_config(config, overrides or ()))
 
@@ -157,6 +158,7 @@ app.command()(status)
 
 
 def execute(config: "RunConfig") -> None:
+    """Run ``config`` and show its outcome; an interrupt shows how to resume it and exits with code 130."""
     from bitgenome.cli.report import show_outcome  # noqa: PLC0415
     from bitgenome.run.pipeline import run as run_pipeline  # noqa: PLC0415
 
@@ -171,14 +173,20 @@ def execute(config: "RunConfig") -> None:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM, as Ray and schedulers send it, ends a run as Ctrl-C does; once, so that nothing disturbs the ending."""
+    """Treat SIGTERM, as Ray and schedulers send it, like Ctrl-C.
+
+    Further ones are ignored, so that nothing disturbs the ending.
+    """
     terminated.set()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; after SIGTERM at once, as libraries take seconds to be torn down and Ray grants three."""
+    """End the process with exit code ``code``.
+
+    After SIGTERM it ends at once: libraries take seconds to be torn down, and Ray grants three.
+    """
     if terminated.is_set():
         logging.shutdown()
         sys.stdout.flush()
@@ -188,7 +196,7 @@ def leave(code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: users' mistakes end in one sentence and exit code 2."""
+    """Run the command line; users' mistakes end in one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=False)], force=True)
     for noisy in ("httpx", "gguf", "ray", "botocore", "aiobotocore", "gguf.gguf_writer"):
@@ -211,6 +219,7 @@ def main() -> None:
 
 
 def fail(sentence: str, code: int) -> NoReturn:
+    """Show ``sentence`` as an error and exit with ``code``."""
     if os.environ.get(LOG_JSON):
         logging.getLogger("bitgenome").error(sentence)
     else:

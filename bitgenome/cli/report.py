@@ -1,4 +1,4 @@
-"""What a person reads: tables of plans, outcomes and proofs."""
+"""Prints plans, outcomes and proofs as tables on the terminal."""
 
 from collections import Counter
 
@@ -14,11 +14,12 @@ from search.loop.winner import Winner
 
 
 def megabytes(size: int) -> str:
+    """Return a size in bytes as text in MB (10^6 bytes)."""
     return f"{size / 1e6:.3f} MB"
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:
-    """The closing table of a run."""
+    """Show the closing table of a run."""
     table = Table(title="Held-out test text, simulated from the packed bytes", title_justify="left")
     for column in ("genome", "size", "bits/weight", "KL", "perplexity"):
         table.add_column(column, justify="left" if column == "genome" else "right")
@@ -43,7 +44,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def lead_on_validation(winner: Winner) -> str:
-    """How the searched genome stands against the best of uniform, greedy and exact ones, and how sure that is."""
+    """Return a sentence on the searched genome's lead over the best uniform, greedy or exact one, and its certainty."""
     if winner.lead is None:
         found = f"no other genome beats {winner.reference} on validation text"
     else:
@@ -56,7 +57,7 @@ def lead_on_validation(winner: Winner) -> str:
 
 
 def show_proof(proof: Proof, console: Console) -> None:
-    """What llama.cpp makes of the file, beside the simulation."""
+    """Show llama.cpp's figures for the file beside the simulated ones."""
     title = f"{proof.file} on {proof.tokens:,} tokens of test text"
     console.print(title, style="italic")
     table = Table()
@@ -78,13 +79,13 @@ def show_proof(proof: Proof, console: Console) -> None:
 
 
 def searched(rungs: list[tuple[int, int]]) -> str:
-    """Evaluations of a search by the tokens they read."""
+    """Return the evaluations of a search by the tokens they read, as text; ``rungs`` are (tokens, evaluations)."""
     first, *others = [f"{count} {{}}of {tokens:,}" for tokens, count in rungs]
     return ", ".join([first.format("evaluations "), *(other.format("") for other in others)]) + " tokens"
 
 
 def show_plan(plan: Plan, workers: int, console: Console) -> None:
-    """Genes, sizes, budget, evaluations and time."""
+    """Show genes, sizes, budget, evaluations and estimated time."""
     space, config = plan.space, plan.config
     table = Table(title=f"{config.name}: {config.model}", title_justify="left")
     for column in ("gene", "shape", "smallest", "largest"):

@@ -1,4 +1,4 @@
-"""``bitgenome status``: what runs are doing, from their directories alone."""
+"""Defines ``bitgenome status``, which shows what runs are doing from their directories alone."""
 
 import json
 import time
@@ -29,7 +29,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="JSON, an object a line")] = False,
 ) -> None:
     """Show what a run is doing, or all of a storage path; reads their directories, needs no cluster."""
-    from bitgenome.config.file import refuse_secrets  # noqa: PLC0415 - pydantic takes its time
+    from bitgenome.config.file import refuse_secrets  # noqa: PLC0415 - pydantic is slow to import
 
     refuse_secrets({"a run": run, "--storage": storage}, "bitgenome status")
     readers = [RunReader(location) for location in (runs_under(storage) if run is None else [run_at(run, storage)])]
@@ -49,12 +49,12 @@ def status(
 
 
 def run_at(run: str, storage: str) -> str:
-    """``run`` itself where it is a URL or a run directory, else the one of that name."""
+    """Return ``run`` itself if it is a URL or a run directory, else the path of the run with that name."""
     return run if is_url(run) or (Path(run) / layout.RECORD).is_file() else f"{storage.rstrip('/')}/{run}"
 
 
 def looks_at(readers: list[RunReader], again: bool) -> Iterator[list[RunStatus]]:
-    """The runs as they stand; ``again`` and again until none of them is running."""
+    """Yield the state of all runs once, or with ``again`` every EVERY_S seconds until none is running."""
     while True:
         found = [reader.read() for reader in readers]
         yield found
@@ -64,7 +64,7 @@ def looks_at(readers: list[RunReader], again: bool) -> Iterator[list[RunStatus]]
 
 
 def show_lines(looks: Iterator[list[RunStatus]]) -> None:
-    """A line for each run whenever something has changed."""
+    """Print one line for each run whenever it has changed."""
     said: dict[str, str] = {}
     for found in looks:
         for one in found:
@@ -75,11 +75,12 @@ def show_lines(looks: Iterator[list[RunStatus]]) -> None:
 
 
 def view(found: list[RunStatus], single: bool) -> Group | Table:
+    """Return one run in detail, or all as a table."""
     return details(found[0]) if single else table_of(found)
 
 
 def table_of(found: list[RunStatus]) -> Table:
-    """A row for each run."""
+    """Return a table with one row per run."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
     for column in ("state", "stage"):
@@ -96,7 +97,7 @@ def table_of(found: list[RunStatus]) -> Table:
 
 
 def details(one: RunStatus) -> Group:
-    """Everything of one run."""
+    """Return everything that is known of one run."""
     table = Table.grid(padding=(0, 2))
     rows = {
         "run": one.path,
@@ -115,15 +116,18 @@ def details(one: RunStatus) -> Group:
 
 
 def progress_of(one: RunStatus) -> str:
+    """Return generation, evaluations and time left as text."""
     left = f", about {duration(one.seconds_left)} left" if one.seconds_left is not None else ""
     return f"generation {one.generation}, {evaluations_of(one)} evaluations{left}"
 
 
 def evaluations_of(one: RunStatus) -> str:
+    """Return the number of evaluations as text, with the expected number if it is known."""
     return f"{one.evaluations} of {one.expected}" if one.expected else str(one.evaluations)
 
 
 def best_of(one: RunStatus) -> str:
+    """Return loss, KL and size of the best genome as text."""
     if one.best_loss is None:
         return "nothing evaluated"
     found = f"loss {one.best_loss:.6f}, KL {number(one.best_kl, '.6f')} in {number(one.best_bytes, ',')} bytes"
@@ -131,10 +135,12 @@ def best_of(one: RunStatus) -> str:
 
 
 def number(value: float | None, form: str) -> str:
+    """Return ``value`` in the format ``form``, or "" for None."""
     return "" if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:
+    """Return a duration in seconds as text in hours, minutes or seconds."""
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:
         return f"{hours} h {minutes} min"

@@ -1,4 +1,4 @@
-"""What the modules of the command line share: where they write, and arguments that several commands take."""
+"""Defines what the commands share: the consoles they write to, and arguments that several of them take."""
 
 from pathlib import Path
 from typing import Annotated

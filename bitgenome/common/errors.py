@@ -1,9 +1,12 @@
-"""The one base of all errors that are the user's to mend."""
+"""Defines the base class of all errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """One sentence: what was expected, what was found, where. The command line prints it and exits with code 2."""
+    """An error that the user can fix, told in one sentence: what was expected, what was found, and where.
+
+    The command line prints the sentence and exits with code 2.
+    """
 
 
 class StorageError(UserError):
-    """Storage that cannot be read or written."""
+    """Raised when storage cannot be read or written."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new one, never half of either."""
+"""Writes files atomically: a reader sees the old content or the new, never half of either."""
 
 import errno
 import json
@@ -17,9 +17,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A new file beside ``path`` to write into; at the end it takes its place, fsynced, or is gone after an error.
+    """Yield a temporary file in the same directory, which replaces ``path`` at the end.
 
-    Raises StorageError if the disk is full or cannot be written.
+    At the end it is fsynced and renamed to ``path``; after an error it is deleted. Raises StorageError if the disk is
+    full or cannot be written.
     """
     path = Path(path)
     with disk_errors(path):
@@ -39,14 +40,20 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
-    """Replace ``path`` by ``data``: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    """Replace ``path`` by ``data``: temporary file in the same directory, fsync, rename, fsync of the directory.
+
+    Raises StorageError if the disk is full or cannot be written.
+    """
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What the system says of writing ``path``, as StorageError: writing itself names no file."""
+    """Turn an OSError while writing ``path`` into a StorageError that names the file.
+
+    Errors of writing to an open file do not name it.
+    """
     try:
         yield
     except OSError as error:
@@ -61,12 +68,15 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 
 
 def atomic_write_json(path: Path | str, value: Any, indent: int | None = 2) -> None:
-    """Replace ``path`` by ``value`` as strict JSON. Raises ValueError for NaN and infinities."""
+    """Replace ``path`` by ``value`` as strict JSON; see atomic_write_bytes.
+
+    Raises ValueError for NaN and infinities.
+    """
     atomic_write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    """The object in a JSON text, which may be half a one; empty if there is none."""
+    """Return the object in a JSON text, or {} if the text is incomplete or holds no object."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -75,7 +85,7 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def cut_torn_tail(path: Path) -> int:
-    """Cut off what follows the last newline, as a killed writer of lines leaves it; the number of bytes cut."""
+    """Cut off what follows the last newline, as a killed writer leaves it, and return the number of bytes cut."""
     if not path.exists():
         return 0
     content = path.read_bytes()
@@ -89,7 +99,7 @@ def cut_torn_tail(path: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files of ``folder`` survive a power cut."""
+    """Fsync ``folder``, so that renames and new files in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,7 +108,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's file mode mask; mkstemp ignores it and makes files that only their owner can read."""
+    """Return the process's file mode mask.
+
+    mkstemp ignores it and creates files that only their owner can read.
+    """
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Names of the files and folders that runs, batches and studies leave, and of what they share.
+"""Names the files and directories of runs, batches and studies, and of the artefacts that they share.
 
 <storage_path>/<run>/                   a run, or a study
 <storage_path>/batch-<name>/            a batch
@@ -15,7 +15,7 @@ IMATRIX = "imatrix.gguf"
 EVALUATIONS = "evaluations.jsonl"
 GENERATIONS = "generations.jsonl"
 CHECKPOINT = "checkpoint.json"
-TOLD = "checkpoint-told.jsonl"  # what the strategy was told; see search.loop.checkpoint
+TOLD = "checkpoint-told.jsonl"  # results told to the strategy (ask and tell); see search.loop.checkpoint
 JOURNAL = "optuna-journal.log"
 PARETO = "pareto.json"
 HEALED = "healed.safetensors"
@@ -34,30 +34,30 @@ STUDY_RESULTS = "results.jsonl"
 
 # A batch
 BATCH = "batch.json"
-LOGS, CONFIGS = "logs", "configs"  # folders
+LOGS, CONFIGS = "logs", "configs"  # directories
 LEADERBOARD = "leaderboard.html"
 
 # Tables of a batch, and of a study
 RESULTS_PARQUET, RESULTS_CSV = "results.parquet", "results.csv"
 
 # What runs share
-SHARED = "shared"  # below it names are digests of content, so that a file of that name and size is the file
+SHARED = "shared"  # names below it are digests of content: a file of the same name and size is the same file
 CALIBRATION_KIND, SAMPLES_KIND, SCALING_KIND, BANK_KIND, SENSITIVITY_KIND, MODEL_KIND = (
     "calibration", "samples", "scaling", "bank", "sensitivity", "model",
 )  # fmt: skip
 GROUPS = "groups.json"  # names of the input groups of a calibration, or of samples
 MANIFEST = "manifest.json"  # sha256 of a bank's files
-SCALED_MODEL = "model"  # folder of the scaled view within a scaling
+SCALED_MODEL = "model"  # directory of the scaled view within a scaling
 SCALED_VIEW, SCALING_FACTORS = "scaled_view.json", "scaling.safetensors"  # of a scaled view
 SENSITIVITY_PARTS, SENSITIVITY_SECONDS = "parts.jsonl", "seconds.json"
 
-# Behind a URL, and for processes that meet
-LEASE = ".lease"  # folder of numbered claims
+# Remote storage, and coordination of processes
+LEASE = ".lease"  # directory of numbered claims, see bitgenome.storage.lease
 LOCKS = ".locks"
-STAGED = ".staged"  # below a storage root: files by name and content
-SEGMENTS = ".parts"  # behind the name of a file that grows: the folder of its segments
-PUSH_VERSION = "version.json"  # remote: says which push was the last
-PUSH_STATE = ".pushed.json"  # local: what that push was, and what of the mirror is remote already
+STAGED = ".staged"  # below a storage root: files by a digest of name and content
+SEGMENTS = ".parts"  # suffix of a growing file's name: the directory of its segments
+PUSH_VERSION = "version.json"  # remote: identifies the last push
+PUSH_STATE = ".pushed.json"  # local: the last push from this mirror, and which of its files are remote
 
-GROWING = (EVALUATIONS, TOLD, EVENTS, JOURNAL, STUDY_RESULTS, COMPARISON_LOG)  # files that only grow, line by line
-POINTERS = (MANIFEST, GROUPS, SCALED_VIEW, SENSITIVITY, RECORD, CHECKPOINT)  # that say of others that they are there
+GROWING = (EVALUATIONS, TOLD, EVENTS, JOURNAL, STUDY_RESULTS, COMPARISON_LOG)  # append-only files of lines
+POINTERS = (MANIFEST, GROUPS, SCALED_VIEW, SENSITIVITY, RECORD, CHECKPOINT)  # sent last: each says that others exist

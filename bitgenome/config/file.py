@@ -1,4 +1,4 @@
-"""Reading a YAML file into checked settings; what does not fit is answered with one sentence."""
+"""Reads YAML files into validated settings, and reports a problem in one sentence."""
 
 import difflib
 import re
@@ -19,9 +19,10 @@ STANDARD_INPUT = Path("-")
 
 
 def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, - for standard input, with overrides such as ``search.generations=20``.
+    """Return the mapping in a YAML file, with overrides applied.
 
-    Raises UserError.
+    ``path`` may be ``-`` for standard input. ``overrides`` are texts such as ``search.generations=20``. Raises
+    UserError if the file is missing or holds no mapping, or if an override cannot be applied.
     """
     if path != STANDARD_INPUT and not path.is_file():
         raise UserError(f"expected a configuration file, found nothing at {path}")
@@ -37,7 +38,10 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place, its value read as YAML; setting one kind of budget replaces another."""
+    """Set one dotted key of ``data`` in place from ``KEY=VALUE``; the value is read as YAML.
+
+    Setting one kind of budget replaces another. Raises UserError if the override cannot be read or applied.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(f"expected --set KEY=VALUE, found {override!r}")
@@ -49,7 +53,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def set_key(data: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Set one dotted key in place; setting one kind of budget replaces another. ``source`` names it in errors."""
+    """Set one dotted key of ``data`` in place; ``source`` names it in errors.
+
+    Setting one kind of budget replaces another. Raises UserError if a parent of the key is not a section.
+    """
     *parents, last = key.split(".")
     section = data
     for parent in parents:
@@ -62,7 +69,10 @@ def set_key(data: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def parse_section(kind: type[S], data: Any, source: str) -> S:
-    """``data`` as settings of ``kind``; ``source`` names it in errors. Raises UserError for the first problem."""
+    """Return ``data`` as settings of class ``kind``; ``source`` names it in errors.
+
+    Raises UserError for the first problem, or for a URL with a password.
+    """
     refuse_secrets(data, source)
     try:
         return kind.model_validate(data)
@@ -71,7 +81,10 @@ def parse_section(kind: type[S], data: Any, source: str) -> S:
 
 
 def refuse_secrets(data: Any, source: str, key: str = "") -> None:
-    """Raise UserError for a password in a URL: settings are recorded in run directories and shown by dashboards."""
+    """Raise UserError if ``data`` contains a URL with a password; ``source`` and ``key`` name it in the error.
+
+    Settings are recorded in run directories and shown by dashboards.
+    """
     if isinstance(data, dict):
         for name, value in data.items():
             refuse_secrets(value, source, f"{key}.{name}" if key else str(name))
@@ -82,6 +95,7 @@ def refuse_secrets(data: Any, source: str, key: str = "") -> None:
 
 
 def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
+    """Return one sentence on the first problem of ``error``."""
     problem = error.errors()[0]
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -98,15 +112,16 @@ def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str
 
 
 def _section_at(kind: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """Return the class of the settings at ``path``, a list of keys below ``kind``."""
     section = kind
     for part in path:
-        if part in section.model_fields:  # not a place in a list
+        if part in section.model_fields:  # not an index into a list
             section = next(_sections_in(section.model_fields[part].annotation), section)
     return section
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Sections that an annotation names, also inside optional values and lists."""
+    """Yield the settings classes that an annotation names, also inside optional values and lists."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

@@ -1,4 +1,4 @@
-"""Settings of the bank: rounding, pruning and channel scaling."""
+"""Defines the settings of the bank: rounding, pruning and channel scaling."""
 
 import re
 from typing import Self
@@ -11,32 +11,38 @@ from quantizers.settings import CompensationSettings, Importance, ScalingSetting
 
 
 class SparsityConfig(Section):
-    """``sparsity``, a fraction of the weights, or ``pattern``, "n:m": n zeros in every m neighbours of a row."""
+    """Settings of a sparsity: a fraction of the weights or a pattern, at most one of them.
+
+    ``sparsity`` is the fraction of weights that become zero. ``pattern`` is "n:m": n zeros in every m neighbouring
+    weights of a row.
+    """
 
     sparsity: float | None = Field(None, description="0 (nothing) to below 1; chosen by 128 columns over all rows")
     pattern: str | None = Field(None, description='e.g. "2:4"; m is one of 2, 4, 8, 16, 32')
 
     @model_validator(mode="after")
     def valid(self) -> Self:
+        """Raise ValueError if both settings are given, or one is out of range."""
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError(f"expected one of sparsity and pattern, found {self.sparsity:g} and {self.pattern!r}")
         self.wanted()
         return self
 
     def wanted(self) -> Sparsity | None:
-        """None where nothing is pruned."""
+        """Return the sparsity that is set, or None if nothing is pruned."""
         if self.pattern is not None:
             return Sparsity.of_pattern(self.pattern)
         return Sparsity.of_fraction(self.sparsity) if self.sparsity else None
 
 
 class PruningRule(SparsityConfig):
-    """A sparsity for the tensors whose Hugging Face name holds the regular expression ``match``."""
+    """A sparsity for the tensors in whose Hugging Face name the regular expression ``match`` is found."""
 
     match: str = Field(description='e.g. "layers\\.[01]\\." or "down_proj"; the first rule that matches decides')
 
     @model_validator(mode="after")
     def complete(self) -> Self:
+        """Raise ValueError unless ``match`` is a regular expression and a sparsity is set."""
         try:
             re.compile(self.match)
         except re.error as error:
@@ -47,13 +53,16 @@ class PruningRule(SparsityConfig):
 
 
 class PruningConfig(SparsityConfig):
-    """Sparsity of every linear layer but embedding and head, which only a rule prunes, and rules that go before it."""
+    """Settings of pruning: the sparsity of every linear layer, and rules that take precedence.
+
+    Embedding and head are pruned only by a rule.
+    """
 
     rules: tuple[PruningRule, ...] = ()
 
 
 class QuantizationConfig(Section):
-    """How the bank is built."""
+    """Settings of how the bank is built."""
 
     damping: float = Field(CompensationSettings.damping, gt=0, description="of the Hessian's mean diagonal")
     upstream_level: str | None = Field(
@@ -75,6 +84,7 @@ class QuantizationConfig(Section):
     @field_validator("upstream_level")
     @classmethod
     def known(cls, level: str | None) -> str | None:
+        """Raise ValueError for an unknown level."""
         if level is not None and level not in LEVEL_FORMATS:
             raise ValueError(f"expected a level among {', '.join(LEVEL_FORMATS)}, found {level}")
         return level

@@ -1,4 +1,4 @@
-"""The configuration of a run: what a YAML file may say, checked before any work."""
+"""Defines the configuration of a run: what its YAML file may hold, validated before any work."""
 
 import hashlib
 import json
@@ -21,11 +21,9 @@ from search.loop.ladder import Ladder
 from search.loop.settings import SearchSettings
 from workers.cluster.settings import WorkerSettings
 
-Share = Annotated[float, Field(gt=0)]
-
 
 class BudgetConfig(Section):
-    """The size of the whole file, embeddings and metadata included: give exactly one."""
+    """Settings of the size of the whole file, embeddings and metadata included; exactly one is given."""
 
     bits_per_weight: float | None = Field(None, gt=0, description="bits of the file over weights of the model")
     compression_ratio: float | None = Field(None, gt=0, description="file over the model in 16 bits, e.g. 0.25")
@@ -33,6 +31,7 @@ class BudgetConfig(Section):
 
     @model_validator(mode="after")
     def one_of(self) -> Self:
+        """Raise ValueError unless exactly one size is given."""
         given = [name for name, value in self if value is not None]
         if len(given) != 1:
             found = ", ".join(given) or "none"
@@ -41,8 +40,10 @@ class BudgetConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How a genome is run: ``activations`` in floats, or q8, the 8-bit blocks that llama.cpp multiplies; ``compute``,
-    the type that blocks multiply in while searching, auto for float32 on CPUs and bfloat16 on accelerators.
+    """Settings of how a genome is evaluated.
+
+    ``activations``: in floats, or q8, the 8-bit blocks that llama.cpp multiplies. ``compute``: the type in which blocks
+    multiply during the search; auto is float32 on CPUs and bfloat16 on accelerators.
     """
 
     activations: Activations = "float"
@@ -56,22 +57,23 @@ class EvaluationConfig(Section):
     @field_validator("memory", mode="before")
     @classmethod
     def size(cls, value: Any) -> Any:
+        """Return a size given as text, such as 6 GiB, in bytes."""
         return parse_size(value) if isinstance(value, str) else value
 
 
 class SensitivityConfig(Section):
-    """What the first additive table of a search holds, measured on ``text.tokens.sensitivity`` tokens.
+    """Settings of the first additive table of a search, measured on ``text.tokens.sensitivity`` tokens.
 
-    ``kl``: the KL of every gene at every level, the rest at full precision. ``gradient``: its estimate from one
-    backward pass over the text, for large models. ``around_base``: what the level adds to the KL of the uniform genome
-    that is nearest to the budget.
+    - ``kl``: the KL of every gene at every level, with all other genes at full precision.
+    - ``gradient``: an estimate of that KL from one backward pass over the text, for large models.
+    - ``around_base``: what the level adds to the KL of the uniform genome that is nearest to the budget.
     """
 
     measure: Literal["kl", "gradient", "around_base"] = "kl"
 
 
 class RunConfig(StoredSection):
-    """One search: a model, a budget, and how to go from one to the other."""
+    """Configuration of a run: a model, a budget, and how to search for a genome within it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field(description="Hugging Face folder or id")
@@ -89,6 +91,7 @@ class RunConfig(StoredSection):
     @field_validator("levels", mode="before")
     @classmethod
     def preset(cls, value: Any) -> Any:
+        """Return the levels of a preset that is given by name. Raises ValueError for an unknown name."""
         if isinstance(value, str):
             if value not in LEVEL_PRESETS:
                 raise ValueError(f"expected a list of levels or one of {', '.join(LEVEL_PRESETS)}, found {value}")
@@ -98,6 +101,7 @@ class RunConfig(StoredSection):
     @field_validator("levels")
     @classmethod
     def known(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
+        """Raise ValueError for an unknown level, a repeated one, or none at all."""
         for level in levels:
             if level not in LEVEL_FORMATS:
                 raise ValueError(f"expected levels among {', '.join(LEVEL_FORMATS)}, found {level}")
@@ -107,17 +111,20 @@ class RunConfig(StoredSection):
 
     @model_validator(mode="after")
     def text_suffices(self) -> Self:
+        """Raise ValueError if the ladder does not fit the search text."""
         _ = self.ladder
         return self
 
     @property
     def ladder(self) -> Ladder:
-        """How much text the genomes of a search read. Raises ValueError if there is not as much."""
+        """The rungs of text on which genomes are evaluated. Raises ValueError if they do not fit the search text."""
         return self.search.text_ladder(self.text.tokens.search, self.text.window)
 
     def result_keys(self) -> dict[str, Any]:
-        """The settings that decide the result. Where it is computed and stored is not among them, nor where model and
-        text lie: a run records digests of what it read there.
+        """Return the settings that decide the result, as JSON values.
+
+        Where the run is computed and stored is left out. So are the paths of model and text: a run records digests of
+        what it read there.
         """
         places: dict[str, Any] = dict.fromkeys(("workers", "storage_path", "storage_url", "name", "model"), True)
         parts = {"text": {"splits", "path", "files"}, "evaluation": {"memory"}}
@@ -125,24 +132,31 @@ class RunConfig(StoredSection):
 
     @property
     def digest(self) -> str:
+        """The sha256 (hexadecimal) of ``result_keys``."""
         return hashlib.sha256(json.dumps(self.result_keys(), sort_keys=True).encode()).hexdigest()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply overrides such as ``search.generations=20``. Raises UserError with one sentence."""
+    """Read a run's configuration from a YAML file, with overrides such as ``search.generations=20``.
+
+    Paths of model and text become absolute. Raises UserError (one sentence) for the first problem.
+    """
     return absolute_paths(parse_config(read_settings(path, overrides), str(path)))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """``config`` with model folder and text files as absolute paths, so that a run can be resumed from anywhere."""
+    """Return ``config`` with absolute paths of model and text, so that a run can be resumed from any directory."""
     return config.model_copy(update={"model": absolute_model(config.model), "text": absolute_text(config.text)})
 
 
 def absolute_model(model: str) -> str:
-    """A folder as an absolute path, a Hugging Face id as it is."""
+    """Return the absolute path of a model directory; anything else, such as a Hugging Face id, as it is."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:
-    """Validate ``data``; ``source`` names it in errors. Raises UserError for the first problem."""
+    """Return ``data`` as a run's configuration; ``source`` names it in errors.
+
+    Raises UserError for the first problem.
+    """
     return parse_section(RunConfig, data, source)

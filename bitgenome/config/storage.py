@@ -1,4 +1,4 @@
-"""Where runs lie: a folder, or an fsspec URL with a folder of this machine as its mirror."""
+"""Defines where runs are stored: in a directory, or behind an fsspec URL with a local directory as its mirror."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from workers.storage.folders import is_url, mirror_root
 
 
 class StoredSection(Section):
-    """A configuration of something that is stored."""
+    """Settings of something that is stored, such as a run or a study."""
 
     storage_path: Path = Field(
         Path("runs"), description="folder, or URL such as s3://bucket/prefix or file:///nfs/runs"
@@ -20,7 +20,11 @@ class StoredSection(Section):
     @model_validator(mode="before")
     @classmethod
     def mirrored(cls, data: Any) -> Any:
-        """A URL given as ``storage_path``, or recorded by another machine, is mirrored by this machine's own folder."""
+        """Fill in ``storage_url`` and its local mirror if storage is behind a URL.
+
+        The URL is given as ``storage_path``, or was recorded by another machine. The mirror is this machine's own
+        directory.
+        """
         if not isinstance(data, dict):
             return data
         given = data.get("storage_path")
@@ -32,5 +36,5 @@ class StoredSection(Section):
 
     @property
     def storage_root(self) -> str:
-        """Path or URL, as a user would give it."""
+        """The storage root as a user would give it: a path or URL."""
         return self.storage_url or str(self.storage_path)

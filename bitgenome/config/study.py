@@ -1,4 +1,4 @@
-"""The configuration of a study: a model, text, and the methods to compare on it."""
+"""Defines the configuration of a study: a model, text, and the methods to compare on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from evaluators.study.catalogue import METHODS
 from evaluators.study.methods import Method
 from workers.cluster.settings import WorkerSettings
 
-SWEEP = "sweep"  # of a method: settings with the list of values that each takes, in every combination
+SWEEP = "sweep"  # key of a method: settings with a list of values each, tried in every combination
 
 
 class StudyConfig(StoredSection):
-    """Everything but the methods."""
+    """Settings of a study, all but its methods."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field(description="Hugging Face folder or id")
@@ -35,14 +35,17 @@ class StudyConfig(StoredSection):
 
 @dataclass(frozen=True)
 class Study:
-    """A configuration with its methods, sweeps written out."""
+    """A study's settings and its methods, with sweeps expanded."""
 
     config: StudyConfig
     methods: tuple[Method, ...]
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a YAML file, apply overrides such as ``text.tokens.test=4096``. Raises UserError with one sentence."""
+    """Read a study from a YAML file, with overrides such as ``text.tokens.test=4096``.
+
+    Paths of model and text become absolute. Raises UserError (one sentence) for the first problem.
+    """
     data = read_settings(path, overrides)
     if "methods" not in data:
         raise UserError(f"expected key 'methods' in {path}, found none: known kinds are {', '.join(METHODS)}")
@@ -53,7 +56,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def parse_methods(items: Any, source: str) -> tuple[Method, ...]:
-    """Methods of a list of mappings with ``kind`` and settings. Raises UserError, also for the same method twice."""
+    """Return the methods of a list of mappings with ``kind`` and settings; ``source`` names it in errors.
+
+    Raises UserError for anything else, and for two methods of the same label.
+    """
     if not isinstance(items, list) or not items:
         raise UserError(f"expected a list of methods in {source}, found {items!r}")
     methods = [m for i, item in enumerate(items) for m in expand(item, f"methods[{i}] of {source}")]
@@ -64,7 +70,10 @@ def parse_methods(items: Any, source: str) -> tuple[Method, ...]:
 
 
 def expand(item: Any, source: str) -> list[Method]:
-    """One method, or one for every combination of its ``sweep``."""
+    """Return one method, or one for every combination of its ``sweep``; ``source`` names it in errors.
+
+    Raises UserError for an unknown kind, and for settings that do not fit it.
+    """
     if not isinstance(item, dict) or item.get("kind") not in METHODS:
         found = item.get("kind", "none") if isinstance(item, dict) else item
         raise UserError(f"expected a kind among {', '.join(METHODS)} in {source}, found {found!r}")

@@ -1,4 +1,4 @@
-"""Settings of the text: where calibration, search, validation and test text come from."""
+"""Defines the settings of the text for calibration, search, validation and test."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -10,9 +10,9 @@ from evaluators.data.stdlib import SPLITS
 
 
 class TokensConfig(Section):
-    """Tokens of each split.
+    """Settings of the number of tokens of each split.
 
-    Of the search text, sensitivities read the first ``sensitivity`` tokens, genomes the rungs of ``search.ladder``.
+    Sensitivities read the first ``sensitivity`` tokens of the search text, genomes the rungs of ``search.ladder``.
     """
 
     calibration: int = Field(98304, gt=0)
@@ -23,16 +23,20 @@ class TokensConfig(Section):
 
     @model_validator(mode="after")
     def nested(self) -> Self:
+        """Raise ValueError if ``sensitivity`` exceeds ``search``."""
         if self.sensitivity > self.search:
             raise ValueError(f"expected sensitivity at most search ({self.search}), found {self.sensitivity}")
         return self
 
 
 class TextConfig(Section):
-    """Where calibration, search, validation and test text come from; the splits are always disjoint.
+    """Settings of where calibration, search, validation and test text come from; the splits are always disjoint.
 
-    ``stdlib`` reads held-out modules of the running interpreter's standard library; ``file`` divides one text file by
-    ``shares``; ``files`` names one file a split.
+    ``source`` is one of:
+
+    - ``stdlib``: held-out modules of the running interpreter's standard library.
+    - ``file``: one text file, divided by ``shares``.
+    - ``files``: one file per split.
     """
 
     source: Literal["stdlib", "file", "files"] = "stdlib"
@@ -48,6 +52,7 @@ class TextConfig(Section):
 
     @model_validator(mode="after")
     def complete(self) -> Self:
+        """Raise ValueError if a file of ``source`` is not given, or ``files`` or ``shares`` name other splits."""
         if self.source == "file" and self.path is None:
             raise ValueError("expected text.path for source: file, found none")
         if self.source == "files" and set(self.files or {}) != set(SPLITS):
@@ -60,6 +65,7 @@ class TextConfig(Section):
 
 
 def absolute_text(text: TextConfig) -> TextConfig:
+    """Return ``text`` with absolute paths of its files."""
     files = None if text.files is None else {split: path.absolute() for split, path in text.files.items()}
     found = {"splits": text.splits.absolute(), "path": text.path and text.path.absolute(), "files": files}
     return text.model_copy(update=found)

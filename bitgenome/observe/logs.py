@@ -1,7 +1,7 @@
-"""How the driver logs: lines for people, or a JSON object a line for machines, both with run and generation.
+"""Formats the driver's logs: lines for people, or JSON objects for machines, both with run and generation.
 
-A run's own events.log is always lines, read by people after something went wrong: what machines read of a run lies in
-generations.jsonl and evaluations.jsonl already.
+A run's own events.log is always lines: people read it after something went wrong, and what machines need of a run is in
+generations.jsonl and evaluations.jsonl.
 """
 
 import json
@@ -15,12 +15,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-RUN: ContextVar[str | None] = ContextVar("run", default=None)  # that this process works for
-GENERATION: ContextVar[int | None] = ContextVar("generation", default=None)  # that is being evaluated, from 1
+RUN: ContextVar[str | None] = ContextVar("run", default=None)  # name of the run that this process works for
+GENERATION: ContextVar[int | None] = ContextVar("generation", default=None)  # being evaluated, from 1
 
 
 class LineFormatter(logging.Formatter):
-    """One line a record, with the run and the generation where there is one."""
+    """Formats each record as one line, with run and generation while there is a generation."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(position)s%(message)s")
@@ -32,7 +32,7 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record, with the keys that Ray's own JSON logs of workers have, and run and generation."""
+    """Formats each record as one JSON object, with the keys of Ray's own JSON worker logs, run and generation."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -49,7 +49,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_handler(console: Console, as_json: bool) -> logging.Handler:
-    """JSON where it is asked for; else rich lines on a terminal, and plain ones with the time elsewhere."""
+    """Return a handler for JSON if asked for, else for rich lines on a terminal, or plain lines with the time."""
     if not as_json and console.is_terminal:
         return RichHandler(console=console, show_level=False, show_path=False)
     handler = logging.StreamHandler()
@@ -59,7 +59,7 @@ def log_handler(console: Console, as_json: bool) -> logging.Handler:
 
 @contextmanager
 def log_file(path: Path, run: str) -> Iterator[None]:
-    """While open, everything that is logged is of ``run``, and also goes to ``path``, as lines."""
+    """Write everything that is logged to ``path`` as lines, marked with ``run``, while the context lasts."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(LineFormatter())
     logging.getLogger().addHandler(handler)

@@ -1,4 +1,4 @@
-"""What a run publishes while it works: told by the driver, counted here, sent on by a thread every second or so."""
+"""Publishes metrics of a run while it works: the driver reports, and a thread publishes about every second."""
 
 import math
 import threading
@@ -17,22 +17,23 @@ PUBLISH_EVERY_S = 1.0
 
 
 class Metrics(Protocol):
-    """Where figures go: workers.cluster.metrics.RunMetrics."""
+    """Receives metrics; implemented by workers.cluster.metrics.RunMetrics."""
 
     def set(self, name: str, value: float) -> None:
-        """A gauge's present value."""
+        """Set a gauge to its current value."""
 
     def add(self, name: str, amount: float) -> None:
-        """What a counter has risen by."""
+        """Add ``amount`` to a counter."""
 
     def observe(self, seconds: float) -> None:
-        """One evaluated genome."""
+        """Record one evaluated genome and its seconds."""
 
 
 class Monitor:
-    """Counts what the driver tells it, and publishes that and the pool's statistics whenever ``publish`` is called.
+    """Collects what the driver reports, and publishes it and the pool's statistics when ``publish`` is called.
 
-    Telling costs the driver an append; ``publish`` may be called from another thread.
+    A report costs the driver one append; ``publish`` may be called from another thread. Without ``metrics`` nothing is
+    published.
     """
 
     def __init__(self, statistics: PoolStatistics, metrics: Metrics | None):
@@ -40,10 +41,10 @@ class Monitor:
         self._metrics = metrics
         self._finished: deque[Evaluation] = deque()
         self._progress: Progress | None = None
-        self._published: dict[str, float] = {}  # totals of counters
+        self._published: dict[str, float] = {}  # totals of counters, as last published
 
     def watch(self, evaluate: Evaluate) -> Evaluate:
-        """``evaluate``, with every finished evaluation told to this monitor."""
+        """Return ``evaluate``, with every finished evaluation reported to this monitor."""
         if self._metrics is None:
             return evaluate
 
@@ -55,11 +56,11 @@ class Monitor:
         return watched
 
     def progressed(self, progress: Progress) -> None:
-        """Hear of a generation."""
+        """Report the progress after a generation."""
         self._progress = progress
 
     def publish(self) -> None:
-        """Send on everything that was told since the last time."""
+        """Publish everything that was reported since the last call."""
         if self._metrics is None:
             return
         while self._finished:
@@ -82,6 +83,7 @@ class Monitor:
         self._add_total("bitgenome_speculations", pool.speculations)
 
     def _add_total(self, name: str, total: float) -> None:
+        """Raise a counter to ``total``."""
         assert self._metrics is not None
         self._metrics.add(name, total - self._published.get(name, 0))
         self._published[name] = total
@@ -89,7 +91,7 @@ class Monitor:
 
 @contextmanager
 def monitor_run(config: RunConfig, pool: Pool) -> Iterator[Monitor]:
-    """A monitor that publishes every second until it is left; without Ray nothing is published."""
+    """Yield a monitor that publishes every second while the context lasts; without Ray nothing is published."""
     if config.workers.ray == "off":
         yield Monitor(pool.statistics, None)
         return

@@ -1,4 +1,4 @@
-"""Progress with time left: a rich bar on a terminal, a plain line now and then in a log."""
+"""Shows progress and time left: as a rich bar on a terminal, as an occasional plain line in a log."""
 
 import logging
 import time
@@ -17,7 +17,10 @@ Track = Callable[[Iterable[Any], int, str], Iterator[Any]]  # shows progress ove
 
 
 def track(items: Iterable[T], total: int, what: str, console: Console) -> Iterator[T]:
-    """Yield ``items`` while showing how many of ``total`` are done and how long the rest will take."""
+    """Yield ``items`` while showing how many of ``total`` are done and how long the rest will take.
+
+    ``what`` names the work. Without a terminal a line is logged every LINE_EVERY_S seconds.
+    """
     if console.is_terminal:
         yield from _bar(items, total, what, console)
         return
@@ -32,7 +35,7 @@ def track(items: Iterable[T], total: int, what: str, console: Console) -> Iterat
 
 
 def tracker(console: Console) -> Track:
-    """Return what shows progress on ``console``."""
+    """Return ``track`` for ``console``."""
     return partial(track, console=console)
 
 

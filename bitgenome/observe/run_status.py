@@ -1,9 +1,8 @@
-"""What a run directory says of its run: state, progress and best genome, read without a cluster, a model or a lock.
+"""Reads state, progress and best genome of a run from its directory, without a cluster, a model or a lock.
 
-Of a run behind a URL what is remote is read, as of its last push, and no mirror is touched.
+Of a run behind a URL the remote files are read, as of the last push; no mirror is touched.
 
-A run may be writing meanwhile, or have been killed while it wrote: lines without an end and files that are not there
-yet are passed over.
+A run may be writing meanwhile, or have been killed while it wrote: incomplete lines and missing files are skipped.
 """
 
 import time
@@ -22,16 +21,16 @@ from workers.storage.folders import is_url, mirror_root, open_folder
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as it stands; None is what its directory does not say."""
+    """The state of a run; a field is None if the run directory does not tell it."""
 
     name: str
     path: str
     state: str  # running, stopped, finished or failed
     error: str | None  # why it failed
-    stage: str | None  # the last one that began
+    stage: str | None  # the last stage that began
     stage_since: float | None  # seconds since the epoch
     generation: int
-    evaluations: int  # genomes searched
+    evaluations: int  # genomes evaluated by the search
     expected: int | None
     best_loss: float | None
     best_kl: float | None
@@ -39,13 +38,16 @@ class RunStatus:
     bits_per_weight: float | None
     budget_bytes: int | None
     seconds: dict[str, float]  # by stage, over all attempts
-    seconds_left: float | None  # of the search
-    workers: int | None  # that the run began with
-    last_line: str | None  # of its log
+    seconds_left: float | None  # until the search ends
+    workers: int | None  # when the run began
+    last_line: str | None  # of events.log
 
 
 class Lines:
-    """A growing file of JSON objects, a line each, of which ``new`` gives those that are whole and not yet given."""
+    """Reads a growing JSON Lines file; ``new`` yields the objects that it has not yielded yet.
+
+    ``count`` is the number of complete lines read so far.
+    """
 
     def __init__(self, files: RunFiles, name: str):
         self._files, self._name = files, name
@@ -53,7 +55,8 @@ class Lines:
         self.count = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        if self._files.size(self._name) < self._offset:  # cut or begun anew
+        """Yield the objects of complete lines that were appended since the last call."""
+        if self._files.size(self._name) < self._offset:  # truncated or replaced
             self._offset = self.count = 0
         for line in self._files.lines(self._name, self._offset):
             if not line.endswith(b"\n"):
@@ -65,9 +68,9 @@ class Lines:
 
 
 class RunReader:
-    """Reads the run directory at a path or URL again and again, what was appended since only.
+    """Reads the run directory at a path or URL repeatedly, each time only what was appended.
 
-    Raises UserError if it is none, and StorageError.
+    Raises UserError if there is no run, and StorageError if storage cannot be read.
     """
 
     def __init__(self, location: str | Path):
@@ -77,15 +80,19 @@ class RunReader:
             raise UserError(f"expected a run directory with {layout.RECORD}, found none at {location}")
         self._lines = Lines(self._files, layout.EVALUATIONS)
         self._genomes: set[tuple[int, ...]] = set()
-        self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search's text
-        self._text = (-1, 0)  # the longest, and of those the last read
+        self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search text
+        self._text = (-1, 0)  # tokens and draw of the longest text, of equally long ones the last read
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.location.rpartition("/")[2]
 
     def read(self, running: bool = False) -> RunStatus:
-        """As it stands; ``running`` is what somebody knows who watches its process, else its lease is looked at."""
+        """Return the present state of the run.
+
+        ``running`` tells that the caller watches the run's process and knows that it runs; otherwise its lease is read.
+        """
         self._files.look()
         record = self._files.record(layout.RECORD)
         for evaluation in self._lines.new():
@@ -120,6 +127,7 @@ class RunReader:
         )
 
     def _learn(self, evaluation: Mapping[str, Any]) -> None:
+        """Take one evaluation into account, if it is on search text."""
         if evaluation.get("split") != "search":
             return
         self._genomes.add(tuple(evaluation.get("genome", ())))
@@ -131,12 +139,13 @@ class RunReader:
             self._best[text] = dict(evaluation)
 
     def _state(self, record: Mapping[str, Any]) -> str:
+        """Return running, finished, failed or stopped."""
         if is_owned(self._lease_place(record)):
             return "running"
         return record.get("ended") or ("finished" if self._files.size(layout.BEST) else "stopped")
 
     def _lease_place(self, record: Mapping[str, Any]) -> str:
-        """Where its driver has the lease: of a mirror, at the URL."""
+        """Return the path or URL where the run's driver holds its lease: of a mirror, the URL."""
         config = record.get("config")
         url = config.get("storage_url") if isinstance(config, dict) else None
         if url and Path(self.location).absolute().parent.name == mirror_root(url).name:
@@ -145,14 +154,17 @@ class RunReader:
 
     @staticmethod
     def _seconds(record: Mapping[str, Any], state: str) -> dict[str, float]:
-        """Of every stage, the present one's until now."""
+        """Return the seconds of every stage, those of the running one until the present."""
         seconds, stage = dict(record.get("stages", {})), record.get("stage") or {}
         if state == "running" and "since" in stage:
             seconds[stage["name"]] = round(seconds.get(stage["name"], 0.0) + max(0.0, time.time() - stage["since"]), 2)
         return seconds
 
     def _seconds_left(self, record: Mapping[str, Any], state: str) -> float | None:
-        """Of the search, at the rate of this attempt; None for other stages and before there is a rate."""
+        """Return the seconds until the search ends, at the rate of this attempt.
+
+        None in other stages, and until there is a rate.
+        """
         stage, expected = record.get("stage") or {}, record.get("expected_evaluations")
         if state != "running" or stage.get("name") != "search" or not expected or not self._genomes:
             return None
@@ -164,7 +176,10 @@ class RunReader:
 
 
 def runs_under(storage: str) -> list[str]:
-    """Run directories of a storage path or URL, by name. Raises UserError if there is no such folder, or no run."""
+    """Return the run directories below a storage path or URL, sorted by name.
+
+    Raises UserError if the path is not a directory, or if there is no run below the URL.
+    """
     if is_url(storage):
         found = [name.split("/") for name in open_folder(storage).sizes()]
         runs = sorted(name for name, *rest in found if rest == [layout.RECORD])
@@ -177,9 +192,10 @@ def runs_under(storage: str) -> list[str]:
 
 
 def is_owned(location: str | Path) -> bool:
-    """Whether a living driver has the lease of a run at a path or URL. Raises StorageError.
+    """Return whether a live driver holds the lease of the run at a path or URL. Raises StorageError.
 
-    Of a driver on another machine only the time of its last beat can be seen, by the storage's clock and this one's.
+    Of a driver on another machine only the time of its last beat is known: by the storage's clock, compared with this
+    machine's.
     """
     folder = open_folder(f"{location}/{layout.LEASE}")
     name = max(folder.sizes(), default=None)

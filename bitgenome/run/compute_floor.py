@@ -1,4 +1,4 @@
-"""What the user is told of genomes that are not computed in float32."""
+"""Reports the rounding error of evaluating genomes in another type than float32."""
 
 import logging
 import math
@@ -13,7 +13,11 @@ log = logging.getLogger(__name__)
 
 
 def log_compute_floor(setup: EvaluatorSetup, tokens: int, pool: Pool) -> None:
-    """Log the KL below which differences are rounding, if it is not 0. Raises UserError if the type overflows."""
+    """Log the KL below which differences are rounding, if workers compute in another type than float32.
+
+    The KL is in nats per token. ``tokens`` is the length of the search text that is read. Raises UserError if
+    activations overflow the type.
+    """
     if setup.compute == "float32":
         return
     (floor,) = pool.map([MeasureComputeFloor(setup, Fidelity("search", tokens))])

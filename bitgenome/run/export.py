@@ -1,4 +1,4 @@
-"""The file that ships: written from the bank's bytes, and read back to be the weights that were scored."""
+"""Writes the GGUF file from the bank's bytes, and checks that it decodes to the weights that were scored."""
 
 import json
 from collections.abc import Mapping
@@ -30,6 +30,7 @@ from search.types import Evaluation
 
 
 def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
+    """Return the path of the run's GGUF file, which names the model and the bits per weight."""
     bits = plan.space.bits_per_weight(winner.genome)
     return run.path / f"{plan.folder.name}-{bits:.2f}bpw.gguf"
 
@@ -37,9 +38,10 @@ def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
 def export_winner(
     plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation, healing: Healing | None = None
 ) -> Path:
-    """Write GGUF, with the float32 tensors of ``healing``, and recipe.
+    """Write the GGUF file and the recipe of ``winner``, and return the file's path.
 
-    Raises UserError if the size is not the searched one: a changed tokenizer, say.
+    The float32 tensors of ``healing`` replace the model's. Raises UserError if the file does not have the size that was
+    searched, for example because the tokenizer has changed.
     """
     bank = Bank(bank_directory)
     formats = plan.space.formats_of(winner.genome)
@@ -88,7 +90,10 @@ def export_checked(
 
 
 def export_again(location: Path | str) -> Path:
-    """Write GGUF and recipe of a finished run from its record and bank. Raises UserError if it is not finished."""
+    """Write GGUF and recipe of a finished run from its record and bank, and return the file's path.
+
+    ``location`` is the run's path or URL. Raises UserError if the run is not finished or its bank is damaged.
+    """
     directory = RunDirectory.open(location)
     with directory.own():
         best = directory.path / layout.BEST
@@ -110,7 +115,10 @@ def export_again(location: Path | str) -> Path:
 
 
 def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
-    """float32 (rows, columns) of the file's quantized tensors, by Hugging Face name, in transformers' row order."""
+    """Return the file's quantized tensors, dequantized to float32 (rows, columns), by Hugging Face name.
+
+    Rows are in transformers' order.
+    """
     formats, weights = shipped_formats(path, folder), {}
     for name, (_, rows) in read_packed(path, folder).items():
         if name in formats:
@@ -120,13 +128,13 @@ def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
 
 
 def shipped_formats(path: Path, folder: ModelFolder) -> dict[str, QuantFormat]:
-    """Formats of the file's quantized tensors, by Hugging Face name."""
+    """Return the formats of the file's quantized tensors, by Hugging Face name."""
     kinds = {name: kind for name, (kind, _) in read_packed(path, folder).items()}
     return {n: FORMATS[kind] for n, kind in kinds.items() if kind in FORMATS and len(folder.shapes[n]) == 2}
 
 
 def shipped_floats(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
-    """The file's own float32 tensors (norms, biases) by Hugging Face name, in transformers' row order."""
+    """Return the file's float32 tensors (norms, biases) by Hugging Face name, in transformers' row order."""
     packed = read_packed(path, folder)
     return {
         entry.hf_name: torch.from_numpy(np.ascontiguousarray(packed[entry.hf_name][1]))
@@ -138,7 +146,7 @@ def shipped_floats(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
 
 
 def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:
-    """Float32 tensors of the file that are neither the healed ones nor, where there is none, the model's own."""
+    """Return the names of the file's float32 tensors that differ from the healed or, if not healed, the model's own."""
     return [
         name
         for name, tensor in shipped_floats(path, folder).items()
@@ -147,7 +155,7 @@ def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tenso
 
 
 def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
-    """Tensors of the file that do not decode to exactly the weights that were scored."""
+    """Return the names of tensors that the file does not decode to exactly the weights that were scored."""
     shipped = shipped_weights(path, folder)
     return [
         name

@@ -1,4 +1,4 @@
-"""Genes tied by kind, by layer or by mutual information: how a plan's space gets shorter."""
+"""Ties genes by kind, by layer or by mutual information, so that a plan has fewer genes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,14 @@ from workers.pool.base import Pool
 
 
 def with_gene_groups(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Plan:
-    """``plan`` with the genes that its configuration ties; those of mutual information are found once for a run."""
+    """Return ``plan`` with genes tied as its configuration says.
+
+    Groups by mutual information are computed once per run and kept in its gene-groups.json. ``windows`` are the run's
+    token windows; work goes to ``pool``, and ``track`` shows its progress.
+    """
     config = plan.config.search.gene_groups
     if config.by != "mutual_information":
-        return plan  # tied from the start
+        return plan  # tied by make_plan
     if (labels := read_labels(run)) is None:
         record_inputs(plan, windows, run)
         with run.stage("calibration"):
@@ -39,20 +43,21 @@ def with_gene_groups(plan: Plan, windows: TokenWindows, run: RunDirectory, pool:
 
 
 def plan_of_run(run: RunDirectory) -> Plan:
-    """The plan that ``run`` was made with, its gene groups included."""
+    """Return the plan that ``run`` was made with, gene groups included."""
     plan = make_plan(run.config)
     labels = read_labels(run)
     return plan if labels is None else tied(plan, labels)
 
 
 def read_labels(run: RunDirectory) -> dict[str, str] | None:
-    """By tensor the group that mutual information found for it; None if it has not been asked."""
+    """Return the mutual-information group of each tensor, or None if the run has none."""
     file = run.path / layout.GENE_GROUPS
     labels: dict[str, str] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return labels
 
 
 def tied(plan: Plan, labels: Mapping[str, str]) -> Plan:
+    """Return ``plan`` with the tensors of each label tied into one gene."""
     space, budget = tied_space(plan.config, plan.folder, plan.space, labels)
     return replace(plan, space=space, budget=budget)
 
@@ -60,7 +65,11 @@ def tied(plan: Plan, labels: Mapping[str, str]) -> Plan:
 def information_labels(
     folder: ModelFolder, samples: Path, calibration: Path, groups: Sequence[str], config: GeneGroups
 ) -> dict[str, str]:
-    """By tensor its group, by what the norms of the tensors' outputs share; a tensor without activations has none."""
+    """Return the group of each tensor by name, clustered by mutual information of the norms of the tensors' outputs.
+
+    ``samples`` and ``calibration`` are the directories of activation samples and Hessians. A tensor without samples has
+    no group.
+    """
     members = {name: group_tensors(group_file(calibration, name)) for name in groups}
     names, series = layer_series(folder, samples, members)
     assert config.count is not None

@@ -1,4 +1,4 @@
-"""The stage between search and export: the winner's float32 tensors tuned by distillation, if that helps."""
+"""Tunes the winner's float32 tensors by distillation, between search and export, and keeps them if that helps."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,10 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Healing:
-    """The outcome: float32 tensors by Hugging Face name, none where the guard refused them, and the figures."""
+    """Holds the outcome: float32 tensors by Hugging Face name, and the figures before and after.
+
+    There are no tensors if they were refused because the KL on validation text did not fall.
+    """
 
     key: str  # digest of everything that decided it
     tensors: Mapping[str, Tensor]
@@ -40,18 +43,21 @@ class Healing:
 
     @property
     def applied(self) -> bool:
+        """Whether the tuned tensors go into the file."""
         return bool(self.tensors)
 
     def to_json(self) -> dict[str, Any]:
+        """Return everything but the tensors as JSON values."""
         figures = {split: asdict(healed) for split, healed in self.figures.items()}
         return {"key": self.key, "applied": self.applied, "variant": self.variant, **figures}
 
     def save(self, run: Path) -> None:
+        """Write tensors and figures into the run directory ``run``."""
         HealingCheckpoint(run / layout.HEALED, self.key).save(self.tensors, **self.to_json())
 
     @classmethod
     def load(cls, run: Path, key: str) -> "Healing | None":
-        """What ``save`` left; None if there is nothing whole with that key."""
+        """Return what ``save`` wrote, or None if there is no complete file with that key."""
         found = HealingCheckpoint(run / layout.HEALED, key).load()
         if found is None:
             return None
@@ -61,7 +67,7 @@ class Healing:
 
 
 def float_tensors(plan: Plan) -> tuple[str, ...]:
-    """Hugging Face names of the tensors that the file keeps in float32."""
+    """Return the Hugging Face names of the tensors that the file keeps in float32."""
     return tuple(entry.hf_name for entry in tensor_table(plan.folder) if not entry.quantizable)
 
 
@@ -74,10 +80,10 @@ def heal(
     pool: Pool,
     track: Track,
 ) -> Healing | None:
-    """Tune the float32 tensors of ``winner``, or continue, or read what is there; None where healing is off.
+    """Tune the float32 tensors of ``winner``, continue an interrupted tuning, or load a finished one.
 
-    ``windows`` is the shape (n, T) of the calibration text, ``winner`` was measured on validation text. The tensors
-    are taken only if the divergence there falls, with ``enabled: on`` as with ``auto``.
+    ``winner`` was measured on validation text; ``windows`` is the shape (n, T) of the calibration text. Returns None if
+    healing is off. The tensors are used only if the KL on validation text falls, with ``enabled: on`` as with ``auto``.
     """
     config = plan.config.healing
     if config.enabled == "off":
@@ -107,7 +113,7 @@ def heal(
 
 
 def heal_whole(training: WholeHealing, fidelities: Sequence[Fidelity], pool: Pool, track: Track) -> Trained:
-    """Train with the whole model in memory, then measure."""
+    """Train with the whole model in memory, then measure; return the tensors and the figures."""
     done = training.checkpoint.load()
     left = training.settings.steps - (done[1]["steps"] if done else 0)
     for _ in track(training.train(pool.map), left, "healing"):
@@ -121,7 +127,10 @@ def heal_whole(training: WholeHealing, fidelities: Sequence[Fidelity], pool: Poo
 
 
 def heal_blocks(tasks: Sequence[HealBlock], pool: Pool, track: Track) -> Trained:
-    """Train and measure with one block in memory; each part begins where the one before ended."""
+    """Train and measure with one block in memory; return the tensors and the figures.
+
+    Each task continues from the state in which the one before it ended.
+    """
     one_by_one = (result for task in tasks for result in pool.map([task]))
     *_, figures = track(one_by_one, len(tasks), "healing, block by block")
     saved = tasks[-1].checkpoint.load()
@@ -130,7 +139,7 @@ def heal_blocks(tasks: Sequence[HealBlock], pool: Pool, track: Track) -> Trained
 
 
 def verdict(healing: Healing) -> str:
-    """One sentence for the log and the closing table."""
+    """Return one sentence on the outcome, for the log and the closing table."""
     figures = healing.figures["validation"]
     after = "no finite logits" if figures.after is None else f"{figures.after.kl:.5f}"
     outcome = "applied" if healing.applied else "refused, the file is as searched"
@@ -138,9 +147,9 @@ def verdict(healing: Healing) -> str:
 
 
 def shipped_healing(run: Path, best: Mapping[str, Any]) -> Healing | None:
-    """What belongs in the file of a finished run whose record is ``best``; None if healing was not applied.
+    """Return the healing that belongs in the file of a finished run, or None if it was not applied.
 
-    Raises UserError if the run's artefact is missing or damaged.
+    ``best`` is the object in the run's best.json. Raises UserError if the healed tensors are missing or damaged.
     """
     record = best.get("healing")
     if not record or not record["applied"]:

@@ -1,4 +1,4 @@
-"""What the evaluations of a run take of a worker's memory, told before they start."""
+"""Estimates how much of a worker's memory the evaluations of a run need, before they start."""
 
 import psutil
 
@@ -6,14 +6,14 @@ from bitgenome.common.devices import best_device, host_share, worker_memory
 from bitgenome.run.plan import Plan
 from evaluators.engine.memory import Load, SweepMemory, sweep_memory
 
-GENES_TOGETHER = 8  # of neighbouring tensors, in one sweep: they branch off the full-precision model in the same blocks
-MOST_TOGETHER = 32  # genomes of one task: what a lost worker costs, and how often there is progress to show
-KEPT_GENOMES = 4  # whose prefixes workers remember
-REFERENCES = 12  # seeds and uniform genomes, about, that are held against the winner
+GENES_TOGETHER = 8  # neighbours in one sweep, which branch off the full-precision model in the same blocks
+MOST_TOGETHER = 32  # genomes of one task: bounds what a lost worker costs, and the time between signs of progress
+KEPT_GENOMES = 4  # whose prefixes workers keep
+REFERENCES = 12  # approximate number of seeds and uniform genomes that the winner is compared with
 
 
 def heaviest_load(plan: Plan) -> Load:
-    """Of the sweeps of all stages, the one with the most hidden states."""
+    """Return the load of the stage whose sweep has the most hidden states (candidates times tokens)."""
     config, space = plan.config, plan.space
     tokens = config.text.tokens
     levels = max(len(gene.formats) for gene in space.genes)
@@ -28,7 +28,10 @@ def heaviest_load(plan: Plan) -> Load:
 
 
 def worker_sweep_memory(plan: Plan) -> SweepMemory:
-    """Of one worker, on a machine like this one. Raises UserError if the model cannot be evaluated in its memory."""
+    """Return the memory that one worker's sweeps take, in bytes, on a machine like this one.
+
+    Raises UserError if the model cannot be evaluated in that machine's memory.
+    """
     config = plan.config
     formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
     device = best_device()
@@ -40,19 +43,19 @@ def worker_sweep_memory(plan: Plan) -> SweepMemory:
 def check_memory(plan: Plan) -> None:
     """Raise UserError if a worker of this machine, or of the configured size, could not hold even one block.
 
-    The machines of a cluster elsewhere are not known: they are checked when their workers start.
+    The machines of a remote cluster are unknown here: they are checked when their workers start.
     """
     if plan.config.evaluation.memory or plan.config.workers.ray in ("off", "auto", "local"):
         worker_sweep_memory(plan)
 
 
 def process_bytes() -> int:
-    """What this process takes with nothing but its libraries loaded, as every worker does."""
+    """Return the bytes that this process takes with nothing but its libraries loaded, as every worker does."""
     return int(psutil.Process().memory_info().rss)
 
 
 def memory_line(plan: Plan) -> str:
-    """For `bitgenome plan`."""
+    """Return one line on a worker's memory, for ``bitgenome plan``."""
     memory = worker_sweep_memory(plan)
     parts = {
         "weights": memory.weights,

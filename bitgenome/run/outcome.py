@@ -1,4 +1,4 @@
-"""What a run ends in: the closing table's rows on test text, and best.json."""
+"""Collects what a run ends in: the closing table's rows on test text, and best.json."""
 
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
@@ -22,7 +22,7 @@ from search.types import Fidelity
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table: a genome measured on test text by simulation."""
+    """One row of the closing table: a genome measured on test text by simulation."""
 
     name: str
     file_bytes: int
@@ -33,13 +33,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that the closing table shows."""
+    """Holds everything that the closing table shows."""
 
     budget_bytes: int
     winner: Winner
     bits_per_weight: float
     rows: tuple[Row, ...]  # the winner first
-    healing: Healing | None  # None: it was off
+    healing: Healing | None  # None: healing was off
     proof: Proof
     evaluations: int
     seconds: dict[str, float]  # by stage
@@ -51,9 +51,9 @@ class Outcome:
 def comparison_rows(
     plan: Plan, result: SearchResult, healing: Healing | None, evaluate: Evaluate, archive: EvaluationLog
 ) -> tuple[Row, ...]:
-    """Winner, seeds and every uniform level, whatever its size, on test text; each genome once, with all its names.
+    """Measure winner, seeds and every uniform level, whatever its size, on test text, and return a row for each genome.
 
-    The winner comes first, and the healed one, if there is one, behind it.
+    A genome with several names has one row. The winner comes first, followed by the healed one if there is one.
     """
     space = plan.space
     levels = pure_uniform(space, Budget(space.file_bytes(space.largest())))
@@ -74,6 +74,7 @@ def comparison_rows(
 
 
 def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
+    """Write best.json into the run directory."""
     winner = outcome.winner
     record = {
         "winner": winner.evaluation.to_json(),
@@ -90,9 +91,10 @@ def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
 
 
 def validation_record(winner: Winner) -> dict[str, Any]:
-    """For best.json: KL of the winner less the best reference's on validation text, paired, in nats per token.
+    """Return the validation figures for best.json: the KL of the winner minus that of the best reference.
 
-    A standard error of one window is null, and so is all of a lead where the winner is itself the reference.
+    The difference is paired, in nats per token, on validation text. The standard error of a single window is null; all
+    figures of the difference are null if the winner is itself the reference.
     """
     lead = winner.lead
     error = lead.standard_error if lead and isfinite(lead.standard_error) else None

@@ -1,4 +1,4 @@
-"""A run from configuration to proof: the order of the stages."""
+"""Runs all stages in order, from configuration to proof."""
 
 from contextlib import closing
 
@@ -28,10 +28,13 @@ from workers.pool.base import Pool
 
 
 def run(config: RunConfig, console: Console) -> Outcome:
-    """Do all of ``config`` that is not done yet in its run directory."""
+    """Do everything of ``config`` that is not done yet in its run directory, and return the outcome.
+
+    Raises UserError for what the user can fix, and TaskError or WorkersLostError if the workers fail.
+    """
     plan = make_plan(config)
     check_memory(plan)
-    windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    windows = read_windows(plan)  # before the directory is created: text that is too short leaves nothing behind
     plan.folder.check_finite()
     with (
         RunDirectory.owned(config) as directory,
@@ -44,7 +47,10 @@ def run(config: RunConfig, console: Console) -> Outcome:
 def run_stages(
     plan: Plan, windows: TokenWindows, directory: RunDirectory, pool: Pool, monitor: Monitor, console: Console
 ) -> Outcome:
-    """Go through all stages in order; each reads what those before it left, and skips what is there and whole."""
+    """Run all stages in order; each reads what those before it left, and skips what is there and complete.
+
+    Raises UserError if llama.cpp cannot run the file.
+    """
     track = tracker(console)
     plan = with_gene_groups(plan, windows, directory, pool, track)
     artefacts = prepare(plan, windows, directory, pool, track)
@@ -62,7 +68,7 @@ def run_stages(
         with closing(EvaluationLog(directory.path / layout.EVALUATIONS, directory.check)) as archive:
             rows = comparison_rows(plan, result, shipped, evaluate, archive)
             evaluations = len(archive)
-    pool.close()  # the rest runs here: a cluster may shrink meanwhile
+    pool.close()  # the rest runs in this process: a cluster may shrink meanwhile
     with directory.stage("export"):
         gguf = export_checked(plan, setup.bank, directory, winner, shipped)
     with directory.stage("proof"):

@@ -1,4 +1,4 @@
-"""What a configuration amounts to before any weight is read: genes, sizes, budget, evaluations, time."""
+"""Plans a run before any weight is read: genes, sizes, budget, evaluations and time."""
 
 import time
 from collections.abc import Mapping
@@ -22,28 +22,32 @@ from search.budget import Budget
 from search.gene_groups import kind_labels, layer_labels, tied_genes
 from search.types import SearchSpace
 
-LABELS = {"kind": kind_labels, "layer": layer_labels}  # groups known before there is a measurement
+LABELS = {"kind": kind_labels, "layer": layer_labels}  # groups that need no measurement
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration that can be met."""
+    """Holds a configuration that can be met, with its model, search space and budget."""
 
     config: RunConfig
     folder: ModelFolder
     space: SearchSpace
     budget: Budget
-    sparsity: Mapping[str, Sparsity]  # of the tensors that are pruned
+    sparsity: Mapping[str, Sparsity]  # by name of the tensors that are pruned
 
     @property
     def search_evaluations(self) -> int:
+        """Number of genomes that the search evaluates."""
         if self.config.search.strategy == "exact":
             return 0
         return self.config.search.evaluations
 
     @property
     def search_rungs(self) -> list[tuple[int, int]]:
-        """Tokens and evaluations of each rung, without genomes promoted for doubt; new text re-scores the elites."""
+        """Tokens and number of evaluations of each rung.
+
+        Elites that are evaluated again on new text count; genomes that are promoted for doubt do not.
+        """
         ladder, search = self.config.ladder, self.config.search
         generations = self.search_evaluations // search.population
         counts = [generations * count for count in ladder.counts(search.population)]
@@ -53,14 +57,15 @@ class Plan:
 
     @property
     def sensitivity_evaluations(self) -> int:
+        """Number of pairs of a gene and one of its levels."""
         return sum(len(gene.formats) for gene in self.space.genes)
 
     @property
     def sensitivity_passes(self) -> float:
-        """The work of the sensitivities in forward passes over their text.
+        """Work of the sensitivities, in forward passes over their text.
 
-        Genes branch off one model in their own blocks, which leaves half of each pass. Gradients take two passes
-        forward, one backward, and a product of every tensor at every level.
+        Genes branch off one model in their own blocks, which leaves half of each pass. Gradients take two forward
+        passes, one backward pass, and one product per tensor and level.
         """
         if self.config.sensitivity.measure == "gradient":
             return 3 + self.sensitivity_evaluations / len(self.space.genes)
@@ -68,7 +73,10 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Check model, architecture and budget. Raises a user error (one sentence) for the first that does not fit."""
+    """Check model, architecture, budget and text, and return the plan.
+
+    Raises UserError (one sentence) for the first that does not fit.
+    """
     folder = ModelFolder(local_model(config.model))
     shapes = quantizable_tensors(folder)
     if config.quantization.scaling.active:
@@ -95,9 +103,9 @@ def make_plan(config: RunConfig) -> Plan:
 def tied_space(
     config: RunConfig, folder: ModelFolder, space: SearchSpace, labels: Mapping[str, str]
 ) -> tuple[SearchSpace, Budget]:
-    """``space`` with the tensors of one label in one gene, and the budget in it.
+    """Return ``space`` with the tensors of each label tied into one gene, and the budget in that space.
 
-    The genome is in the file, so its length changes the size. Raises UserError if the budget cannot be met.
+    The genome is stored in the file, so its length changes the size. Raises UserError if the budget cannot be met.
     """
     genes = tied_genes(space, labels)
     tied = SearchSpace(genes, fixed_bytes(folder, len(genes)), space.fixed_weights)
@@ -108,7 +116,7 @@ def tied_space(
 
 
 def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
-    """Exact bytes of a configured budget. Raises ValueError, with both bounds, if the space cannot meet it."""
+    """Return a configured budget in exact bytes. Raises ValueError, with both bounds, if the space cannot meet it."""
     if config.bits_per_weight is not None:
         return Budget.from_bits_per_weight(space, config.bits_per_weight)
     if config.compression_ratio is not None:
@@ -118,7 +126,7 @@ def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
 
 
 def matmul_flops(device: torch.device) -> float:
-    """Floating-point operations per second of a float32 product of transformer-like shape, measured in place."""
+    """Measure the floating-point operations per second of a float32 product of transformer-like shape on ``device``."""
     a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)
     (a @ b).sum().item()
     started = time.perf_counter()
@@ -129,7 +137,11 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def estimated_seconds(plan: Plan, workers: int, cpus_per_worker: int) -> float:
-    """Seconds of sensitivities and search: two operations a weight and token, at half the rate of a bare product."""
+    """Estimate the seconds of sensitivities and search.
+
+    It counts two operations per weight and token, at half the rate of a bare matrix product with ``cpus_per_worker``
+    threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(cpus_per_worker)
     try:

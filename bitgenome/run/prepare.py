@@ -1,7 +1,7 @@
-"""Stages before the search: text, Hessians, scaling, bank, sensitivities. Each leaves an artefact for the next one.
+"""Prepares a search: text, Hessians, scaling, bank, sensitivities. Each stage leaves an artefact for the next one.
 
-What several runs can share (Hessians, bank, sensitivities) lies under ``<storage_path>/shared/<kind>/<digest>``; a
-stage whose artefact is there and whole is skipped.
+Artefacts that several runs can share (Hessians, bank, sensitivities) are under
+``<storage_path>/shared/<kind>/<digest>``; a stage whose artefact is there and complete is skipped.
 """
 
 import hashlib
@@ -50,32 +50,35 @@ CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 @dataclass(frozen=True)
 class Artefacts:
-    """What the search reads."""
+    """Holds what the search reads."""
 
-    plan: Plan  # of the model that is quantized: the scaled one, where channels are scaled
+    plan: Plan  # of the model that is quantized: the scaled one if channels are scaled
     setup: EvaluatorSetup
-    sensitivities: pd.DataFrame  # a record a gene and choice: the configured measure, reconstruction, relative
-    prior: tuple[float, ...] | None = None  # a value a gene, where the configuration asks for one
+    sensitivities: pd.DataFrame  # one row per gene and choice: the configured measure, reconstruction, relative
+    prior: tuple[float, ...] | None = None  # one value per gene, if the configuration asks for it
 
     def table(self, measure: str) -> SensitivityTable:
-        """The additive table of one measure."""
+        """Return the additive table of one measure."""
         return table_of(self.setup.space, self.sensitivities, measure)
 
     @property
     def tables(self) -> list[SensitivityTable]:
-        """Those that seed the search, the most trusted first."""
+        """The tables that seed the search, the most trusted first."""
         return [self.table(measure) for measure in (self.plan.config.sensitivity.measure, "reconstruction")]
 
 
 def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
-    """Windows and digests into the run directory; raises UserError if a run was begun with another text or model."""
+    """Write token windows and digests into the run directory.
+
+    Raises UserError if the run was started with another text or model.
+    """
     run.record.pin("text", windows.digest)
     run.record.pin("model", plan.folder.digest)
     atomic_write_bytes(run.path / layout.WINDOWS, windows.to_bytes())
 
 
 def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
-    """Whether the list of groups ``done`` is there, and the file of each beside it is whole."""
+    """Return whether the list of groups ``done`` exists, and the file of each group beside it is ``readable``."""
     if not done.is_file():
         return False
     names: list[str] = json.loads(done.read_text(encoding="utf-8"))
@@ -85,7 +88,10 @@ def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
 def calibrate(
     plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track, upstream_level: str | None = None
 ) -> tuple[Path, list[str]]:
-    """Directory of the input groups' Hessians, and the groups' names in order."""
+    """Compute the input groups' Hessians if they are missing; return their directory and the groups' names in order.
+
+    ``upstream_level`` is the level of the blocks before the one that is calibrated; None: full precision.
+    """
     calibration = windows.windows["calibration"]
     text = hashlib.sha256(calibration.tobytes()).hexdigest()
     inputs = plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT, upstream_level
@@ -108,7 +114,11 @@ def calibrate(
 def sample_activations(
     plan: ModelAndText, calibration: Path, groups: Sequence[str], windows: Path, samples: int, pool: Pool, track: Track
 ) -> Path:
-    """Directory of activation samples of the input groups, taken where they are not there yet."""
+    """Sample the activations of the input groups if they are missing, and return the samples' directory.
+
+    ``calibration`` is the directory of the Hessians, ``windows`` the file of token windows, ``samples`` the number of
+    positions.
+    """
     directory = shared_directory(plan.config, layout.SAMPLES_KIND, digest_of(calibration.name, samples))
     files = tuple(group_file(calibration, name) for name in groups)
     done = directory / layout.GROUPS
@@ -125,7 +135,10 @@ def sample_activations(
 
 
 def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path: Path) -> None:
-    """The importance matrix of the blocks, for llama-quantize; without the head, as llama-imatrix leaves it out."""
+    """Write the importance matrix of the blocks to ``path``, for llama-quantize.
+
+    ``groups`` are the calibration files of the input groups. The head is left out, as llama-imatrix leaves it out.
+    """
     names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
     importance = {}
     for group in groups:
@@ -137,14 +150,17 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
 
 
 def compensation_settings(plan: Plan) -> CompensationSettings:
-    """How the bank rounds."""
+    """Return the settings of rounding for the bank."""
     return CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
 
 
 def scale_channels(
     plan: Plan, calibration: Path, groups: list[str], run: RunDirectory, pool: Pool, track: Track
 ) -> tuple[Plan, Path]:
-    """Plan of the scaled model, and the directory of its input groups; the choices go into the run's scaling.json."""
+    """Scale channels if that is not done; return the plan of the scaled model, and the directory of its input groups.
+
+    The choices are written to the run's scaling.json.
+    """
     settings, compensation = plan.config.quantization.scaling, compensation_settings(plan)
     parts = (plan.folder.digest, calibration.name, settings.model_dump(), asdict(compensation))
     digest = digest_of(scaling.SCHEMA, *parts)
@@ -177,12 +193,12 @@ def scale_channels(
 
 
 def quantized_plan(plan: Plan, run: RunDirectory) -> Plan:
-    """``plan`` of the model whose tensors the run's file holds: the scaled one, where channels were scaled."""
+    """Return ``plan`` for the model whose tensors the run's file holds: the scaled one if channels were scaled."""
     return replace(plan, folder=ModelFolder(run.artefact("scaled_model"))) if "scaled_model" in run.record else plan
 
 
 def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
-    """Directory of the bank, built tensor by tensor where it is not there yet; damaged tensors are rebuilt."""
+    """Build the missing or damaged tensors of the bank, and return its directory."""
     formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
     names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
     settings = compensation_settings(plan)
@@ -209,7 +225,7 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
                 work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
                 where = (plan.folder.path, file, directory)
                 tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work))
-        tasks.sort(key=lambda task: -task.work)  # the largest first, so that none is left alone at the end
+        tasks.sort(key=lambda task: -task.work)  # the largest first, so that none runs alone at the end
         for _ in track(pool.map(tasks), len(tasks), "building the bank"):
             pass
         banks.write_manifest(directory, list(names))
@@ -219,6 +235,7 @@ def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, tra
 
 
 def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup:
+    """Return what workers need to evaluate genomes."""
     fitness = plan.config.fitness
     windows = (run.path / layout.WINDOWS).resolve()
     evaluation = plan.config.evaluation
@@ -230,7 +247,7 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
 
 
 def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:
-    """All artefacts of a run, in order, each stage timed in the run's record."""
+    """Make all artefacts of a run in order; each stage is timed in the run's record."""
     record_inputs(plan, windows, run)
     with run.stage("calibration"):
         calibration, groups = calibrate(plan, windows, pool, track, plan.config.quantization.upstream_level)
@@ -250,7 +267,7 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
 def mutation_prior(
     plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track
 ) -> tuple[float, ...] | None:
-    """Five-dimensional importance of every gene, if the configuration asks for it."""
+    """Return the five-dimensional importance of every gene, or None if the configuration does not ask for it."""
     if plan.config.search.mutation_prior == "none":
         return None
     damping = plan.config.quantization.damping

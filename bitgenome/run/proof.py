@@ -1,4 +1,4 @@
-"""The proof of a file: what it is worth on held-out text, by simulation and by llama.cpp."""
+"""Measures a file on held-out text, by simulation and by llama.cpp."""
 
 import json
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ from workers.storage.folders import is_url
 
 @dataclass(frozen=True)
 class Proof:
-    """What a file is worth on held-out text, as simulated from its own bytes and as llama.cpp runs it."""
+    """Holds the quality of a file on held-out text, as simulated from its own bytes and as llama.cpp runs it."""
 
     file: str
     file_bytes: int
@@ -49,6 +49,7 @@ class Proof:
     eight_bit_to_runtime_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return all figures by name."""
         return asdict(self)
 
 
@@ -56,7 +57,7 @@ class Proof:
 def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str = "float") -> Proof:
     """Measure a GGUF file of ``folder``'s model on token windows (n, T), by simulation and by llama.cpp.
 
-    With ``activations`` q8 the simulation is repeated with 8-bit inputs. Raises ValueError for a damaged file,
+    With ``activations`` q8 the simulation is repeated with 8-bit inputs. Raises ValueError for a damaged file, and
     LlamaCppError if llama.cpp cannot run it.
     """
     weights = shipped_weights(path, folder) | shipped_floats(path, folder)
@@ -75,7 +76,7 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str
         inputs = EightBitInputs(model, shipped_formats(path, folder))
         hidden = final_hidden(model, ids)
         eight_bit_kl = reference.compare(inputs.head_input(hidden), head).kl
-        eight_bit = log_probs(hidden, head)  # the runtime's head is in floats too, see measure_file
+        eight_bit = log_probs(hidden, head)  # llama.cpp's head is in floats too, see measure_file
     runtime = measure_file(path, windows, log_probs(full, full_head), log_probs(simulated, head), eight_bit)
     measured, speed = reference.compare(simulated, head), generation_speed(path)
     assert runtime.reference is not None and runtime.simulated is not None
@@ -98,9 +99,9 @@ def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str
 
 
 def verify_file(file: Path | str, location: Path | str) -> Proof:
-    """Prove a file with the model and test text of its run. Raises UserError for a file or run that cannot serve.
+    """Measure a file with the model and test text of its run, which is at the path or URL ``location``.
 
-    A file behind a URL is that of its run's mirror.
+    A file behind a URL is read from its run's mirror. Raises UserError for a file or run that cannot be used.
     """
     directory = RunDirectory.open(location)
     with directory.own() if directory.mirror else nullcontext():
@@ -120,7 +121,7 @@ def verify_file(file: Path | str, location: Path | str) -> Proof:
 
 
 def check_floats(file: Path, folder: ModelFolder, run: Path) -> None:
-    """Raise UserError unless the run's own file holds the float32 tensors that the run has measured."""
+    """Raise UserError if ``file`` is the run's own but has other float32 tensors than the run has measured."""
     best = run / layout.BEST
     record = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
     if record.get("gguf") != file.name:

@@ -1,4 +1,4 @@
-"""Which tensors of a model are pruned, and how much."""
+"""Decides which tensors of a model are pruned, and how much."""
 
 import re
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ ENDS = ("token_embd", "output")  # kinds that only a rule prunes
 
 
 def sparsity_by_tensor(config: PruningConfig, source: ModelSource, space: SearchSpace) -> dict[str, Sparsity]:
-    """Sparsity of the tensors that are pruned.
+    """Return the sparsity of the tensors that are pruned, by Hugging Face name.
 
-    Raises UserError for a rule that matches no tensor, and for a tensor whose rows or formats cannot hold its zeros.
+    Raises UserError for a rule that matches no tensor, and for a tensor whose rows or formats cannot hold the zeros.
     """
     kinds = {entry.hf_name: entry.kind for entry in tensor_table(source) if entry.quantizable}
     for rule in config.rules:
@@ -33,6 +33,7 @@ def sparsity_by_tensor(config: PruningConfig, source: ModelSource, space: Search
 
 
 def _sparsity_of(config: PruningConfig, name: str, kind: str) -> Sparsity | None:
+    """Return the sparsity of one tensor: that of the first rule that matches, else the general one."""
     for rule in config.rules:
         if re.search(rule.match, name):
             return rule.wanted()
@@ -40,6 +41,7 @@ def _sparsity_of(config: PruningConfig, name: str, kind: str) -> Sparsity | None
 
 
 def _check(wanted: Mapping[str, Sparsity], space: SearchSpace) -> None:
+    """Raise UserError for a tensor whose rows or formats cannot hold the zeros."""
     for gene in space.genes:
         for tensor, shape in zip(gene.tensors, gene.shapes, strict=True):
             for fmt in gene.formats if tensor in wanted else ():

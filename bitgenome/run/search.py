@@ -1,4 +1,4 @@
-"""The search stage: strategy, loop, and the winner chosen on text that the search never saw."""
+"""Runs the search, and chooses the winner on text that the search never saw."""
 
 import json
 import logging
@@ -34,12 +34,12 @@ from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
 
-FIRST_PARTS = 0.7  # of what is left of a generation goes out in one part a worker, then of the rest, and so on
+FIRST_PARTS = 0.7  # of the remaining genomes go out in one part per worker, then of the rest, and so on
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The winner and the named genomes that it was held against."""
+    """Holds the winner and the named genomes that it was compared with."""
 
     winner: Winner
     seeds: dict[str, Genome]
@@ -47,8 +47,10 @@ class SearchResult:
 
 
 def divided(genomes: Sequence[Genome], workers: int) -> list[tuple[Genome, ...]]:
-    """Neighbours in ``genomes`` together: large parts first, which share most, then ever smaller ones down to a single
-    genome, so that all workers end together ("factoring": Hummel, Schonberg and Flynn, CACM 35(8), 1992).
+    """Divide ``genomes`` into parts of neighbours: large ones first, then ever smaller ones down to a single genome.
+
+    Large parts share the most work; small ones let all workers end together ("factoring": Hummel, Schonberg and Flynn,
+    CACM 35(8), 1992).
     """
     parts: list[tuple[Genome, ...]] = []
     rest = tuple(genomes)
@@ -63,26 +65,28 @@ def divided(genomes: Sequence[Genome], workers: int) -> list[tuple[Genome, ...]]
 
 @dataclass(frozen=True)
 class SyncedCheckpoint(Checkpoint):
-    """A checkpoint that goes to remote storage, with all that belongs to it, as it is saved."""
+    """A checkpoint that is sent to remote storage, with all that belongs to it, when it is saved."""
 
     run: RunDirectory
 
     def save(self, state: Mapping[str, Any]) -> None:
+        """Write ``state`` and send it. Raises LeaseLostError if another driver has taken over."""
         self.run.check()
         super().save(state)
         try:
             self.run.sync()
-        except StorageError as error:  # at the end of the stage it must succeed
+        except StorageError as error:  # at the end of the stage sending must succeed
             log.warning("%s; the next generation tries again", error)
 
 
 def pool_evaluate(
     setup: EvaluatorSetup, pool: Pool, track: Track, what: str, archive: EvaluationLog | None = None
 ) -> Evaluate:
-    """Evaluate genomes on the pool, in the order of their genes whatever the number of workers.
+    """Return a function that evaluates genomes on the pool, sorted by their genes whatever the number of workers.
 
-    Each worker takes neighbours in that order, which share the most, and remembers the prefixes of the best genomes
-    in ``archive``, from which offspring branch off. Tasks' names say the generation, where there is one.
+    Each worker takes neighbours in that order, which share the most, and keeps the prefixes of the best genomes in
+    ``archive``, from which offspring branch off. Tasks' names contain the generation, if there is one; ``what`` names
+    the work for ``track``.
     """
 
     def evaluate(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
@@ -162,7 +166,7 @@ def search(
 
 
 def show_progress(path: Path, progress: Progress) -> None:
-    """A line in the log, and one in ``path`` in place of what a run that died wrote of this generation."""
+    """Log one line, and write one to ``path``, in place of what a killed run wrote of this generation."""
     best, found = progress.best, progress.diagnostics
     log.info(
         "generation %d: %d of %d genomes, best loss %.6f (KL %.6f) in %s bytes%s",
@@ -177,7 +181,7 @@ def show_progress(path: Path, progress: Progress) -> None:
 
 
 def surrogate_line(found: Mapping[str, Any]) -> str:
-    """How well the offspring of a generation were predicted, and whether the predictions chose them."""
+    """Return a phrase on how well a generation's offspring were predicted, and whether the predictions chose them."""
     switch = "on" if found["screened"] else "off"
     correlation, coverage = found["surrogate_correlation"], found["surrogate_coverage"]
     return f"surrogate rank correlation {correlation:.2f}, coverage {coverage:.2f}, screening {switch}"

@@ -1,4 +1,4 @@
-"""Sensitivity tables: each measured on the pool once for a bank, a text and a measure, part by part resumable."""
+"""Measures sensitivity tables on the pool, once for each bank, text and measure; an interrupted measurement resumes."""
 
 import hashlib
 import json
@@ -43,9 +43,9 @@ GRADIENTS = {  # measure -> estimator of evaluators.gradient.sensitivity
 
 @dataclass(frozen=True)
 class Measurement:
-    """A frame with a record a gene and choice: the measure, and the bank's errors (see search.allocation.sensitivity).
+    """Measures one frame of sensitivities: a row per gene and choice, with the measure and the bank's errors.
 
-    ``measure``: kl, around_base, or one of GRADIENTS.
+    ``measure``: kl, around_base, or one of GRADIENTS. See search.allocation.sensitivity.
     """
 
     plan: Plan
@@ -55,27 +55,29 @@ class Measurement:
 
     @property
     def fidelity(self) -> Fidelity:
+        """The text that is read: a prefix of the search split."""
         return Fidelity("search", self.plan.config.text.tokens.sensitivity)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Windows and tokens of a window."""
+        """Number of windows, and tokens per window."""
         count, window = self.windows.take(self.fidelity.split, self.fidelity.tokens).shape
         return count, window
 
     @property
     def base(self) -> Genome | None:
-        """The genome that choices are tried in; None: full precision."""
+        """The genome in which choices are tried; None: full precision."""
         return nearest_uniform(self.setup.space, self.plan.budget) if self.measure == "around_base" else None
 
     @property
     def tokens_run(self) -> int:
-        """Tokens of text that a forward pass starts with, whatever it shares with others."""
+        """Tokens of text of all forward passes, whatever prefixes they share with others."""
         count, window = self.shape
         return count * window * (1 if self.measure in GRADIENTS else self.plan.sensitivity_evaluations)
 
     @cached_property
     def digest(self) -> str:
+        """Digest of everything that decides the measurement."""
         rows = self.windows.take(self.fidelity.split, self.fidelity.tokens)
         genes = [gene.tensors for gene in self.setup.space.genes]
         text = hashlib.sha256(rows.tobytes()).hexdigest()
@@ -85,16 +87,17 @@ class Measurement:
 
     @cached_property
     def directory(self) -> Path:
+        """Shared directory of the measurement."""
         return shared_directory(self.plan.config, layout.SENSITIVITY_KIND, self.digest)
 
     @property
     def seconds(self) -> float:
-        """Spent on it so far, over all attempts; NaN where nobody has counted."""
+        """Seconds spent on the measurement so far, over all attempts; NaN if they were not recorded."""
         file = self.directory / layout.SENSITIVITY_SECONDS
         return float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else math.nan
 
     def frame(self, pool: Pool, track: Track) -> pd.DataFrame:
-        """Measured where it is not there yet."""
+        """Return the frame, and measure it first if it is missing."""
         file = self.directory / layout.SENSITIVITY
 
         def build() -> None:
@@ -107,6 +110,7 @@ class Measurement:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
+        """Add the seconds spent in the context to the recorded ones."""
         before, started = 0.0 if math.isnan(self.seconds) else self.seconds, time.monotonic()
         try:
             yield
@@ -116,6 +120,7 @@ class Measurement:
             )
 
     def _measured(self, pool: Pool, track: Track) -> list[dict[str, Any]]:
+        """Return the rows of a measure that runs each choice."""
         genes = range(len(self.setup.space.genes))
         parts = [tuple(genes[start : start + GENES_TOGETHER]) for start in genes[::GENES_TOGETHER]]
         tasks = [MeasureSensitivity(self.setup, part, self.fidelity, self.base) for part in parts]
@@ -124,6 +129,7 @@ class Measurement:
         return [{(self.measure if key == "kl" else key): value for key, value in r.items()} for r in records]
 
     def _gradients(self, pool: Pool, track: Track) -> list[dict[str, Any]]:
+        """Return the rows of a measure that is estimated from gradients."""
         if self.setup.activations != "float":
             log.warning("sensitivities from gradients leave out what %s inputs lose", self.setup.activations)
         tasks = gradient_tasks(self.setup, self.fidelity, self.shape, GRADIENTS[self.measure])
@@ -137,7 +143,7 @@ class Measurement:
         ]
 
     def _resumed(self, tasks: Sequence[Task], pool: Pool, track: Track, what: str) -> list[Any]:
-        """Results of all tasks; each goes to parts.jsonl as it comes, and is not computed again."""
+        """Return the results of all tasks; each is kept in parts.jsonl as it comes, and not computed again."""
         partial = self.directory / layout.SENSITIVITY_PARTS
         cut_torn_tail(partial)
         lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
@@ -154,18 +160,21 @@ class Measurement:
 def measure_sensitivities(
     plan: Plan, setup: EvaluatorSetup, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track
 ) -> pd.DataFrame:
-    """The frame of the measure that ``run`` is configured for."""
+    """Return the frame of the measure that ``run`` is configured for.
+
+    Raises UserError if the run was started with another measurement.
+    """
     measurement = Measurement(plan, setup, windows, plan.config.sensitivity.measure)
     run.record.pin("sensitivity", measurement.digest)
     own = run.path / layout.SENSITIVITY
-    if own.is_file():  # what this run was begun with counts, whatever became of the shared one
+    if own.is_file():  # the run's own frame counts, even if the shared one has changed
         return pd.read_parquet(own)
     atomic_write_bytes(own, measurement.frame(pool, track).to_parquet(index=False))
     return pd.read_parquet(own)
 
 
 def table_of(space: SearchSpace, frame: pd.DataFrame, measure: str) -> SensitivityTable:
-    """The additive table of one column of a frame."""
+    """Return the additive table of one column of a frame."""
     records = [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
     table = SensitivityTable.from_records(space, records, measure)
     return table.from_least() if measure == "around_base" else table

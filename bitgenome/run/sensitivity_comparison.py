@@ -1,4 +1,4 @@
-"""Sensitivity measures side by side: what each costs, how it ranks genomes, and what the exact solver makes of it."""
+"""Compares sensitivity measures: what each costs, how it ranks genomes, and what the exact solver makes of it."""
 
 import math
 import random
@@ -37,7 +37,7 @@ from search.loop.search import evaluate_missing
 from search.types import Fidelity, Genome, SearchSpace
 from workers.pool.base import Pool
 
-OF_THE_BANK = ("reconstruction", "relative")  # known without running any text
+OF_THE_BANK = ("reconstruction", "relative")  # computed without running any text
 RANKS = ("spearman_spread", "kendall_spread", "spearman_budget", "kendall_budget")
 MEASURED_BY = {  # measure -> the measurement whose frame holds it
     **dict.fromkeys((*OF_THE_BANK, "logit_mse", "kl"), "kl"),
@@ -47,14 +47,17 @@ MEASURED_BY = {  # measure -> the measurement whose frame holds it
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure's table, and what it took."""
+    """Holds a measure's table, and what it cost."""
 
     table: SensitivityTable
     seconds: float
     tokens: int
 
     def ranking(self, sample: str, genomes: Sequence[Genome], kl: Sequence[float]) -> dict[str, float]:
-        """Rank correlations of the table's sums with the KLs of genomes."""
+        """Return the rank correlations of the table's predictions with the KLs of ``genomes``.
+
+        ``sample`` is part of the keys.
+        """
         predicted = [self.table.predict(genome) for genome in genomes]
         return {
             f"spearman_{sample}": float(spearmanr(predicted, kl).statistic),
@@ -65,13 +68,14 @@ class Measured:
 def compare_sensitivities(
     config: RunConfig, count: int, bits: Sequence[float], console: Console
 ) -> tuple[Path, pd.DataFrame]:
-    """The run directory of ``config``, and the rows of ``comparison_rows``, also in its sensitivity-comparison.parquet.
+    """Return the run directory of ``config``, and the rows of ``comparison_rows`` as a frame.
 
-    Everything measured is kept, and taken from there another time. ``bits``: budgets of the exact solver in bits per
-    weight; none: the configuration's.
+    The frame is also written to sensitivity-comparison.parquet. Everything measured is kept and reused. ``count`` is
+    the number of random genomes per sample. ``bits`` are budgets of the exact solver in bits per weight; none: the
+    configuration's. Raises UserError for a budget that cannot be met.
     """
     plan = make_plan(config)
-    budgets_of(plan, bits)  # refused before any work
+    budgets_of(plan, bits)  # raises before any work
     check_memory(plan)
     windows = read_windows(plan)
     plan.folder.check_finite()
@@ -82,7 +86,7 @@ def compare_sensitivities(
 def comparison(
     plan: Plan, windows: TokenWindows, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
 ) -> pd.DataFrame:
-    """Measure what is not measured yet, and write sensitivity-comparison.parquet."""
+    """Measure what is not measured yet, write sensitivity-comparison.parquet, and return its frame."""
     track = tracker(console)
     with open_session(plan.config, plan.folder, directory.path) as pool:
         plan = with_gene_groups(plan, windows, directory, pool, track)
@@ -96,7 +100,7 @@ def comparison(
 
 
 def budgets_of(plan: Plan, bits: Sequence[float]) -> list[Budget]:
-    """Raises UserError for one that the space cannot meet."""
+    """Return the budgets of ``bits`` per weight, or the plan's. Raises UserError for one that the space cannot meet."""
     try:
         return [Budget.from_bits_per_weight(plan.space, b) for b in bits] or [plan.budget]
     except ValueError as error:
@@ -104,7 +108,7 @@ def budgets_of(plan: Plan, bits: Sequence[float]) -> list[Budget]:
 
 
 def measure_all(artefacts: Artefacts, windows: TokenWindows, pool: Pool, track: Track) -> dict[str, Measured]:
-    """Every measure of MEASURED_BY."""
+    """Return table and cost of every measure of MEASURED_BY."""
     space = artefacts.setup.space
     found = {}
     for measure, by in MEASURED_BY.items():
@@ -124,7 +128,7 @@ def comparison_rows(
     track: Track,
     log: EvaluationLog,
 ) -> list[dict[str, Any]]:
-    """A row a measure and budget, KLs on validation text.
+    """Return one row per measure and budget, with KLs on validation text.
 
     Rank correlations are over ``count`` random genomes of sizes spread from the smallest file to the largest
     ("spread"), and over as many at the plan's budget ("budget").
@@ -154,13 +158,13 @@ def comparison_rows(
 
 
 def spread_budgets(space: SearchSpace, count: int) -> list[Budget]:
-    """``count`` sizes at equal distances between the smallest file and the largest."""
+    """Return ``count`` budgets at equal distances between the smallest file and the largest."""
     smallest, largest = space.file_bytes(space.smallest()), space.file_bytes(space.largest())
     return [Budget(smallest + (2 * i + 1) * (largest - smallest) // (2 * count)) for i in range(count)]
 
 
 def random_genomes(space: SearchSpace, budgets: Sequence[Budget], rng: random.Random) -> list[Genome]:
-    """One for each budget, its choices drawn evenly, then repaired without any table."""
+    """Return one genome for each budget: uniformly random choices, then repaired without any table."""
     drawn = []
     for budget in budgets:
         genome = tuple(rng.randrange(len(gene.formats)) for gene in space.genes)
@@ -169,7 +173,7 @@ def random_genomes(space: SearchSpace, budgets: Sequence[Budget], rng: random.Ra
 
 
 def show_comparison(frame: pd.DataFrame, path: Path, console: Console) -> None:
-    """The table of ``bitgenome sensitivity``: a line a measure."""
+    """Show the table of ``bitgenome sensitivity``, one line per measure."""
     budgets = [f"{bits:.2f} bits" for bits in frame[frame.measure == frame.measure.iloc[0]].bits_per_weight]
     table = Table(title="Rank correlation with KLs of random genomes; KL of the exact solutions", title_justify="left")
     for name in ("measure", "seconds", "tokens", "Spearman", "Kendall", "at budget", "Kendall", *budgets):

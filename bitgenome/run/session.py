@@ -1,4 +1,4 @@
-"""A session: the pool that a configuration asks for, from joining its cluster to leaving it."""
+"""Opens the pool that a configuration asks for, from joining its cluster to leaving it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +16,7 @@ from workers.pool.base import Pool
 
 
 class SessionConfig(StoredModel, Protocol):
-    """The settings that a session depends on: those of a run, or of a study."""
+    """Settings that a session depends on: those of a run, or of a study."""
 
     @property
     def name(self) -> str: ...
@@ -32,11 +32,13 @@ def open_session(
     directory: Path,
     opening: AbstractContextManager[None] | None = None,
 ) -> Iterator[Pool]:
-    """Join or start the cluster of ``config``, log to ``directory``, and leave the cluster at the end.
+    """Join or start the cluster of ``config``, yield its pool, and leave the cluster at the end.
 
-    Arguments: ``folder`` is the model's, brought to every node where storage or model lie behind URLs; ``directory``
-    gets events.log, and its workers.json bounds the pool while it works; ``opening`` is entered while the pool opens.
-    Raises ClusterError (one sentence) if the cluster is not there, too small, or does not let us in.
+    - ``folder`` is the model, brought to every node if storage or model are behind URLs.
+    - ``directory`` gets events.log, and its workers.json limits the pool while it works.
+    - ``opening`` is a context that is entered while the pool opens.
+
+    Raises ClusterError (one sentence) if the cluster is missing, too small, or refuses access.
     """
     with log_file(directory / layout.EVENTS, config.name):
         try:

@@ -1,4 +1,4 @@
-"""The text of a run or study: checked before any work, then read into token windows."""
+"""Checks the text of a run or study before any work, and reads it into token windows."""
 
 from pathlib import Path
 from typing import Protocol
@@ -19,14 +19,14 @@ from evaluators.model.folder import ModelFolder
 
 
 class StorageAndText(Storage, Protocol):
-    """The settings that text and calibration depend on."""
+    """Settings that text and calibration depend on."""
 
     @property
     def text(self) -> TextConfig: ...
 
 
 class ModelAndText(Protocol):
-    """A plan of a run or of a study, as far as text and calibration go."""
+    """The part of a run's or a study's plan that text and calibration depend on."""
 
     @property
     def config(self) -> StorageAndText: ...
@@ -36,7 +36,7 @@ class ModelAndText(Protocol):
 
 
 def check_text(text: TextConfig, folder: ModelFolder) -> None:
-    """Refuse a missing text file or a window that the model cannot read, before minutes of work."""
+    """Raise UserError for a missing text file, or a window longer than the model's context."""
     longest = folder.config.get("max_position_embeddings")
     if longest and text.window > longest:
         raise UserError(
@@ -52,7 +52,7 @@ def check_text(text: TextConfig, folder: ModelFolder) -> None:
 
 
 def read_windows(plan: ModelAndText) -> TokenWindows:
-    """Token windows of all splits. Raises TextError if a split is too short."""
+    """Return the token windows of all splits. Raises TextError if a split is too short."""
     text = plan.config.text
     if text.source == "stdlib":
         documents = stdlib_documents(load_held_out(text.splits))

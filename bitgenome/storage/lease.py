@@ -1,10 +1,10 @@
-"""Leases: one owner at a time of a run directory or of an artefact that is being built; a dead owner loses its own.
+"""Gives a run directory, or an artefact that is being built, one owner at a time; a dead owner loses its lease.
 
-A lease is a folder of numbered claims, ``.lease/000000007.json``. A claim is taken by creating the next number, which
-only one process can; the highest number owns. It is renewed by rewriting it with another beat, released by saying so in
-it, and never removed while it is the highest. No clock is ever compared with another machine's: who waits holds an
-owner for dead when its beat has not changed for ``ttl`` seconds on the waiter's own clock, or, on the same machine,
-when its process is gone.
+A lease is a directory of numbered claims, ``.lease/000000007.json``. A process takes the lease by creating the next
+number, which only one process can do; the highest number is the owner. The owner renews its claim by rewriting it with
+another beat and releases it by marking it as released; it never removes the highest claim. Clocks of different machines
+are never compared. A waiting process takes the owner for dead when its beat has not changed for ``ttl`` seconds on the
+waiter's own clock, or, on the same machine, when its process is gone.
 """
 
 import json
@@ -30,34 +30,34 @@ from workers.storage.folders import open_folder
 log = logging.getLogger(__name__)
 
 TTL_S = 60.0
-BEATS = 6  # in the time after which an owner without one is dead
+BEATS = 6  # renewals within ``ttl``, the time after which an owner without one is dead
 
 
 class LeaseHeldError(UserError):
-    """Another living process owns what was asked for."""
+    """Raised when another live process owns the lease."""
 
 
 class LeaseLostError(UserError):
-    """This process owned it and does no longer; nothing more may be written."""
+    """Raised when this process has lost its lease; it must write nothing more."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One file of the folder."""
+    """Holds one numbered file of a lease: the owner and its last beat."""
 
     owner: str  # unique for each claim
     host: str
-    machine: str  # of processes whose numbers mean the same
+    machine: str  # identifies machine, boot and PID namespace; see this_machine()
     pid: int
-    started: float  # of the process; see started()
+    started: float  # when the process began; see started()
     ttl: float
     beat: int = 0
-    beaten: float = 0.0  # seconds since the machine's start: of use on the same machine only
+    beaten: float = 0.0  # seconds since the machine's boot: comparable on the same machine only
     released: bool = False
 
     @property
     def gone(self) -> bool:
-        """Whether it is plain that its process does not run any more."""
+        """Whether the owner's process is known to have ended; always False for a process of another machine."""
         if self.machine != this_machine():
             return False
         try:
@@ -66,26 +66,27 @@ class Claim:
             return True
 
     def to_bytes(self) -> bytes:
+        """Return the claim as JSON."""
         return json.dumps(asdict(self)).encode()
 
 
 @cache
 def this_machine() -> str:
-    """Differs between machines, their starts, and containers that number processes on their own."""
+    """Return a name that differs between machines, between boots, and between containers with own PID namespaces."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
     return f"{boot.read_text().strip()} {space.readlink()}" if boot.exists() else f"{socket.gethostname()}"
 
 
 def since_start() -> float:
-    """Seconds since the machine's start, suspended or not."""
+    """Return the seconds since the machine's boot, time suspended included."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def started(pid: int) -> float:
-    """When a process began, in a count that nobody sets: the kernel's ticks on Linux (proc_pid_stat(5), field 22).
+    """Return when a process began, on a clock that nobody sets: kernel ticks on Linux (proc_pid_stat(5), field 22).
 
-    psutil adds the time of the machine's start to them, which moves as its clock is set. Raises psutil.NoSuchProcess.
+    psutil adds the boot time to them, which moves when the clock is set. Raises psutil.NoSuchProcess.
     """
     if not psutil.LINUX:
         return psutil.Process(pid).create_time()
@@ -97,18 +98,19 @@ def started(pid: int) -> float:
 
 
 class Lease:
-    """The lease of ``folder``, a path or fsspec URL; a context manager. ``what`` names it in sentences.
+    """Holds the lease of ``folder``, a path or fsspec URL, while its context lasts.
 
-    Entering raises LeaseHeldError while a living owner has it, or waits for its end (``wait``). Once the lease is lost,
-    ``check`` raises LeaseLostError, the thread that entered is interrupted if it is the main one, and leaving turns
-    that interrupt into LeaseLostError.
+    ``what`` names the lease in messages; ``ttl`` is the time in seconds after which an owner without a beat is dead.
+    Entering raises LeaseHeldError while a live owner holds the lease, or with ``wait`` waits for it. Once the lease is
+    lost, ``check`` raises LeaseLostError. If the thread that entered is the main one, it is interrupted too, and
+    leaving the context turns that interrupt into LeaseLostError.
     """
 
     def __init__(self, folder: str | Path, what: str, *, wait: bool = False, ttl: float = TTL_S):
         self.what, self.wait, self.ttl = what, wait, ttl
         self._files = open_folder(f"{folder}/{layout.LEASE}")
         self._number = 0
-        self._lost = ""  # why
+        self._lost = ""  # why it was lost, empty while it is held
         self._mutex = threading.Lock()
         self._stopping = threading.Event()
 
@@ -125,7 +127,7 @@ class Lease:
         self._stopping.set()
         try:
             self._thread.join()
-        except KeyboardInterrupt as interrupt:  # sent by the thread just now
+        except KeyboardInterrupt as interrupt:  # sent by the renewing thread just before it ended
             error = error or interrupt
         if self._lost:
             if error is None or isinstance(error, KeyboardInterrupt):
@@ -133,17 +135,21 @@ class Lease:
             return
         try:
             self._renew(released=True)
-        except (StorageError, LeaseLostError):  # others will see that it is dead
+        except (StorageError, LeaseLostError):  # other processes will see that the owner is dead
             log.debug("the lease of %s could not be released", self.what)
 
     def check(self) -> None:
-        """Raise LeaseLostError unless this process still owns it; storage is asked where that was a while ago."""
+        """Raise LeaseLostError unless this process still owns the lease.
+
+        The claim is renewed first if its last beat is at least ``ttl`` / 2 seconds old.
+        """
         if not self._lost and since_start() - self._claim.beaten >= self.ttl / 2:
             self._keep()
         if self._lost:
             raise LeaseLostError(self._lost)
 
     def _acquire(self) -> None:
+        """Take the lease; wait for it, or raise LeaseHeldError, while a live owner holds it."""
         seen, since, told = None, since_start(), ""
         while True:
             number, claim = self._highest()
@@ -167,11 +173,11 @@ class Lease:
                 time.sleep(min(1.0, self.ttl / BEATS / 2))
 
     def _highest(self) -> tuple[int, Claim | None]:
-        """The highest number and its claim; 0 where there is none."""
+        """Return the highest number and its claim, or 0 and None if there is no claim."""
         while names := self._files.sizes():
             name = max(names)
             data = self._files.read(name)
-            if not data:  # removed meanwhile, as there is a higher one, or about to be written
+            if not data:  # just removed because a higher one exists, or not written yet
                 continue
             try:
                 return int(Path(name).stem), Claim(**json.loads(data))
@@ -180,13 +186,13 @@ class Lease:
         return 0, None
 
     def _take(self, number: int) -> bool:
-        """Create the claim ``number``; whether this process now owns the lease."""
+        """Create the claim ``number``, and return whether this process owns the lease."""
         process = (socket.gethostname(), this_machine(), os.getpid(), started(os.getpid()))
         claim = Claim(uuid.uuid4().hex, *process, self.ttl, beaten=since_start())
         if not self._files.create(file_name(number), claim.to_bytes()):
             return False
         names = sorted(self._files.sizes())
-        if names[-1:] != [file_name(number)]:  # this process slept, and others came and went
+        if names[-1:] != [file_name(number)]:  # while this process slept, others took and left the lease
             self._files.delete(file_name(number))
             return False
         for name in names[:-1]:
@@ -208,7 +214,7 @@ class Lease:
             self._claim = renewed
 
     def _keep(self) -> None:
-        """Renew; storage that does not answer may do so until the lease runs out."""
+        """Renew the claim; storage may fail to answer until the lease runs out."""
         try:
             self._renew()
         except LeaseLostError as error:
@@ -218,6 +224,7 @@ class Lease:
                 self._lost = str(error)
 
     def _beat(self) -> None:
+        """Renew the claim until the lease is left or lost; interrupt the main thread if it is lost."""
         while not self._stopping.wait(self.ttl / BEATS):
             self._keep()
             if self._lost:
@@ -227,11 +234,15 @@ class Lease:
 
 
 def file_name(number: int) -> str:
+    """Return the name of the file of a claim."""
     return f"{number:09d}.json"
 
 
 def interrupt_main_thread() -> None:
-    """As Ctrl-C does; by another signal where that one is ignored, as in a shell's background job."""
+    """Interrupt the main thread as Ctrl-C does.
+
+    SIGTERM is sent where SIGINT is ignored, as in a shell's background job.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         if callable(signal.getsignal(signum)) and (main := threading.main_thread().ident) is not None:
             signal.pthread_kill(main, signum)

@@ -1,8 +1,8 @@
-"""Runs behind a URL: a local mirror of the run directory, pulled at the start and pushed as it grows.
+"""Keeps a local mirror of a run behind a URL, pulled at the start and pushed as the run grows.
 
-Files that only grow (evaluations above all) go up as segments, ``evaluations.jsonl.parts/<offset>``, of whole lines and
-of new bytes only; a segment is created, never replaced, so that of two drivers only one can go on. Everything else goes
-up whole, if it has changed, the checkpoint last: a reader never sees one ahead of its evaluations.
+Append-only files (evaluations above all) are pushed as segments, ``evaluations.jsonl.parts/<offset>``, of complete new
+lines. A segment is created, never replaced, so that of two drivers only one can go on. All other files are pushed whole
+if they have changed, the checkpoint last: a reader never sees a checkpoint ahead of its evaluations.
 """
 
 import json
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Pushed:
-    """What of a mirror is remote already."""
+    """Records which content of a mirror is remote already."""
 
     version: str = ""
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
-    marks: dict[str, list[int]] = field(default_factory=dict)  # name -> time of change and bytes, when it was digested
-    bytes: dict[str, int] = field(default_factory=dict)  # of files that only grow
+    marks: dict[str, list[int]] = field(default_factory=dict)  # name -> time of change (ns) and bytes when digested
+    bytes: dict[str, int] = field(default_factory=dict)  # name -> bytes pushed of an append-only file
 
 
 class RunMirror:
-    """The local folder of a run whose storage is at ``url``."""
+    """The local mirror of a run whose storage is at ``url``."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -44,9 +44,9 @@ class RunMirror:
         self._pushed = Pushed()
 
     def pull(self) -> None:
-        """Make the mirror what is remote, unless it is that already, or ahead of it as the last that was pushed from.
+        """Bring the mirror up to date; nothing is fetched if the last push came from it.
 
-        Of a run that went on elsewhere, local files are replaced; what was not pushed is evaluated again.
+        If the run went on elsewhere, local files are replaced, and what was not pushed is evaluated again.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._pushed = self._state()
@@ -55,14 +55,14 @@ class RunMirror:
             self._pushed = Pushed()  # nothing is remote: the next push sends everything
         elif json.loads(version)["version"] != self._pushed.version:
             self._replace()
-        self._mark()  # whoever pushes from an older mirror from now on must pull before
+        self._mark()  # mirrors on other machines are outdated from here on, and must pull before they push
 
     def read(self, name: str) -> bytes | None:
-        """A remote file, without touching the mirror."""
+        """Return the content of a remote file, or None if there is none, without touching the mirror."""
         return self._remote.read(name)
 
     def push(self) -> None:
-        """Send what has changed."""
+        """Send everything that has changed. Raises StorageError if the remote has other lines than this run's."""
         before = asdict(self._pushed)
         for name in layout.GROWING:
             self._push_lines(name)
@@ -74,17 +74,18 @@ class RunMirror:
             self._mark()
 
     def _mark(self) -> None:
-        """Say which push was the last, here and there."""
+        """Record that this push was the last, remotely and in the mirror."""
         self._pushed.version = uuid.uuid4().hex
         self._remote.write(layout.PUSH_VERSION, json.dumps({"version": self._pushed.version}).encode())
         atomic_write_json(self.path / layout.PUSH_STATE, asdict(self._pushed), indent=None)
 
     def _state(self) -> Pushed:
+        """Return what the mirror has recorded as pushed."""
         file = self.path / layout.PUSH_STATE
         return Pushed(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Pushed()
 
     def _changed(self) -> dict[str, tuple[str, list[int]]]:
-        """Digests and marks of the files that differ from what is remote."""
+        """Return digest and mark of each file that differs from the remote one, by name."""
         found: dict[str, tuple[str, list[int]]] = {}
         for name in local_sizes(self.path, ""):
             if name in layout.GROWING or name == layout.WORKER_LIMIT or name.endswith(".lock"):
@@ -101,18 +102,18 @@ class RunMirror:
         return found
 
     def _push_lines(self, name: str) -> None:
-        """Send the whole lines behind what is remote of a file that only grows."""
+        """Send the complete lines of an append-only file that are not remote yet."""
         while data := self._new_lines(name, start := self._pushed.bytes.get(name, 0)):
             segment = f"{name}{layout.SEGMENTS}/{start:015d}"
             if not self._remote.create(segment, data):
                 there = self._remote.read(segment) or b""
                 if not there or not data.startswith(there):
                     raise StorageError(f"expected lines of this run in {self.url}/{segment}, found others")
-                data = there  # sent just before this process or another one of the run died, or lost its answer
+                data = there  # sent by a process of this run that then died, or did not get the answer
             self._pushed.bytes[name] = start + len(data)
 
     def _new_lines(self, name: str, start: int) -> bytes:
-        """Whole lines from byte ``start`` on."""
+        """Return the complete lines from byte ``start`` on."""
         if not (path := self.path / name).is_file():
             return b""
         with path.open("rb") as stream:
@@ -121,10 +122,10 @@ class RunMirror:
         return data[: data.rfind(b"\n") + 1]
 
     def _replace(self) -> None:
-        """Replace the mirror by what is remote."""
+        """Replace the mirror by the remote files."""
         log.info("fetching %s", self.url)
         for old in self.path.iterdir():
-            if old.name != layout.WORKER_LIMIT:  # says what may be held from here
+            if old.name != layout.WORKER_LIMIT:  # limits the workers of this machine's driver
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         names = [name for name in self._remote.sizes() if name != layout.PUSH_VERSION]
         state = Pushed()
@@ -141,7 +142,7 @@ class RunMirror:
         self._pushed = state
 
     def _join(self, name: str, segments: list[str]) -> int:
-        """Write a file of its segments; its bytes. Raises StorageError where one is missing."""
+        """Write a file from its segments, and return its bytes. Raises StorageError if a segment is missing."""
         total = 0
         with replacing(self.path / name) as temporary, temporary.open("wb") as stream:
             for segment in segments:
@@ -153,7 +154,10 @@ class RunMirror:
 
 @contextmanager
 def mirrored(location: str) -> Iterator[RunMirror | None]:
-    """The mirror of a URL, pulled, and pushed at the end; None for a path."""
+    """Yield the mirror of a URL, pulled at the start and pushed at the end; None for a path.
+
+    After an error nothing is pushed.
+    """
     mirror = RunMirror(location) if is_url(location) else None
     if mirror is not None:
         mirror.pull()

@@ -1,4 +1,4 @@
-"""The storage path is a border: what a run reads as its own artefacts and where it writes lies inside."""
+"""Checks that what a run reads as its own artefacts, and where it writes, is inside the storage path."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from bitgenome.common.errors import UserError
 
 
 def check_inside(path: Path, root: Path, what: str) -> Path:
-    """``path``, which ``what`` names. Raises UserError if it is not below ``root``, links followed."""
+    """Return ``path``, which ``what`` names in errors. Raises UserError unless it is below ``root``, links followed."""
     if root.resolve() not in path.resolve().parents:
         raise UserError(f"expected {what} inside the storage path {root}, found {path.resolve()}")
     return path

@@ -1,4 +1,4 @@
-"""The run directory: where a run's files lie, which run it belongs to, and who may write there."""
+"""Opens run directories: where a run's files are, which configuration it belongs to, and who may write there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,19 +29,22 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 
 class RunDirectory:
-    """A run's folder and its record. Use ``owned``, ``create`` or ``open``."""
+    """The directory of a run with its record; made by ``owned``, ``create`` or ``open``."""
 
     def __init__(self, path: Path, record: RunRecord, mirror: RunMirror | None = None):
         self.path = path
         self.record = record
-        self.mirror = mirror  # None: storage is a folder
+        self.mirror = mirror  # None: storage is a local directory
         self.lease: Lease | None = None  # of the one driver that may write here
         self.record.before_write = self.check
 
     @classmethod
     @contextmanager
     def owned(cls, config: RunConfig) -> Iterator["RunDirectory"]:
-        """``create`` it, as the only driver for as long as the context lasts; see ``own``."""
+        """Yield the directory of ``config``, new or continued, as its only driver while the context lasts.
+
+        Raises what ``create`` and ``own`` raise.
+        """
         check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
         location = f"{config.storage_root}/{config.name}"
         with Lease(location, f"the run {location}") as lease, mirrored(location) as mirror:
@@ -53,7 +56,7 @@ class RunDirectory:
 
     @classmethod
     def find(cls, config: RunConfig) -> "RunDirectory | None":
-        """Return the directory of ``config`` if something was evaluated in it.
+        """Return the directory of ``config`` if something was evaluated in it, else None.
 
         Raises UserError if it belongs to another configuration, naming the keys that differ.
         """
@@ -71,18 +74,18 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: RunConfig) -> "RunDirectory":
-        """Return the directory of ``config``, new or continued; one that has evaluated nothing yet is begun anew.
+        """Return the directory of ``config``, new or continued; one in which nothing was evaluated is started afresh.
 
-        Raises UserError if it belongs to another configuration, naming the keys that differ.
+        Raises UserError if it cannot be created, or belongs to another configuration, naming the keys that differ.
         """
         if existing := cls.find(config):
-            existing.record["config"] = config.model_dump(mode="json")  # workers and places may have changed
+            existing.record["config"] = config.model_dump(mode="json")  # workers and paths may have changed
             existing.record.save()
             return existing
         path = config.storage_path / config.name
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for stale in (layout.SENSITIVITY, layout.GENE_GROUPS):  # of an attempt that got no further
+            for stale in (layout.SENSITIVITY, layout.GENE_GROUPS):  # left by an attempt that evaluated nothing
                 (path / stale).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"expected to create the run directory {path}, found {error.strerror}") from None
@@ -94,8 +97,8 @@ class RunDirectory:
     def open(cls, location: Path | str) -> "RunDirectory":
         """Return an existing run, at a path or URL.
 
-        A link to a run elsewhere is none: its artefacts are not the storage path's. Raises UserError if there is no
-        run or its record cannot be read.
+        A link to a run elsewhere is refused: its artefacts are outside the storage path. Raises UserError if there is
+        no run or its record cannot be read.
         """
         mirror = RunMirror(str(location)) if is_url(location) else None
         if mirror is None:
@@ -109,15 +112,15 @@ class RunDirectory:
 
     @property
     def location(self) -> str:
-        """Path or URL."""
+        """Path or URL of the run directory."""
         return self.mirror.url if self.mirror else str(self.path)
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """Be its only driver for as long as the context lasts.
+        """Be the only driver of the run while the context lasts.
 
-        Raises LeaseHeldError, having touched nothing, while another driver works on it, and LeaseLostError once one
-        has taken over.
+        Raises LeaseHeldError, before anything is touched, while another driver works on the run, and LeaseLostError
+        once another driver has taken over.
         """
         with Lease(self.location, f"the run {self.location}") as self.lease:
             if self.mirror is not None:
@@ -130,7 +133,7 @@ class RunDirectory:
 
     @property
     def config(self) -> RunConfig:
-        """As it was begun, but stored where it was found."""
+        """The configuration that the run was started with, but with the storage path and name where it was found."""
         parent, _, name = (self.mirror.url if self.mirror else str(self.path.resolve())).rpartition("/")
         data = {**self.record["config"], "storage_path": parent, "storage_url": None, "name": name}
         return parse_config(data, f"{self.location}/{layout.RECORD}")
@@ -138,7 +141,7 @@ class RunDirectory:
     def artefact(self, key: str) -> Path:
         """Return the path that the record has for ``key``.
 
-        Behind a URL it is one in this machine's mirror, fetched if it is not there. Raises UserError if it is outside
+        Behind a URL it is a path in this machine's mirror, fetched if it is missing. Raises UserError if it is outside
         the storage path.
         """
         recorded, root = Path(self.record[key]), self.path.resolve().parent
@@ -149,12 +152,12 @@ class RunDirectory:
         return check_inside(recorded, root, f"the {key.replace('_', ' ')} of {self.location}/{layout.RECORD}")
 
     def check(self) -> None:
-        """Before a file is written: raise LeaseLostError if another driver has taken over."""
+        """Raise LeaseLostError if another driver has taken over; called before a file is written."""
         if self.lease is not None:
             self.lease.check()
 
     def sync(self) -> None:
-        """Behind a URL, send what has changed."""
+        """Send what has changed, if storage is behind a URL. Raises LeaseLostError if another driver has taken over."""
         self.check()
         if self.mirror is not None:
             self.mirror.push()

@@ -1,6 +1,6 @@
-"""The files of a run for who only looks at it: in a folder of this machine, or behind a URL, with logs in segments.
+"""Reads the files of a run for an observer, from a local directory or from a URL with logs in segments.
 
-The run may be writing meanwhile: files that are not there are empty.
+The run may be writing meanwhile: missing files are treated as empty.
 """
 
 from abc import ABC, abstractmethod
@@ -16,36 +16,36 @@ TAIL_BYTES = 1 << 16
 
 
 class RunFiles(ABC):
-    """Of one directory; names as the run's own driver has them."""
+    """Reads the files of one run directory, by the names that the run's own driver uses."""
 
-    def look(self) -> None:  # noqa: B027 - a folder of this machine is looked at with every call
-        """What ``size`` and ``lines`` say is as of now."""
+    def look(self) -> None:  # noqa: B027 - a local directory is read with every call
+        """Bring ``size`` and ``lines`` up to date."""
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the bytes of a file, 0 if there is none."""
 
     @abstractmethod
     def lines(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """Lines behind the byte ``start``, the last one perhaps without its end."""
+        """Yield the lines from byte ``start`` on; the last one may be incomplete."""
 
     def last_segment(self, name: str) -> int:
-        """The byte that the lines which were sent last begin at."""
+        """Return the byte at which the last segment of a file begins; 0 without segments."""
         return 0
 
     def record(self, name: str) -> dict[str, Any]:
-        """The object in a file; empty if there is none that can be read."""
+        """Return the object in a file, or {} if there is none that can be read."""
         return json_object(b"".join(self.lines(name)))
 
     def tail(self, name: str) -> list[str]:
-        """The last whole lines, up to ``TAIL_BYTES``; of segments those of the last one."""
+        """Return the last complete lines, from ``TAIL_BYTES`` at most; of a file in segments, from the last segment."""
         lines = self.lines(name, max(self.last_segment(name), self.size(name) - TAIL_BYTES))
         whole = [line.decode("utf-8", "replace").rstrip("\r\n") for line in lines if line.endswith(b"\n")]
         return [line for line in whole if line]
 
 
 class LocalRunFiles(RunFiles):
-    """In a folder of this machine."""
+    """Reads a run in a local directory."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -66,7 +66,7 @@ class LocalRunFiles(RunFiles):
 
 
 class RemoteRunFiles(RunFiles):
-    """Behind a URL, as its mirror was pushed last (see bitgenome.storage.mirror). Raises StorageError."""
+    """Reads a run behind a URL, as of its last push (see bitgenome.storage.mirror). Raises StorageError."""
 
     def __init__(self, url: str):
         self._folder = open_folder(url)
@@ -88,7 +88,7 @@ class RemoteRunFiles(RunFiles):
                 yield from data[max(0, start - offset) :].splitlines(keepends=True)
 
     def _parts(self, name: str) -> list[tuple[int, str]]:
-        """The segments of a file that grows, each with the byte that it begins at; another file is one."""
+        """Return the segments of a file, each with the byte at which it begins; a whole file is one segment."""
         if name in self._sizes:
             return [(0, name)]
         parts = sorted(part for part in self._sizes if part.startswith(f"{name}{layout.SEGMENTS}/"))
@@ -96,5 +96,5 @@ class RemoteRunFiles(RunFiles):
 
 
 def run_files(location: str | Path) -> RunFiles:
-    """Those at a path or URL."""
+    """Return the files of the run at a path or URL."""
     return RemoteRunFiles(str(location)) if is_url(location) else LocalRunFiles(Path(location))

@@ -1,4 +1,4 @@
-"""run.json: what a run was asked, what it has done, and where its artefacts lie."""
+"""Reads and writes run.json: a run's configuration, what it has done, and the paths of its artefacts."""
 
 import json
 import platform
@@ -20,9 +20,9 @@ RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "dea
 
 
 class RunRecord(UserDict[str, Any]):
-    """The object in a run's run.json; ``save`` writes it.
+    """Holds the object in a run's run.json as a dict; ``save`` writes it.
 
-    ``before_write`` is called in front of every write, and keeps the file from being written by raising.
+    ``before_write`` is called before every write; the file is not written if it raises.
     """
 
     def __init__(self, file: Path, values: dict[str, Any]):
@@ -32,7 +32,7 @@ class RunRecord(UserDict[str, Any]):
 
     @classmethod
     def begin(cls, file: Path, config: RunConfig) -> "RunRecord":
-        """Return the record of a run that has done nothing yet; it is not written."""
+        """Return the record of a run that has done nothing yet, without writing it."""
         record = {
             "schema": SCHEMA,
             "config": config.model_dump(mode="json"),
@@ -45,9 +45,9 @@ class RunRecord(UserDict[str, Any]):
 
     @classmethod
     def parse(cls, content: bytes, file: Path, source: str) -> "RunRecord":
-        """Return the record in ``content``; ``source`` names it in errors.
+        """Return the record in ``content``; ``source`` names it in errors, ``file`` is where it will be saved.
 
-        Raises UserError if it cannot be read, or is of another version.
+        Raises UserError if it cannot be read, or has another schema version.
         """
         try:
             record: dict[str, Any] = json.loads(content)
@@ -59,12 +59,12 @@ class RunRecord(UserDict[str, Any]):
         return cls(file, record)
 
     def save(self) -> None:
-        """Write run.json, atomically. Raises StorageError, and what ``before_write`` raises."""
+        """Write run.json atomically. Raises StorageError, and whatever ``before_write`` raises."""
         self.before_write()
         atomic_write_text(self.file, json.dumps(self.data, indent=1) + "\n")
 
     def pin(self, key: str, value: str) -> None:
-        """Record a digest once. Raises UserError if the run was begun with another."""
+        """Record a digest once. Raises UserError if the run was started with another."""
         digests = self.setdefault("digests", {})
         found = digests.get(key, value)
         if found != value:
@@ -77,7 +77,10 @@ class RunRecord(UserDict[str, Any]):
 
     @contextmanager
     def timed(self, stage: str, evaluations: int) -> Iterator[None]:
-        """Record that ``stage`` goes on, begun after ``evaluations``, and the time spent inside, however it ends."""
+        """Record that ``stage`` is running, and add the seconds spent in the context, however it ends.
+
+        ``evaluations`` is the number of evaluations before the stage.
+        """
         self["stage"] = {"name": stage, "since": round(time.time(), 2), "evaluations": evaluations}
         self.save()
         started = time.monotonic()
@@ -90,7 +93,7 @@ class RunRecord(UserDict[str, Any]):
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Record how this attempt ends, for who looks at the run later; a process that is killed records nothing."""
+        """Record how this attempt ends: finished, failed or stopped. A process that is killed records nothing."""
         for key in ("ended", "error"):
             self.pop(key, None)
         try:
@@ -101,7 +104,7 @@ class RunRecord(UserDict[str, Any]):
             self["error"] = str(error)
             raise
         finally:
-            with suppress(LeaseLostError, StorageError):  # the record is another driver's by then, or the disk is full
+            with suppress(LeaseLostError, StorageError):  # another driver owns the record by then, or the disk is full
                 self.save()
 
     @property

@@ -1,4 +1,7 @@
-"""Artefacts that several runs share: ``<storage_path>/shared/<kind>/<digest of all that they depend on>``."""
+"""Builds and exchanges artefacts that several runs share.
+
+An artefact is at ``<storage_path>/shared/<kind>/<digest of all that it depends on>``.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ from workers.storage.transfers import fetch, send_missing
 
 
 class Storage(Protocol):
-    """The settings that say where runs lie."""
+    """Settings that say where runs are stored."""
 
     @property
     def storage_path(self) -> Path: ...
@@ -21,42 +24,46 @@ class Storage(Protocol):
 
 
 def shared_directory(config: Storage, kind: str, digest: str) -> Path:
+    """Return the directory of a shared artefact, created if it is missing.
+
+    ``digest`` is that of everything that the artefact depends on.
+    """
     directory = config.storage_path / layout.SHARED / kind / digest[:16]
     directory.mkdir(parents=True, exist_ok=True)
-    return directory.resolve()  # workers have a working directory of their own
+    return directory.resolve()  # absolute, because workers have their own working directories
 
 
 def build_once(
     config: Storage, directory: Path, what: str, done: Callable[[], bool], build: Callable[[], None]
 ) -> None:
-    """Build the artefact ``what`` in ``directory`` unless it is ``done``; while another process does, wait for it.
+    """Build the artefact ``what`` in ``directory`` unless ``done`` returns True.
 
-    Behind a URL what is there remotely is fetched first, and what is built is sent.
+    While another process builds it, wait. Behind a URL, remote files are fetched first, and what is built is sent.
     """
     pull_shared(config, directory)
     if not done():
         location = f"{config.storage_url}/{shared_name(directory)}" if config.storage_url else directory
         with Lease(location, f"{what} {location}", wait=True):
             pull_shared(config, directory)
-            if not done():  # by whoever had the lease before
+            if not done():  # by the previous owner of the lease
                 build()
                 push_shared(config, directory)
-    push_shared(config, directory)  # also what an earlier attempt has built and not sent
+    push_shared(config, directory)  # also what an earlier attempt built but did not send
 
 
 def shared_name(directory: Path) -> str:
-    """Relative to the storage's root."""
+    """Return the name of a shared directory relative to the storage root."""
     return "/".join((layout.SHARED, *directory.parts[-2:]))
 
 
 def pull_shared(config: Storage, directory: Path) -> None:
-    """Fetch what of a shared directory is remote and not here."""
+    """Fetch the remote files of a shared directory that are missing here, if storage is behind a URL."""
     if config.storage_url:
         remote = open_folder(config.storage_url)
         fetch(remote, config.storage_path, shared_name(directory))
 
 
 def push_shared(config: Storage, directory: Path) -> None:
-    """Send what of a shared directory is here and not remote."""
+    """Send the files of a shared directory that are missing remotely, if storage is behind a URL."""
     if config.storage_url:
         send_missing(open_folder(config.storage_url), config.storage_path, shared_name(directory))

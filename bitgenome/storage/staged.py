@@ -1,4 +1,4 @@
-"""Models and pools where storage or model lie behind URLs: every node gets the files of its tasks."""
+"""Brings the files of tasks to every node where storage or model are behind URLs."""
 
 from pathlib import Path
 from typing import Protocol
@@ -13,14 +13,14 @@ from workers.storage.staging import StagedPool, StorageRoot, stage
 
 
 class StoredModel(Storage, Protocol):
-    """The settings that say where runs and model lie."""
+    """Settings that say where runs and model are stored."""
 
     @property
     def model(self) -> str: ...
 
 
 def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
-    """``pool``, with files brought to every node where storage or model lie behind URLs."""
+    """Return ``pool``, with files brought to every node if storage or model are behind URLs."""
     roots = []
     if config.storage_url:
         roots.append(StorageRoot(config.storage_path, config.storage_url))
@@ -32,16 +32,20 @@ def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
 
 
 def model_folder(digest: str) -> str:
-    """Below the storage: where a local model is put for other nodes."""
+    """Return the path below the storage root at which a local model is stored for other nodes."""
     return f"{layout.SHARED}/{layout.MODEL_KIND}/{digest[:16]}"
 
 
 def parent_of(url: str) -> str:
+    """Return the URL of the directory that contains ``url``."""
     return url.rstrip("/").rpartition("/")[0]
 
 
 def local_model(model: str) -> Path:
-    """Folder of a model: a local one, that of a Hugging Face id, or this machine's copy of one behind a URL."""
+    """Return the directory of a model.
+
+    ``model`` is a directory, a Hugging Face id, or a URL, of which this machine's copy is returned.
+    """
     if not is_url(model):
         return resolve_model(model).resolve()
     parent, name = parent_of(model), model.rstrip("/").rpartition("/")[2]
@@ -50,7 +54,10 @@ def local_model(model: str) -> Path:
 
 
 def with_stored_model(config: RunConfig, digest: str | None) -> RunConfig:
-    """``config``, with the model as it was stored for other nodes where its own folder is not on this machine."""
+    """Return ``config`` with the model as stored for other nodes, if its own directory is not on this machine.
+
+    ``digest`` is the recorded digest of the model. Without a stored model ``config`` is returned as it is.
+    """
     if not (config.storage_url and digest and Path(config.model).is_absolute()) or Path(config.model).is_dir():
         return config
     names = open_folder(f"{config.storage_url}/{model_folder(digest)}").sizes()

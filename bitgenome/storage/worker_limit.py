@@ -1,6 +1,6 @@
-"""workers.json: how many workers a running search may hold, told from outside while it runs.
+"""Reads and writes workers.json, which limits the workers of a running search from outside.
 
-A person writes ``{"most": 3}``; a batch adds its name, so that it can tell its own word from a person's.
+A person writes ``{"most": 3}``; a batch adds its name, so that it can tell its own limit from a person's.
 """
 
 import logging
@@ -11,13 +11,13 @@ from bitgenome.common.files import atomic_write_json, json_object
 
 log = logging.getLogger(__name__)
 
-SHOWN = 80  # characters of a file that says something else
+SHOWN = 80  # characters shown of a file that holds anything else
 
 
 class WorkerLimit:
-    """The most workers that the run at ``run`` may hold now; None if nobody said, or nothing that can be read.
+    """Returns, when called, the most workers that the run at ``run`` may hold; None without a readable limit.
 
-    Called again and again, it logs what the file says whenever that changes.
+    It is called repeatedly, and logs what the file says whenever that changes.
     """
 
     def __init__(self, run: Path):
@@ -30,13 +30,14 @@ class WorkerLimit:
             content = self._file.read_bytes()
         except FileNotFoundError:
             content = None
-        except OSError:  # of storage that does not answer: what it said last
+        except OSError:  # storage does not answer: the last limit holds
             return self._most
         if content != self._content:
             self._content, self._most = content, self._understood(content)
         return self._most
 
     def _understood(self, content: bytes | None) -> int | None:
+        """Return the limit in a file's content, and log it."""
         if content is None:
             log.info("as many workers as there is work for: %s is gone", self._file)
             return None
@@ -52,9 +53,9 @@ class WorkerLimit:
 
 
 def write_limit(run: Path, most: int, batch: str | None = None) -> None:
-    """Let the run at ``run`` hold at most ``most`` workers from now on; a ``batch`` leaves what a person wrote.
+    """Let the run at ``run`` hold at most ``most`` workers; a ``batch`` does not replace a person's limit.
 
-    Raises ValueError unless it is at least 1.
+    Raises ValueError unless ``most`` is at least 1.
     """
     if most < 1:
         raise ValueError(f"expected at least 1 worker, found {most}")
@@ -66,7 +67,7 @@ def write_limit(run: Path, most: int, batch: str | None = None) -> None:
 
 
 def withdraw_limit(run: Path, batch: str) -> None:
-    """Remove what ``batch`` wrote."""
+    """Remove the limit of the run at ``run`` if ``batch`` wrote it."""
     file = run / layout.WORKER_LIMIT
     if file.is_file() and json_object(file.read_bytes()).get("batch") == batch:
         file.unlink(missing_ok=True)

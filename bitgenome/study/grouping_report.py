@@ -1,4 +1,4 @@
-"""Pictures and figures of mutual information: who shares with whom, how it was grouped, and what that cost."""
+"""Reports mutual information: what channels and layers share, how they were grouped, and what that cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +19,14 @@ mpl.use("Agg")  # pictures are files; no display is needed
 from matplotlib import pyplot
 
 CHANNELS_PICTURE, LAYERS_PICTURE = "mutual-information-channels.png", "mutual-information-layers.png"
-MOST_TICKS = 64  # members that are named on the axes
+MOST_TICKS = 64  # members named on an axis
 
 
 def write_grouping_report(path: Path, setup: StudySetup, method: MutualInformation) -> str:
-    """Draw the channels of the middle input group and the layers of the model as ``method`` groups them; Markdown."""
+    """Draw how ``method`` groups the channels of the middle input group and the layers of the model; return Markdown.
+
+    Pictures are written to the directory ``path``.
+    """
     assert setup.samples is not None
     sampled = [name for name in setup.groups if group_file(setup.samples, name).is_file()]
     middle = sampled[len(sampled) // 2]
@@ -50,7 +53,10 @@ def write_grouping_report(path: Path, setup: StudySetup, method: MutualInformati
 
 
 def costs(results: Sequence[MethodResult]) -> list[str]:
-    """Markdown rows of what each method of groups took; its information is computed once and kept for the next."""
+    """Return Markdown rows of what each method of groups cost, in seconds.
+
+    Mutual information is computed once and kept for later methods.
+    """
     grouped = [result for result in results if result.method["kind"] == "mutual_information"]
     return [
         "| method | groups | KL | seconds | mutual information and clusters, at first |",
@@ -64,7 +70,10 @@ def costs(results: Sequence[MethodResult]) -> list[str]:
 
 
 def draw(path: Path, affinity: np.ndarray, labels: np.ndarray, title: str, names: Sequence[str] = ()) -> None:
-    """The matrix in the order of its groups, and each group's size and redundancy."""
+    """Draw the matrix ``affinity`` (n, n) in the order of its groups, and each group's size and redundancy.
+
+    ``labels`` (n,) are the groups; ``names``, if given, label the rows.
+    """
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels)
     figure, (matrix, bars) = pyplot.subplots(1, 2, figsize=(13, 7), width_ratios=(3, 2), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a study leaves for a person: one table, one picture, and how each method spread its bits."""
+"""Writes the report of a study: one table, one picture, and how each method spread its bits."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -32,17 +32,21 @@ MARKERS = "osD^vP*X<>"
 
 
 def statistics_of(result: MethodResult) -> AllocationStatistics:
+    """Return statistics of how a method spread its bits."""
     return AllocationStatistics(result.label, result.layers)
 
 
 def results_frame(results: Sequence[MethodResult]) -> pd.DataFrame:
-    """A row a method: label, line and FIGURES, in the order given."""
+    """Return a frame with a row per method, in the order given: label, line and FIGURES."""
     names = [field.name for field in fields(MethodResult) if field.name in ("line", "label", *FIGURES)]
     return pd.DataFrame([{name: getattr(result, name) for name in names} for result in results])
 
 
 def write_report(path: Path, config: StudyConfig, results: Sequence[MethodResult], more: str = "") -> None:
-    """results.parquet, results.csv, allocations.parquet, kl-over-bits.svg and report.md, which ends in ``more``."""
+    """Write the files of the report into the directory ``path``.
+
+    They are results.parquet, results.csv, allocations.parquet, kl-over-bits.svg and report.md, which ends in ``more``.
+    """
     frame = results_frame(results)
     atomic_write_bytes(path / layout.RESULTS_PARQUET, frame.to_parquet(index=False))
     atomic_write_text(path / layout.RESULTS_CSV, frame.to_csv(index=False))
@@ -53,7 +57,7 @@ def write_report(path: Path, config: StudyConfig, results: Sequence[MethodResult
 
 
 def markdown(config: StudyConfig, results: Sequence[MethodResult]) -> str:
-    """The report as Markdown: the table, and the picture by its name."""
+    """Return the report as Markdown: the table, and the picture by its name."""
     lines = [
         f"# {config.name}",
         "",
@@ -73,6 +77,7 @@ def markdown(config: StudyConfig, results: Sequence[MethodResult]) -> str:
 
 
 def cells(result: MethodResult) -> tuple[str, ...]:
+    """Return a method's row of the table as text."""
     return (
         result.label,
         f"{result.average_bits:.3f}",
@@ -86,7 +91,7 @@ def cells(result: MethodResult) -> tuple[str, ...]:
 
 
 def draw(path: Path, results: Sequence[MethodResult]) -> None:
-    """KL over average bits, one line a method; the picture's bytes do not depend on when it was drawn."""
+    """Draw KL over average bits, one curve per ``line``; the picture's bytes do not depend on when it is drawn."""
     with mpl.rc_context({"svg.hashsalt": "bitgenome", "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         lines = list(dict.fromkeys(result.line for result in results))
@@ -101,7 +106,7 @@ def draw(path: Path, results: Sequence[MethodResult]) -> None:
 
 
 def show_results(results: Sequence[MethodResult], path: Path, console: Console) -> None:
-    """The closing table of a study."""
+    """Show the closing table of a study."""
     table = Table(
         title=f"Held-out test text; full precision has perplexity {results[0].full_perplexity:.3f}",
         title_justify="left",
@@ -115,7 +120,7 @@ def show_results(results: Sequence[MethodResult], path: Path, console: Console) 
 
 
 def show_allocation(statistics: AllocationStatistics, console: Console) -> None:
-    """How one method spread its bits, layer by layer."""
+    """Show how one method spread its bits, layer by layer."""
     table = Table(title=f"{statistics.method}: {statistics.average_bits:.3f} bits on average", title_justify="left")
     levels = list(statistics.channels)
     for name in ("layer", "bits", *(f"{bits} bits" for bits in levels), "importance"):

@@ -1,4 +1,4 @@
-"""A study from configuration to report: calibration as every run's, then each method measured once and kept."""
+"""Runs a study from configuration to report: calibration as in a run, then each method measured once and kept."""
 
 import json
 import logging
@@ -39,22 +39,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study that can be done: its model is there and its text fits."""
+    """Holds a study that can be run: its model exists and its text fits."""
 
     study: Study
     folder: ModelFolder
 
     @property
     def config(self) -> StudyConfig:
+        """Settings of the study."""
         return self.study.config
 
     @property
     def path(self) -> Path:
+        """Directory of the study."""
         return self.config.storage_path / self.config.name
 
 
 def plan_study(study: Study) -> StudyPlan:
-    """Check model, architecture and text; raises UserError for the first that does not fit."""
+    """Check model, architecture, methods and text, and return the plan.
+
+    Raises UserError for the first that does not fit.
+    """
     folder = ModelFolder(local_model(study.config.model))
     columns = min(shape[-1] for shape in quantizable_tensors(folder).values())
     for method in study.methods:
@@ -70,7 +75,7 @@ def plan_study(study: Study) -> StudyPlan:
 
 
 class ResultsLog:
-    """Results by digest of method, model, text and damping, one JSON line each, appended as they come."""
+    """Keeps results by digest of method, model, text and damping, one JSON line each, appended as they come."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -79,18 +84,23 @@ class ResultsLog:
         self.found = {record["digest"]: result_of(record["result"]) for record in map(json.loads, lines)}
 
     def append(self, digest: str, result: MethodResult) -> None:
+        """Keep one result."""
         self.found[digest] = result
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"digest": digest, "result": result.to_json()}) + "\n")
 
 
 def result_of(record: dict[str, Any]) -> MethodResult:
+    """Return the result in a JSON record."""
     layers = [{**r, "channels": {int(b): n for b, n in r["channels"].items()}} for r in record["layers"]]
     return MethodResult(**record | {"layers": tuple(LayerRecord(**r) for r in layers)})
 
 
 def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]:
-    """Measure every method that has no result yet, then write tables and picture; the directory and all results."""
+    """Measure every method that has no result yet, write tables and picture, and return the directory and all results.
+
+    Raises UserError for what the user can fix, and TaskError or WorkersLostError if the workers fail.
+    """
     plan = plan_study(study)
     windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     if any(method.needs_samples for method in study.methods):
@@ -107,18 +117,18 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of the command over a pool."""
+    """Runs a study over a pool."""
 
     plan: StudyPlan
     windows: TokenWindows
     pool: Pool
     track: Track
     lease: Lease
-    mirror: RunMirror | None  # None: storage is a folder
+    mirror: RunMirror | None  # None: storage is a local directory
 
     @cached_property
     def setup(self) -> StudySetup:
-        """Calibrates where no earlier run or study did."""
+        """What workers need to measure methods; calibrates unless an earlier run or study did."""
         plan, config = self.plan, self.plan.config
         plan.folder.check_finite()
         windows_file = (plan.path / layout.WINDOWS).resolve()
@@ -136,7 +146,7 @@ class StudyRun:
         )
 
     def results(self) -> list[MethodResult]:
-        """In the order of the methods."""
+        """Measure the missing methods, write the report, and return all results in the order of the methods."""
         archive = ResultsLog(self.plan.path / layout.STUDY_RESULTS)
         wanted = {self.digest(method): method for method in self.plan.study.methods}
         missing = {digest: method for digest, method in wanted.items() if digest not in archive.found}
@@ -156,18 +166,19 @@ class StudyRun:
         return results
 
     def grouping_section(self, results: list[MethodResult]) -> str:
-        """Markdown, with pictures, of the first method of mutual information; "" where there is none."""
+        """Return Markdown, with pictures, of the first method of mutual information, or "" if there is none."""
         grouped = [method for method in self.plan.study.methods if isinstance(method, MutualInformation)]
         if not grouped:
             return ""
         return "\n".join(["", write_grouping_report(self.plan.path, self.setup, grouped[0]), *costs(results)])
 
     def digest(self, method: Method) -> str:
+        """Return the digest by which a method's result is kept."""
         samples = [self.plan.config.activation_samples] if method.needs_samples else []
         return digest_of(self.setup.key, method.model_dump(mode="json"), *samples)
 
     def record(self) -> dict[str, Any]:
-        """Configuration and digests, for study.json."""
+        """Return configuration and digests, for study.json."""
         return {
             "config": self.plan.config.model_dump(mode="json"),
             "methods": [method.model_dump(mode="json") for method in self.plan.study.methods],

@@ -1,4 +1,4 @@
-"""Text that every Python installation carries: the sources of its standard library."""
+"""This module reads text that every Python installation has: the sources of its standard library."""
 
 import json
 import sysconfig
@@ -15,14 +15,14 @@ EXCLUDED_DIRECTORIES = frozenset(
 
 
 def stdlib_root() -> Path:
-    """Folder of the running interpreter's standard library."""
+    """Return the directory of the running interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def read_modules(modules: Sequence[str]) -> dict[str, str]:
-    """Source text of single-file standard library modules, by name, in the order given.
+    """Return the source text of single-file standard library modules, by name, in the order given.
 
-    Modules that this interpreter no longer ships are left out; the caller sees it by their absence.
+    Modules that this interpreter does not ship are missing from the result.
     """
     root = stdlib_root()
     files = {name: root / f"{name}.py" for name in modules}
@@ -30,7 +30,7 @@ def read_modules(modules: Sequence[str]) -> dict[str, str]:
 
 
 def load_held_out(splits_file: Path) -> dict[str, list[str]]:
-    """Held-out module names by split, from the ``splits.json`` that lies beside a model.
+    """Return the names of held-out modules by split, read from ``splits_file`` (a model's ``splits.json``).
 
     Raises UserError if the file does not list modules for every split.
     """
@@ -42,7 +42,10 @@ def load_held_out(splits_file: Path) -> dict[str, list[str]]:
 
 
 def training_documents(held_out: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(relative path, source) of every standard library file that is not held out, in sorted order."""
+    """Yield (path relative to the library, source) of every library file that is not held out, in sorted order.
+
+    ``held_out`` lists names of top-level modules and packages. Files in EXCLUDED_DIRECTORIES are left out too.
+    """
     root = stdlib_root()
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)

@@ -1,4 +1,4 @@
-"""Token windows for calibration, search, validation and test, read from disjoint text."""
+"""This module cuts disjoint text into token windows for calibration, search, validation and test."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from evaluators.model.folder import ModelFolder, ModelFolderError
 
 
 class TextError(UserError):
-    """The text cannot serve; the message is one sentence for the user."""
+    """Raised for text that is missing, too short or shared by two splits; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Windows (n, T) of int64 token ids by split, and the digest of the text they came from.
+    """Holds windows (n, T) of int64 token ids by split, and the sha256 of all of them.
 
     The windows of a split are spread over all of its documents and shuffled, so that any prefix is a fair sample.
     """
@@ -30,29 +30,31 @@ class TokenWindows:
 
     @property
     def window(self) -> int:
-        """Tokens of a window."""
+        """Length T of a window, in tokens."""
         return int(next(iter(self.windows.values())).shape[1])
 
     def take(self, split: str, tokens: int, draw: int = 0) -> np.ndarray:
-        """The first windows of ``split`` that hold ``tokens`` tokens, at least one.
+        """Return the first windows (n, T) of ``split`` that hold at most ``tokens`` tokens, but at least one window.
 
-        ``draw`` numbers the random order of the windows; 0 is the one they have.
+        ``draw`` is the seed of a random order of the windows; 0 keeps the stored order.
         """
         rows = self.windows[split]
         count = max(1, tokens // rows.shape[1])
         return rows[:count] if draw == 0 else rows[np.random.default_rng(draw).permutation(len(rows))[:count]]
 
     def to_bytes(self) -> bytes:
+        """Return the windows as a safetensors file."""
         return save(dict(self.windows), metadata={"digest": self.digest})
 
     @classmethod
     def load(cls, path: Path) -> "TokenWindows":
+        """Read a file of ``to_bytes``; the digest is computed anew."""
         windows = load_file(path)
         return cls(windows, windows_digest(windows))
 
 
 def windows_digest(windows: Mapping[str, np.ndarray]) -> str:
-    """sha256 over all windows by split name."""
+    """Return the sha256 over names, shapes and token ids of all splits, in the order of their names."""
     digest = hashlib.sha256()
     for split in sorted(windows):
         digest.update(f"{split}{windows[split].shape}".encode())
@@ -61,7 +63,7 @@ def windows_digest(windows: Mapping[str, np.ndarray]) -> str:
 
 
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """The folder's own tokenizer. Raises ModelFolderError if there is none."""
+    """Load the folder's own tokenizer. Raises ModelFolderError if there is none that can be read."""
     try:
         return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
@@ -70,12 +72,15 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 def stdlib_documents(held_out: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Sources of the held-out modules of the running interpreter's standard library, by split."""
+    """Return the sources of the held-out modules by split, from the running interpreter's standard library."""
     return {split: list(read_modules(held_out[split]).values()) for split in SPLITS}
 
 
 def file_documents(files: Mapping[str, Path]) -> dict[str, list[str]]:
-    """One document a split, from UTF-8 files. Raises TextError for a file that is missing or shared by two splits."""
+    """Read one document per split from UTF-8 ``files``.
+
+    Raises TextError for a file that is missing or shared by two splits.
+    """
     if len({path.resolve() for path in files.values()}) < len(files):
         raise TextError("expected a file of its own for each split, found the same file twice: splits must be disjoint")
     for split, path in files.items():
@@ -85,7 +90,10 @@ def file_documents(files: Mapping[str, Path]) -> dict[str, list[str]]:
 
 
 def divide_file(path: Path, shares: Mapping[str, float]) -> dict[str, list[str]]:
-    """Consecutive parts of one UTF-8 file, cut at line ends, by share of its length."""
+    """Divide the lines of one UTF-8 file into consecutive parts, one document per split.
+
+    ``shares`` are relative numbers of lines; they need not add up to 1. Raises TextError if there is no such file.
+    """
     if not path.is_file():
         raise TextError(f"expected a text file, found nothing at {path}")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -101,9 +109,10 @@ def token_windows(
     tokens: Mapping[str, int],
     seed: int,
 ) -> TokenWindows:
-    """Windows of ``window`` tokens: ``tokens[split]`` tokens of each split, evenly spread, then shuffled.
+    """Cut each split's ``documents`` into windows of ``window`` tokens and choose ``tokens[split]`` tokens of them.
 
-    Raises TextError if a split holds fewer tokens than asked.
+    The chosen windows (at least one) are evenly spread over the split, then shuffled by ``seed``. Raises TextError if a
+    split holds fewer tokens than asked for.
     """
     windows = {}
     for split, wanted in tokens.items():
@@ -121,7 +130,7 @@ def token_windows(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> np.ndarray:
-    """Token ids of the documents one after another, an end-of-text token behind each."""
+    """Return the token ids of the documents in one row, int64 (n,), with an end-of-text token after each document."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"] if documents else []
     return np.array([token for ids in encoded for token in [*ids, *separator]], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Inputs of quantized linear layers in llama.cpp's 8-bit blocks, for a model that runs in floats."""
+"""This module rounds inputs of quantized linear layers to llama.cpp's 8-bit blocks, in a model that runs in floats."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,16 +10,20 @@ from quantizers.formats.table import QuantFormat
 
 
 def straight_through(kind: str, x: Tensor) -> Tensor:
-    """``x`` in 8-bit blocks of ``kind``; gradients pass as if it were not rounded (Bengio et al. 2013, section 2.3)."""
+    """Return ``x`` rounded to blocks of ``kind``, a result of ``quantizers.formats.activations.input_type``.
+
+    Gradients pass as if it were not rounded (Bengio et al. 2013, section 2.3).
+    """
     if not x.requires_grad:
         return quantized_input(kind, x.float())
     return x + (quantized_input(kind, x.detach()) - x.detach())
 
 
 class EightBitInputs:
-    """From now on every linear of ``model`` whose weight has a format in ``formats`` reads its input in 8 bits.
+    """Hooks the linear layers of ``model`` so that those whose weight has a format in ``formats`` read 8-bit inputs.
 
-    ``formats`` is read at every pass, so its owner may change it. Linears that read one tensor share the work.
+    ``formats``, by Hugging Face name, is read at every pass, so its owner may change it. An input that several layers
+    read is rounded once.
     """
 
     def __init__(self, model: BlockModel, formats: Mapping[str, QuantFormat | None]):
@@ -43,6 +47,6 @@ class EightBitInputs:
         return self._last[2]
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """(..., D) final hidden states as the head's product reads them."""
+        """Return the final hidden states (..., D), rounded if the head's weight has a format."""
         fmt = self._formats.get(self._head)
         return hidden if fmt is None else straight_through(input_type(fmt), hidden)

@@ -1,4 +1,4 @@
-"""How many windows of text go through a block at once."""
+"""This module runs windows of text through a block in batches, smaller ones after memory ran out."""
 
 import logging
 from collections.abc import Callable
@@ -14,18 +14,20 @@ CPU_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's own all
 
 
 class Batches:
-    """Runs (B, T, ...) tensors through functions of windows, ``windows`` at once, fewer once memory ran out."""
+    """Applies functions to tensors (B, T, ...) in batches of ``windows`` windows, of fewer after memory ran out."""
 
     def __init__(self, windows: int):
         self.windows = windows
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Split ``rows`` (B, T, ...) into batches."""
         return rows.split(self.windows)
 
     def run(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """``function`` of ``rows``; where that needs more memory than there is, of halves, which becomes the rule.
+        """Return ``function(rows)``, computed batch by batch for ``rows`` (B, T, ...).
 
-        Raises what ``function`` raised if one window is too much already.
+        If memory runs out, the batch size becomes half the rows of the batch that failed, which is tried again. Raises
+        what ``function`` raised if not even one window fits.
         """
         pieces = self.split(rows)
         if len(pieces) > 1:
@@ -42,7 +44,7 @@ class Batches:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocation that failed."""
+    """Return whether ``error`` is a failed allocation, on a device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(message in str(error) for message in CPU_MESSAGES)

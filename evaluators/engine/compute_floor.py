@@ -1,4 +1,7 @@
-"""What computing in another type than float32 costs by itself: the KL below which differences are rounding."""
+"""This module measures the KL that computing in a type other than float32 causes by itself.
+
+Differences of KL below this floor are rounding.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,21 +17,24 @@ from evaluators.engine.weights import ModelWeights
 from evaluators.model.block_model import BlockModel
 from search.types import Fidelity
 
-WINDOWS = 2  # of text, the first of a fidelity
+WINDOWS = 2  # windows of text to measure on, the first of a fidelity
 
 
 @dataclass(frozen=True)
 class ComputeFloor:
-    """``kl`` in nats per token from the full-precision model in float32 to itself in ``compute``, over ``tokens``."""
+    """Holds the KL from the full-precision model in float32 to the same model in the type ``compute``.
+
+    ``kl`` is in nats per token, the mean over ``tokens`` tokens.
+    """
 
     compute: str
-    kl: float  # infinite where activations leave the type's range
+    kl: float  # infinite if activations leave the type's range
     tokens: int
 
 
 @dataclass(frozen=True)
 class MeasureComputeFloor:
-    """Pool task: the floor of the type in which this worker computes; None where that is float32."""
+    """Pool task that measures the floor of the type in which its worker computes."""
 
     setup: EvaluatorSetup
     fidelity: Fidelity
@@ -38,11 +44,16 @@ class MeasureComputeFloor:
         return "compute floor"
 
     def run(self, state: dict[Any, Any]) -> ComputeFloor | None:
+        """Return the floor; None if the worker computes in float32."""
         return compute_floor(warm_evaluator(self.setup, state), self.fidelity)
 
 
 def compute_floor(evaluator: GenomeEvaluator, fidelity: Fidelity) -> ComputeFloor | None:
-    """None if the evaluator computes in float32. In memory is one block more than the evaluator's own."""
+    """Return the floor of the evaluator's compute type, on the first WINDOWS windows of the text of ``fidelity``.
+
+    None if the evaluator computes in float32. The float32 model is streamed, so this takes the memory of one block
+    more than the evaluator's own.
+    """
     sweep = evaluator.sweep
     if sweep.model.compute == torch.float32:
         return None

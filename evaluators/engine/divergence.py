@@ -1,6 +1,7 @@
-"""What a quantized model loses against the full-precision one, over every position and the whole vocabulary.
+"""This module compares a quantized model's outputs with the full-precision model's.
 
-Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of positions at a time.
+All positions and the whole vocabulary count. Logits are computed for one chunk of positions at a time. Shapes: B
+windows, T positions of a window, P positions, D hidden size, V vocabulary.
 """
 
 import math
@@ -14,14 +15,18 @@ from torch import Tensor
 
 from evaluators.model.head import Head
 
-CHUNK_LOGITS = 1 << 20  # logits of one chunk: four megabytes, which stay in a CPU's cache
-MIN_CHUNK = 64  # positions, for large vocabularies
-CACHE_BYTES = 1 << 28  # reference logits and probabilities are kept up to this size, else recomputed chunk by chunk
+CHUNK_LOGITS = 1 << 20  # logits of one chunk: 4 MiB in float32, which stay in a CPU's cache
+MIN_CHUNK = 64  # fewest positions of a chunk, for large vocabularies
+CACHE_BYTES = 1 << 28  # for reference logits and probabilities; larger ones are recomputed chunk by chunk
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over positions; ``kl`` in nats per token, reference to candidate."""
+    """Holds how far a candidate model is from the reference, in means over positions.
+
+    ``kl`` is KL(reference || candidate) in nats per token, ``logit_mse`` the mean squared difference of logits,
+    ``perplexity`` the candidate's own.
+    """
 
     kl: float
     logit_mse: float
@@ -30,7 +35,10 @@ class Divergence:
 
     @classmethod
     def of(cls, errors: Tensor) -> "Divergence":
-        """From (B, 3) errors of windows, see Reference.errors. Raises FloatingPointError if they are not finite."""
+        """Return the mean of the ``errors`` (B, 3) of windows, as Reference.errors returns them.
+
+        Raises FloatingPointError if their KL is not finite.
+        """
         kl, mse, loss = errors.mean(0).tolist()
         if not math.isfinite(kl):
             raise FloatingPointError("the quantized model's logits are not finite")
@@ -38,21 +46,22 @@ class Divergence:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Divergence":
+        """Return the divergence of a JSON object with the fields' names. Raises TypeError for other names."""
         return cls(**{**record, "window_kl": tuple(record.get("window_kl", ()))})
 
 
 def chunk_positions(head: Head) -> int:
-    """Positions of one chunk whose logits stay small."""
+    """Return the number of positions in a chunk for the vocabulary of ``head``."""
     return chunk_size(len(head.weight)) // len(head.weight)
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Logits of one chunk."""
+    """Return the number of logits in a chunk, a multiple of ``vocabulary``."""
     return max(MIN_CHUNK, CHUNK_LOGITS // vocabulary) * vocabulary
 
 
 class _Chunk(NamedTuple):
-    """Full-precision ``logits`` and ``probs`` (P, V) of some positions, and the normalizing ``log_sum`` (P,)."""
+    """Holds full-precision ``logits`` and ``probs`` (P, V) of a chunk, and their log-sum-exp ``log_sum`` (P,)."""
 
     logits: Tensor
     probs: Tensor
@@ -60,9 +69,10 @@ class _Chunk(NamedTuple):
 
 
 class Reference:
-    """Final hidden states (P, D) and head of the full-precision model, and the token that follows each position.
+    """Compares candidates with the full-precision model, given by its final ``hidden`` states (B, T, D) and ``head``.
 
-    ``targets`` (P,) holds -1 where nothing follows. Logits and probabilities stay if they take ``cache_bytes`` or less.
+    ``ids`` (B, T) are the tokens; ``targets`` (P,) holds the token that follows each position, -1 for a window's last.
+    Reference logits and probabilities are kept if they take at most ``cache_bytes`` bytes.
     """
 
     def __init__(self, hidden: Tensor, head: Head, ids: Tensor, cache_bytes: int = CACHE_BYTES):
@@ -73,7 +83,7 @@ class Reference:
         self._step = chunk_positions(head)
         cached = 2 * len(self.hidden) * len(head.weight) * head.weight.element_size() <= cache_bytes
         kept = list(self._compute(head)) if cached else None
-        self._chunks = partial(self._compute, head) if kept is None else lambda: kept  # which need no head any more
+        self._chunks = partial(self._compute, head) if kept is None else lambda: kept  # which keep no head alive
 
     @torch.inference_mode()
     def _compute(self, head: Head) -> Iterable[_Chunk]:
@@ -83,7 +93,7 @@ class Reference:
             yield _Chunk(logits, (logits - log_sum[:, None]).exp_(), log_sum)
 
     def compare(self, hidden: Tensor, head: Head) -> Divergence:
-        """Divergence of a model with final ``hidden`` states (B, T, D) and ``head`` from this reference.
+        """Return the divergence of a candidate with final ``hidden`` states (B, T, D) and ``head`` from this reference.
 
         Raises FloatingPointError if the candidate's logits are not finite.
         """
@@ -91,10 +101,11 @@ class Reference:
 
     @torch.inference_mode()
     def errors(self, candidates: Sequence[Tensor], head: Head) -> list[Tensor]:
-        """(B, 3) KL, squared logit error and cross-entropy of each window, for final hidden states (B, T, D) each.
+        """Return, for each candidate, the KL, squared logit error and cross-entropy of each window, float64 (B, 3).
 
-        Means over positions, float64; not finite where the candidate's logits are not. The reference's logits are made
-        once for all candidates.
+        ``candidates`` are final hidden states (B, T, D) of models with one ``head``. Errors are means over positions,
+        KL and cross-entropy in nats; they are not finite where the candidate's logits are not. Reference logits are
+        computed once for all candidates.
         """
         found = [torch.empty(3, len(self.hidden), dtype=torch.float64, device=self.hidden.device) for _ in candidates]
         rows = [hidden.flatten(0, 1) for hidden in candidates]
@@ -103,11 +114,11 @@ class Reference:
             for row, result in zip(rows, found, strict=True):
                 result[:, part] = self._chunk_errors(chunk, head(row[part]), self.targets[part])
         B, T = candidates[0].shape[:2]
-        counts = torch.tensor([T, T, T - 1], dtype=torch.float64, device=self.hidden.device)  # nothing follows the last
+        counts = torch.tensor([T, T, T - 1], dtype=torch.float64, device=self.hidden.device)  # the last has no target
         return [result.view(3, B, T).sum(-1).T / counts for result in found]
 
     def _chunk_errors(self, chunk: _Chunk, logits: Tensor, targets: Tensor) -> Tensor:
-        """(3, P) of a candidate's logits (P, V), which are changed."""
+        """Return KL, squared error and cross-entropy (3, P) for a candidate's ``logits`` (P, V), overwriting these."""
         target_logits = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].double()
         difference = logits.sub_(chunk.logits)
         mse = torch.linalg.vector_norm(difference, dim=-1).double().square() / difference.shape[-1]
@@ -117,15 +128,15 @@ class Reference:
 
 
 def kl_of_differences(probs: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(P || Q) and log(sum exp q) - log(sum exp p), each (P,) float64, from ``probs`` of P and logits q - p (P, V).
+    """Return KL(P || Q) in nats and log(sum exp q) - log(sum exp p), each float64 (P,).
 
-    With d = q - p and Z the sums of exponentials: log(Zq / Zp) = log E[exp d] and KL = log E[exp d] - E[d],
-    expectations under P. Written with expm1 and log1p, nothing cancels where the two models are close, and float32 is
-    enough.
+    ``probs`` (P, V) are the probabilities of P, ``difference`` (P, V) the logits q - p. With d = q - p and Z the sums
+    of exponentials: log(Zq / Zp) = log E[exp d] and KL = log E[exp d] - E[d], expectations under P. With expm1 and
+    log1p nothing cancels where the two models are close, and float32 is enough.
     """
-    scratch = difference.expm1()  # the one large array made here: a CPU takes long to map new memory
+    scratch = difference.expm1()  # the only large allocation here: mapping new memory is slow on a CPU
     grown = scratch.mul_(probs).sum(-1)
-    if not bool(torch.isfinite(grown).all()):  # logits apart by more than 88: shift before the exponential
+    if not bool(torch.isfinite(grown).all()):  # logits differ by more than 88: shift before the exponential
         shift = difference.amax(-1, keepdim=True)
         log_ratio = scratch.copy_(difference).sub_(shift).exp_().mul_(probs).sum(-1).double().log()
         log_ratio += shift[:, 0].double()

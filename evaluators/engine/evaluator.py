@@ -1,4 +1,4 @@
-"""How good a genome is: simulated quantization against the full-precision model, and the pool tasks that measure it."""
+"""This module evaluates genomes: it compares a simulated quantized model with the full-precision one, in pool tasks."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ from search.types import Evaluation, Fidelity, Genome, SearchSpace
 
 T = TypeVar("T")
 
-Text = tuple[Fidelity, int, int]  # and the windows, first to last, that go through together
+Text = tuple[Fidelity, int, int]  # with the first window and the one past the last of a part
 
 
 class NotFiniteError(FloatingPointError):
-    """A candidate's outputs are not finite; ``candidate`` is its index."""
+    """Raised if a candidate's outputs are not finite; ``candidate`` is its index in the list of candidates."""
 
     def __init__(self, candidate: int, place: str):
         super().__init__(f"the quantized model's outputs are not finite from the {place} on")
@@ -40,27 +40,31 @@ class NotFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class EvaluatorSetup:
-    """Everything a worker needs to evaluate genomes of one run."""
+    """Holds everything that a worker needs to evaluate genomes of one run."""
 
     model: Path
     bank: Path
     windows: Path  # file of TokenWindows
     space: SearchSpace
     fitness: FitnessSettings
-    key: str  # digest of all else; a worker builds one evaluator for each
-    activations: str = "float"  # or q8; see Sweep
-    memory: int | None = None  # bytes a worker may take; None: its share of what is free
+    key: str  # digest of all other fields; a worker keeps one evaluator, for the last key
+    activations: str = "float"  # or q8, llama.cpp's 8-bit inputs; see Sweep
+    memory: int | None = None  # bytes that a worker may use; None: its share of what is free
     load: Load = TYPICAL_LOAD
-    compute: Compute = "float32"  # of genomes; healing and all else is float32
+    compute: Compute = "float32"  # of genome evaluation; healing and everything else use float32
 
     @property
     def in_float32(self) -> "EvaluatorSetup":
-        """The same, but exact, for figures that are reported."""
+        """The same setup with float32 compute, for figures that are reported."""
         return replace(self, compute="float32")
 
 
 class GenomeEvaluator:
-    """A warm model and bank. Results depend on genome, fidelity and setup alone."""
+    """Evaluates genomes with a model and a bank that stay loaded between calls.
+
+    Results depend on genome, fidelity and setup alone, not on earlier calls. Raises UserError if the memory that
+    ``setup`` allows does not hold even one block.
+    """
 
     def __init__(self, setup: EvaluatorSetup):
         self.setup = setup
@@ -78,19 +82,20 @@ class GenomeEvaluator:
             weights, Batches(self.memory.windows), PrefixCache(self.memory.cache), setup.activations, storage
         )
         self._last: tuple[Text, Reference] | None = None
-        self._full_states: dict[Text, Tensor] = {}  # final states of the full-precision model, for the last texts
+        self._full_states: dict[Text, Tensor] = {}  # full-precision final hidden states of the last texts
 
     def ids(self, fidelity: Fidelity) -> Tensor:
-        """(B, T) token ids of a fidelity."""
+        """Return the token ids (B, T) of the text that ``fidelity`` reads."""
         return torch.from_numpy(self.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
 
     def divergences(
         self, candidates: Sequence[Candidate], fidelity: Fidelity, keep: Sequence[Candidate] = ()
     ) -> list[Divergence]:
-        """Of models with the tensors of a candidate quantized so, all others full precision; see Sweep for ``keep``.
+        """Return the divergence of each candidate, a model with only the candidate's tensors quantized, in order.
 
-        Text whose hidden states would take too much memory goes through in parts. Raises NotFiniteError for the first
-        candidate whose outputs are not finite.
+        The hidden states of the prefixes of ``keep`` are cached (see Sweep.final_states). Text whose hidden states
+        would take too much memory is read in parts. Raises NotFiniteError for the first candidate whose outputs are not
+        finite.
         """
         ids = self.ids(fidelity)
         state = ids.shape[1] * self.sweep.model.config.hidden_size * FLOAT_BYTES
@@ -104,7 +109,10 @@ class GenomeEvaluator:
     def _part(
         self, candidates: Sequence[Candidate], text: Text, ids: Tensor, keep: Sequence[Candidate]
     ) -> list[Tensor]:
-        """Errors of windows (see Reference.errors) of each candidate; a head is decoded once for all that share it."""
+        """Return the errors (B, 3) of each candidate on a part of the text, as Reference.errors does.
+
+        A quantized head is decoded once for all candidates that share it.
+        """
         full: list[Candidate] = [] if text in self._full_states else [{}]
         states = self.sweep.final_states(ids, text, [*candidates, *full], keep)
         if full:
@@ -125,7 +133,7 @@ class GenomeEvaluator:
         return [found[index] for index in range(len(candidates))]
 
     def _reference(self, text: Text, ids: Tensor) -> Reference:
-        """The full-precision model's outputs; with their logits, where there is room, for the last text."""
+        """Return the full-precision model's outputs; those of the last text stay if their logits fit in memory."""
         if self._last is not None and self._last[0] == text:
             return self._last[1]
         self._last = None
@@ -135,7 +143,7 @@ class GenomeEvaluator:
         return reference
 
     def _keep_full(self, text: Text, states: Tensor) -> None:
-        """Keep those of the last texts, in all of their parts."""
+        """Keep the full-precision final hidden states of the last KEPT_TEXTS texts, in all of their parts."""
         texts = list(dict.fromkeys(fidelity for fidelity, *_ in [*self._full_states, text]))
         for kept in list(self._full_states):
             if kept[0] not in texts[-KEPT_TEXTS:]:
@@ -143,14 +151,15 @@ class GenomeEvaluator:
         self._full_states[text] = states
 
     def reconstruction(self, formats: Candidate) -> float:
-        """Sum of Hessian-weighted errors over the sum of the outputs' own power, over the given tensors."""
+        """Return the Hessian-weighted error of the tensors in ``formats``, relative to that of zeroing them all."""
         entries = [self.bank.entry(name, fmt) for name, fmt in formats.items()]
         return sum(e.error for e in entries) / max(sum(e.power for e in entries), torch.finfo(torch.float32).tiny)
 
     def evaluate(self, genomes: Sequence[Genome], fidelity: Fidelity, keep: Sequence[Genome] = ()) -> list[Evaluation]:
-        """Evaluations in the order of ``genomes``; the prefixes of ``keep`` are remembered for their offspring.
+        """Return the evaluations of ``genomes``, in order, on the text of ``fidelity``.
 
-        Raises FloatingPointError, with genome and block, if the model's outputs are not finite.
+        Hidden states of the prefixes of ``keep`` are cached for their offspring. ``seconds`` of an evaluation is the
+        mean over ``genomes``. Raises FloatingPointError, with genome and block, if a model's outputs are not finite.
         """
         started = time.perf_counter()
         candidates = [self.space.formats_of(genome) for genome in genomes]
@@ -193,11 +202,12 @@ class GenomeEvaluator:
     def sensitivity(
         self, genes: Sequence[int], fidelity: Fidelity, base: Genome | None = None
     ) -> list[list[dict[str, Any]]]:
-        """What one choice of one gene costs, for each of ``genes`` a record a choice.
+        """Return what each choice of each gene costs: for each of ``genes`` a list with one record per choice.
 
-        Every candidate branches off one model in the gene's own block: off the full-precision one, or off ``base``. Of
-        ``base`` the records hold what the choice adds to its KL and logit error, which may be negative, and is 0 at
-        the base's own choice.
+        A candidate differs from one common model, full precision or ``base``, only in the gene's own tensors. A record
+        holds gene, choice and format, the ``kl`` (nats per token) and ``logit_mse`` added to those of the common model,
+        and the errors of ``Bank.errors``. With a ``base`` the added terms may be negative; they are 0 at its own
+        choice. Raises NotFiniteError for a candidate whose outputs are not finite.
         """
         around = {} if base is None else self.space.formats_of(base)
         cases = [
@@ -217,7 +227,10 @@ class GenomeEvaluator:
 
 
 def warm(kind: Callable[[EvaluatorSetup], T], setup: EvaluatorSetup, state: dict[Any, Any]) -> T:
-    """The worker's ``kind`` of this setup; another one, or that of another setup, is dropped first."""
+    """Return the worker's object ``kind(setup)``, built on the first call.
+
+    ``state`` is the worker's own dict. It holds one such object, so that of another kind or setup is dropped first.
+    """
     key = (kind, setup.key, compute_type(setup.compute, best_device()))
     if key not in state:
         state.clear()
@@ -227,12 +240,13 @@ def warm(kind: Callable[[EvaluatorSetup], T], setup: EvaluatorSetup, state: dict
 
 
 def warm_evaluator(setup: EvaluatorSetup, state: dict[Any, Any]) -> GenomeEvaluator:
+    """Return the worker's evaluator of ``setup``, as ``warm`` does."""
     return warm(GenomeEvaluator, setup, state)
 
 
 @dataclass(frozen=True)
 class EvaluateGenomes:
-    """Pool task: genomes at one fidelity, together; the prefixes of ``keep`` are remembered for their offspring."""
+    """Pool task that evaluates genomes together at one fidelity, and caches the prefixes of ``keep``."""
 
     setup: EvaluatorSetup
     genomes: tuple[Genome, ...]
@@ -245,12 +259,13 @@ class EvaluateGenomes:
         return len(self.genomes)
 
     def run(self, state: dict[Any, Any]) -> list[Evaluation]:
+        """Return the evaluations in the order of ``genomes``."""
         return warm_evaluator(self.setup, state).evaluate(self.genomes, self.fidelity, self.keep)
 
 
 @dataclass(frozen=True)
 class MeasureSensitivity:
-    """Pool task: every choice of some genes, alone or in place of ``base``'s."""
+    """Pool task that measures every choice of some genes, alone or in place of the choice of ``base``."""
 
     setup: EvaluatorSetup
     genes: tuple[int, ...]
@@ -267,4 +282,5 @@ class MeasureSensitivity:
         return len(self.genes)
 
     def run(self, state: dict[Any, Any]) -> list[list[dict[str, Any]]]:
+        """Return the records of each gene, as ``GenomeEvaluator.sensitivity`` does."""
         return warm_evaluator(self.setup, state).sensitivity(self.genes, self.fidelity, self.base)

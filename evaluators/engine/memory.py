@@ -1,6 +1,6 @@
-"""How much memory a sweep takes, by what, and how a worker divides its own: what `bitgenome plan` and workers ask.
+"""This module estimates the memory of a sweep and divides a worker's memory, for `bitgenome plan` and for workers.
 
-Bytes throughout. B windows, T positions, D hidden size, V vocabulary.
+Sizes are in bytes. D is the hidden size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,18 @@ from evaluators.model.forward import BATCH_TOKENS
 from quantizers.formats.table import QuantFormat
 
 FLOAT_BYTES = 4
-KEPT_TEXTS = 3  # whose full-precision outputs stay: the rungs of a ladder
-STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep: longer text goes through in parts
-CACHE_SHARE = 0.125  # for the prefixes of elites, as much for logits, and for the activations of a batch
-FIXED_BYTES = 64 << 20  # decoding, some rows at a time (evaluators/prepare/bank.py), and what matrix libraries keep
+KEPT_TEXTS = 3  # texts whose full-precision outputs are kept: the rungs of a ladder
+STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep; longer text is read in parts
+CACHE_SHARE = 0.125  # each for the prefixes of elites, for logits and for the activations of a batch
+FIXED_BYTES = 64 << 20  # for decoding some rows at a time (evaluators/prepare/bank.py) and for matrix libraries
 
 
 @dataclass(frozen=True)
 class Load:
-    """The largest sweep of a run: candidates at once, tokens of its text, and genomes whose prefixes are kept."""
+    """Describes the largest sweep of a run.
+
+    It runs ``candidates`` at once on a text of ``tokens`` tokens, and caches the prefixes of ``kept`` genomes.
+    """
 
     candidates: int
     tokens: int
@@ -36,33 +39,33 @@ TYPICAL_LOAD = Load(candidates=32, tokens=16384, kept=4)
 
 @dataclass(frozen=True)
 class SweepMemory:
-    """Shares of one worker's ``limit``."""
+    """Holds the shares of one worker's ``limit``, in bytes except for ``windows``."""
 
     limit: int
     windows: int  # of text that go through a block at once
     states: int  # hidden states of the candidates
     cache: int  # prefixes of elites
     reference: int  # full-precision outputs of the last texts
-    logits: int  # of the full-precision model, where there is room to keep them for all candidates
-    work: int  # activations of a batch in a block, logits of a chunk, decoding; reading ahead where it is streamed
-    weights: int  # full-precision and decoded tensors: all of them, or what is left
-    reserve: int  # of the weights' share, for those of the block at work that do not stay
-    all_weights: int
+    logits: int  # of the full-precision model, if there is room to keep them for all candidates
+    work: int  # activations of a batch, logits of a chunk, decoding; if streamed, also reading ahead
+    weights: int  # full-precision and decoded tensors: all of them, or as many as fit
+    reserve: int  # part of ``weights`` for tensors of the running block that are not kept
+    all_weights: int  # of every tensor in full precision and in every format
 
     @property
     def resident(self) -> bool:
-        """Whether every tensor stays in every format."""
+        """Whether every tensor stays in memory in every format, so that nothing is streamed."""
         return self.weights >= self.all_weights
 
     @property
     def peak(self) -> int:
-        """Of everything, above what the process takes by itself."""
+        """Bytes of all shares together, without what the process itself takes."""
         return self.states + self.cache + self.reference + self.logits + self.work + self.weights
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a sweep takes beside weights, in bytes but for ``windows``."""
+    """Holds what a sweep takes besides weights, in bytes except for ``windows``."""
 
     windows: int  # of text that go through a block at once
     states: int
@@ -74,7 +77,7 @@ class Needs:
 
 
 def sweep_needs(folder: ModelFolder, window: int, load: Load, limit: int) -> Needs:
-    """Return what the sweep of ``load`` over windows of ``window`` tokens takes of ``limit`` bytes beside weights."""
+    """Return what the sweep of ``load`` over windows of ``window`` tokens takes of ``limit`` bytes besides weights."""
     config = folder.config
     state = int(config["hidden_size"]) * FLOAT_BYTES  # of one position
     positions = max(window, load.tokens // window * window)
@@ -98,9 +101,10 @@ def sweep_needs(folder: ModelFolder, window: int, load: Load, limit: int) -> Nee
 def sweep_memory(
     folder: ModelFolder, formats: Mapping[str, Sequence[QuantFormat]], window: int, load: Load, limit: int
 ) -> SweepMemory:
-    """Divide ``limit`` bytes for a model whose tensors (Hugging Face names) may take ``formats``.
+    """Divide ``limit`` bytes for the sweep of ``load`` over windows of ``window`` tokens.
 
-    Raises UserError, with the least that would do, if not even one block fits.
+    ``formats`` holds the candidate formats by Hugging Face name; tensors without any stay in full precision. Raises
+    UserError, which says the least that is enough, if not even one block fits.
     """
     needs = sweep_needs(folder, window, load, limit)
     floats = {name: prod(shape) * FLOAT_BYTES for name, shape in folder.shapes.items()}
@@ -111,11 +115,11 @@ def sweep_memory(
         return SweepMemory(limit, *shares, work, weights, reserve, everything)
 
     beside = needs.states + needs.cache + needs.reference + needs.logits
-    work = needs.in_block + needs.in_head + FIXED_BYTES  # allocators keep what they had for the one beside the other
+    work = needs.in_block + needs.in_head + FIXED_BYTES  # both: allocators keep the one's memory during the other
     if everything <= limit - beside - work:
         return memory(work, everything, 0)
     block, heads = largest_block(floats, int(folder.config["num_hidden_layers"])), 2 * floats[folder.head_tensor]
-    work = max(needs.in_block + block, needs.in_head) + FIXED_BYTES  # the next block is read meanwhile, as it is stored
+    work = max(needs.in_block + block, needs.in_head) + FIXED_BYTES  # reading ahead holds the next block, as stored
     left, least = limit - beside - work, max(block, heads)
     if left < least:
         raise UserError(
@@ -128,7 +132,7 @@ def sweep_memory(
 
 
 def largest_block(floats: Mapping[str, int], layers: int) -> int:
-    """Bytes of the decoder block with the most, from ``floats`` by name."""
+    """Return the bytes of the largest of ``layers`` decoder blocks; ``floats`` holds tensor sizes in bytes by name."""
     blocks = [0] * layers
     for name, size in floats.items():
         _, found, rest = name.partition(".layers.")
@@ -138,9 +142,10 @@ def largest_block(floats: Mapping[str, int], layers: int) -> int:
 
 
 def activations_of(folder: ModelFolder, window: int) -> int:
-    """Floats of one position that are alive at once within a block: the MLP's three inner vectors, six of D beside.
+    """Return how many floats per position are alive at once within a block.
 
-    Where attention is not fused, its scores too: three matrices (window, window) a head.
+    They are the MLP's three inner vectors and six vectors of size D. Where attention is not fused, its scores are
+    added: three matrices (window, window) per head. Raises ModelFolderError for a model type that is not supported.
     """
     config = folder.config
     scores = 3 * window * int(config["num_attention_heads"]) if attention_of(folder) == "eager" else 0

@@ -1,4 +1,4 @@
-"""Modules that answer with what they computed last, as long as nothing that they depend on has changed."""
+"""This module makes PyTorch modules return their last output as long as nothing that it depends on has changed."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class Replay:
-    """From now on ``module`` computes only if ``state()`` is another than when it computed last, or behind ``forget``.
+    """Patches ``module`` so that it computes only if ``state()`` has changed since the last time, or after ``forget``.
 
-    Its inputs must depend on nothing else.
+    Otherwise it returns its last output. Between calls of ``forget``, its inputs must depend on ``state()`` alone.
     """
 
     def __init__(self, module: nn.Module, state: Callable[[], Hashable]):
@@ -20,6 +20,7 @@ class Replay:
         module.forward = self._forward
 
     def forget(self) -> None:
+        """Drop the last output; call it before the module gets other inputs."""
         self._answer = None
 
     def _forward(self, *arguments: Any, **named: Any) -> Any:
@@ -31,7 +32,10 @@ class Replay:
 
 
 def input_groups(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[list[str]]:
-    """Names of the linear layers that read one tensor, group by group in the order that ``run`` calls them in."""
+    """Return the names of ``linears`` in groups that read the same tensor, in the order in which ``run`` calls them.
+
+    ``run`` is called once; layers that read one tensor must be called one after another.
+    """
     groups: list[tuple[Tensor, list[str]]] = []
 
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

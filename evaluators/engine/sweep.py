@@ -1,11 +1,11 @@
-"""Many candidates through the model together, block by block, what they share computed once.
+"""A sweep runs many candidates through the model together, block by block, and computes what they share once.
 
 A candidate says which tensors are quantized, and how; the others keep full precision. Candidates that agree in the
-embedding and the first blocks have the same hidden states there: the distinct prefixes form a trie, of which every
-node is computed once. Within a block, candidates share attention and products that depend on nothing in which they
-differ, and a tensor is decoded once for all that hold it at one level.
+embedding and the first blocks have the same hidden states there. Their distinct prefixes form a trie, and every node of
+it is computed once. Within a block, candidates share attention and matrix products that do not depend on where they
+differ, and a tensor is decoded once for all candidates that hold it at the same level.
 
-Results are those of a plain forward of each candidate alone, bit for bit on a CPU: the same operations on the same
+Results are those of a plain forward pass of each candidate alone, bit for bit on a CPU: the same operations on the same
 numbers, in chunks of whole windows, whose number does not change a window's result there (tests/evaluators/
 test_sweep.py). An accelerator may choose other kernels for other sizes.
 
@@ -29,13 +29,13 @@ from quantizers.formats.table import QuantFormat
 
 Candidate = Mapping[str, QuantFormat]  # format of every quantized tensor, by Hugging Face name
 Choice = tuple[QuantFormat | None, ...]  # formats of the embedding, or of a block's tensors in their order
-Path = tuple[int, ...]  # choices by number: shorter to compare
-ATTENTION = ".self_attn."  # in the names of its tensors
+Path = tuple[int, ...]  # numbers of the choices, which are faster to compare
+ATTENTION = ".self_attn."  # part of the names of its tensors
 
 
 @dataclass(frozen=True)
 class Member:
-    """A candidate by its place in the list, its choices (of the embedding, then of each block) and their numbers."""
+    """Holds a candidate's index in the list, its choices (embedding, then each block) and the numbers of these."""
 
     index: int
     choices: tuple[Choice, ...]
@@ -44,16 +44,17 @@ class Member:
 
 @dataclass
 class Node:
-    """Candidates that agree in the first choices, and their hidden states there, some windows each."""
+    """A node of the trie holds candidates that agree in their first choices, and their hidden states after these."""
 
     members: list[Member]
     states: Chunks = field(default_factory=list)
 
 
 class Sweep:
-    """Runs candidates on a text; holds the model's modules, into which weights are placed block by block.
+    """Runs candidates on a text, with the weights of one block at a time placed in the model's modules.
 
-    ``storage`` is where hidden states wait for their next block: the model's device, or the host.
+    ``activations`` "q8" rounds the inputs of quantized layers to llama.cpp's 8-bit blocks; "float" does not.
+    ``storage`` is the device that keeps hidden states between blocks, the model's by default.
     """
 
     def __init__(
@@ -71,17 +72,18 @@ class Sweep:
         self.storage = storage or self.model.device
         self._tensors = [self.model.parameters_of(block) for block in range(len(self.model.blocks))]
         self._numbers: dict[Choice, int] = {}
-        self._placed: dict[str, QuantFormat | None] = {}  # of the block at work; the head's, when it is read
-        self._replays: dict[int, list[Replay]] = {}  # by block, from its first pass on
+        self._placed: dict[str, QuantFormat | None] = {}  # formats in the running block, and the head's when it is used
+        self._replays: dict[int, list[Replay]] = {}  # by block, made in its first pass
         self._inputs = EightBitInputs(self.model, self._placed) if activations == "q8" else None
 
     @torch.inference_mode()
     def final_states(
         self, ids: Tensor, text: Hashable, candidates: Sequence[Candidate], keep: Iterable[Candidate] = ()
     ) -> list[Tensor]:
-        """(B, T, D) behind the output norm for token ids (B, T), of each candidate in order.
+        """Return each candidate's hidden states (B, T, D) after the final norm, in order, for token ids (B, T).
 
-        ``text`` names the ids in the prefix cache, which takes what this sweep computes of the prefixes of ``keep``.
+        ``text`` identifies ``ids`` in the prefix cache. States that this sweep computes for the prefixes of ``keep``
+        are added to the cache.
         """
         kept = [self._member(-1, candidate).path for candidate in keep]
         waiting = self._prefixes(ids, text, candidates)
@@ -100,7 +102,7 @@ class Sweep:
         return Member(index, choices, tuple(self._numbers.setdefault(c, len(self._numbers)) for c in choices))
 
     def _prefixes(self, ids: Tensor, text: Hashable, candidates: Sequence[Candidate]) -> list[list[Node]]:
-        """Nodes that start in front of each block (the last: behind all), by the deepest states that the cache has."""
+        """Return the nodes to start before each block (last entry: after all), from the deepest states in the cache."""
         starts: list[dict[Path, Node]] = [{} for _ in range(len(self.model.blocks) + 1)]
         for index, candidate in enumerate(candidates):
             member = self._member(index, candidate)
@@ -116,14 +118,14 @@ class Sweep:
         return [list(nodes.values()) for nodes in starts]
 
     def _remember(self, text: Hashable, depth: int, nodes: Sequence[Node], kept: Sequence[Path]) -> None:
-        """Give the cache the states of nodes that are prefixes of ``kept``."""
+        """Add the states of nodes that are prefixes of ``kept`` to the cache."""
         prefixes = {path[: depth + 1] for path in kept}
         for node in nodes:
             if (prefix := node.members[0].path[: depth + 1]) in prefixes:
                 self.cache.put((text, prefix), node.states)
 
     def _embedded(self, ids: Tensor, candidate: Candidate) -> Chunks:
-        """States in front of the first block; only the rows of the embedding that the text uses are read."""
+        """Return the states before the first block; only those rows of the embedding are read that the text uses."""
         name = self.model.embedding_name
         used, places = ids.unique(return_inverse=True)
         self.model.place(name, self.weights.rows(name, candidate.get(name), used))
@@ -132,7 +134,7 @@ class Sweep:
         return states
 
     def _through_block(self, block: int, nodes: Sequence[Node]) -> list[Node]:
-        """The nodes behind ``block``; those in front of it give up their states one by one."""
+        """Return the nodes after ``block``; the states of ``nodes``, before it, are freed one by one."""
         behind = []
         for node in nodes:
             children = self._children(block, node)
@@ -144,7 +146,7 @@ class Sweep:
         return behind
 
     def _fetch_ahead(self, block: int, nodes: Sequence[Node]) -> None:
-        """Begin to read the weights that ``nodes`` will need in ``block``."""
+        """Start reading the weights that ``nodes`` will need in ``block``."""
         if block < len(self._tensors):
             choices = dict.fromkeys(member.choices[block + 1] for node in nodes for member in node.members)
             self.weights.fetch_ahead(
@@ -152,7 +154,7 @@ class Sweep:
             )
 
     def _children(self, block: int, node: Node) -> list[Node]:
-        """The distinct continuations of a node, those that agree in the first tensors side by side."""
+        """Return the distinct continuations of a node, sorted so that those with equal first formats are adjacent."""
         children: dict[Choice, Node] = {}
         for member in node.members:
             children.setdefault(member.choices[block + 1], Node([])).members.append(member)
@@ -160,10 +162,10 @@ class Sweep:
         return [child for _, child in sorted(zip(names, children.values(), strict=True), key=lambda pair: pair[0])]
 
     def _run(self, block: int, states: Chunks, children: Sequence[Node]) -> None:
-        """States of ``children`` behind ``block``."""
+        """Compute the states of ``children`` after ``block`` from their parent's ``states`` before it."""
 
         def forward(chunk: Tensor) -> Tensor:
-            if len(chunk) < whole:  # memory ran out: what modules would answer is for more windows
+            if len(chunk) < whole:  # memory ran out: replayed outputs would be those of more windows
                 self._forget(block)
             return self.model.run_block(block, chunk)
 
@@ -177,9 +179,9 @@ class Sweep:
             self._forget(block)
 
     def _replay(self, block: int, rows: Tensor) -> list[Replay]:
-        """Replays of a loaded block's linear layers and of its attention.
+        """Return replays of a loaded block's linear layers and of its attention.
 
-        A linear layer depends on its own format and on those of all whose output is made before its input.
+        A linear layer depends on its own format and on those of all layers that run before its input group.
         """
         linears = dict(self.model.linears(block))
         groups = input_groups(linears, lambda: self.model.run_block(block, rows))
@@ -221,10 +223,11 @@ class Sweep:
         return [found[index] for index in range(count)]
 
     def head(self, fmt: QuantFormat | None) -> Head:
+        """Return the head with its weight in the format ``fmt``; None is full precision."""
         return self.model.head_with(self.weights.get(self.model.head_name, fmt))
 
     def head_input(self, hidden: Tensor, fmt: QuantFormat | None) -> Tensor:
-        """Final hidden states (..., D) as a head of that format reads them."""
+        """Return final hidden states (..., D) as a head in the format ``fmt`` reads them, in 8 bits or unchanged."""
         if self._inputs is None:
             return hidden
         self._placed[self.model.head_name] = fmt
@@ -232,7 +235,7 @@ class Sweep:
 
     @torch.inference_mode()
     def first_overflow(self, ids: Tensor, candidate: Candidate) -> str:
-        """Where the candidate's numbers first stop to be finite: ``embedding``, ``block 3`` or ``head``."""
+        """Return where the candidate's values first are not finite: "embedding", "block 0" and so on, or "head"."""
         (nodes, *_) = self._prefixes(ids, object(), [candidate])
         for block in range(len(self.model.blocks)):
             if not all(bool(chunk.isfinite().all()) for chunk in nodes[0].states):

@@ -1,4 +1,4 @@
-"""The tensors of a model, as stored or as the bank's bytes decode: kept as far as memory allows, else made again."""
+"""This module provides a model's tensors, in full precision or decoded from the bank, and keeps as many as fit."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +16,12 @@ WeightKey = tuple[str, QuantFormat | None]  # Hugging Face name and format; None
 
 
 class ModelWeights:
-    """Weights by name and format on the model's device.
+    """Provides weights by name and format on the model's device, and caches up to ``capacity`` bytes of them.
 
-    Up to ``capacity`` bytes stay once they were asked for, so a model that fits is resident. One that does not is
-    streamed: what was asked for since the last ``release`` stays as far as there is room beside the rest, which keeps
-    a ``reserve`` free for it. The first to come stay: blocks are asked for in a cycle, in which the least recently used
-    one is always the next.
+    A model that fits is resident: every weight stays after its first use. A larger one is streamed. Then the first
+    weights asked for stay for good, in all but ``reserve`` bytes; others stay until the next ``release``, as far as
+    there is room. Blocks are used in a cycle, so the least recently used weight is always the next one needed, and
+    replacing it would be of no use.
     """
 
     def __init__(self, model: BlockModel, bank: Bank, capacity: int, reserve: int = 0):
@@ -32,10 +32,13 @@ class ModelWeights:
         self._passes = _Held(capacity)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._coming: dict[WeightKey, Future[Tensor]] = {}
-        self._made = False  # any since the last release
+        self._made = False  # whether a weight was read or decoded since the last release
 
     def get(self, name: str, fmt: QuantFormat | None) -> Tensor:
-        """(rows, columns), or (columns,) of a norm or bias."""
+        """Return a weight (rows, columns), or (columns,) of a norm or bias, from the cache if it is there.
+
+        Raises KeyError or BankError for a tensor or format that folder or bank do not hold.
+        """
         key = (name, fmt)
         for held in (self._stays, self._passes):
             if (weight := held.weights.get(key)) is not None:
@@ -47,21 +50,24 @@ class ModelWeights:
         return weight
 
     def fetch_ahead(self, keys: Iterable[WeightKey]) -> None:
-        """Begin to read what will be asked for next, while the device computes."""
+        """Start reading the weights that will be needed next, in a thread, while the device computes."""
         for key in keys:
             held = key in self._stays.weights or key in self._passes.weights
             if not held and key not in self._coming:
                 self._coming[key] = self._reader.submit(self._fetched, *key)
 
     def release(self) -> None:
-        """Give up what does not stay, and what allocators keep of decoding, or of anything where room is short."""
+        """Free the weights that do not stay, and give unused memory of allocators back.
+
+        The latter is skipped for a resident model if nothing was read or decoded since the last call.
+        """
         self._passes = _Held(self.capacity)
         if self._made or self._stays.room < self.capacity:
             release_memory()
         self._made = False
 
     def rows(self, name: str, fmt: QuantFormat | None, rows: Tensor) -> Tensor:
-        """(len(rows), columns): some rows of a matrix that may be too large to be here whole."""
+        """Return the rows (len(rows), columns) of a matrix with the indices ``rows``, without decoding the others."""
         if (kept := self._stays.weights.get((name, fmt))) is not None:
             return kept[rows.to(kept.device)]
         return self._computed(name, fmt, self._stored(name, fmt)[rows.cpu()])
@@ -72,7 +78,7 @@ class ModelWeights:
         return self._computed(name, fmt, coming.result() if coming else self._stored(name, fmt))
 
     def _computed(self, name: str, fmt: QuantFormat | None, stored: Tensor) -> Tensor:
-        """Some or all rows as the model multiplies them."""
+        """Decode ``stored``, all or some rows of a weight, and move it to the device in its compute type."""
         if fmt is not None:
             stored = decoded(fmt, stored, self.model.folder.shapes[name][-1], self.model.device)
         return self.model.as_computed(name, stored)
@@ -81,7 +87,7 @@ class ModelWeights:
         return self.model.folder.read(name) if fmt is None else self.bank.packed(name, fmt)
 
     def _fetched(self, name: str, fmt: QuantFormat | None) -> Tensor:
-        """What is stored, read and not only mapped; for an accelerator, where it can copy from at once."""
+        """Return the stored tensor after reading its mapped pages; in pinned memory if the device is an accelerator."""
         stored = self._stored(name, fmt)
         if self.model.device.type != "cpu":
             return stored.pin_memory()
@@ -90,7 +96,7 @@ class ModelWeights:
 
 
 class _Held:
-    """Weights up to ``room`` bytes."""
+    """Holds weights of up to ``room`` bytes together."""
 
     def __init__(self, room: int):
         self.room = room
@@ -98,7 +104,7 @@ class _Held:
         self.weights: dict[WeightKey, Tensor] = {}
 
     def take(self, key: WeightKey, weight: Tensor) -> bool:
-        """Whether there was room for it."""
+        """Add ``weight`` if there is room for it, and return whether there was."""
         size = weight.numel() * weight.element_size()
         if fits := self.used + size <= self.room:
             self.weights[key] = weight

@@ -1,7 +1,8 @@
-"""The score of labels that the model draws itself, at the output of every weight, by one backward pass.
+"""One backward pass that yields the inputs and output scores of every weight, with labels sampled from the model.
 
-The backward pass goes block by block: what is kept of the forward pass is the input of every block, and a block is run
-again when its turn comes. No weight's own gradient is formed, and no more than one block needs to be in memory.
+A score is the gradient of the labels' log-likelihood. The backward pass goes block by block: the forward pass keeps
+only the input of every block, and each block is run again for its gradients. No gradient of a weight is formed, and
+only one block needs to be in memory.
 
 Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary.
 """
@@ -21,25 +22,28 @@ from evaluators.model.block_model import BlockModel
 
 @dataclass(frozen=True)
 class LinearUse:
-    """y = W x at P positions: ``inputs`` x (P, columns), and ``scores`` s (P, rows) at y."""
+    """One use of a linear layer's weight W (rows, columns): y = W x at P positions.
+
+    ``inputs`` holds x (P, columns), ``scores`` the gradient s (P, rows) of the labels' log-likelihood at y.
+    """
 
     name: str
     inputs: Tensor
     scores: Tensor
 
     def projections(self, delta: Tensor) -> Tensor:
-        """(P,) s' delta x: what W + ``delta`` (rows, columns) adds to the labels' log-likelihood, to first order."""
+        """Return s' delta x (P,), how ``delta`` (rows, columns) changes the labels' log-likelihood to first order."""
         if delta.shape[0] <= delta.shape[1]:
             return (self.inputs @ delta.T).mul_(self.scores).sum(-1)
         return (self.scores @ delta).mul_(self.inputs).sum(-1)
 
     def kronecker(self, delta: Tensor) -> Tensor:
-        """P tr(S delta A delta') with S = E[s s'] and A = E[x x'] (Martens and Grosse 2015, the block of a layer)."""
+        """Return the scalar P tr(S delta A delta'), S = E[s s'], A = E[x x'] (Martens and Grosse 2015, one layer)."""
         moved = self.scores @ delta
         return (moved @ self._input_moments).mul_(moved).sum()
 
     def diagonal(self, delta: Tensor) -> Tensor:
-        """Sum over positions and weights of (s_i x_j delta_ij)^2."""
+        """Return the scalar sum over positions and weights of (s_i x_j delta_ij)^2."""
         return (self._weight_moments * delta.square()).sum()
 
     @cached_property
@@ -53,20 +57,26 @@ class LinearUse:
 
 @dataclass(frozen=True)
 class LookupUse:
-    """y = W[id] at P positions: ``ids`` (P,), and ``scores`` s (P, columns) at y. As LinearUse, x being one-hot."""
+    """One use of an embedding W (V, columns): y = W[id] at P positions.
+
+    ``ids`` (P,) are the tokens, ``scores`` s (P, columns) the gradient at y. It is a LinearUse with one-hot inputs x.
+    """
 
     name: str
     ids: Tensor
     scores: Tensor
 
     def projections(self, delta: Tensor) -> Tensor:
+        """Return the first-order changes (P,) of the labels' log-likelihood, as in LinearUse."""
         return delta[self.ids].mul_(self.scores).sum(-1)
 
     def kronecker(self, delta: Tensor) -> Tensor:
+        """Return the Kronecker-factored scalar, as in LinearUse."""
         moved = delta[self.ids]
         return (moved @ (self.scores.T @ self.scores / len(self.scores))).mul_(moved).sum()
 
     def diagonal(self, delta: Tensor) -> Tensor:
+        """Return the diagonal scalar, as in LinearUse."""
         return (delta[self.ids] * self.scores).square().sum()
 
 
@@ -74,24 +84,30 @@ Use = LinearUse | LookupUse
 
 
 def sampled_labels(logits: Tensor, uniform: Tensor) -> Tensor:
-    """(P,) one label for each of P numbers in [0, 1), by the inverse of the cumulated softmax of ``logits`` (P, V)."""
+    """Return one label (P,) per position, sampled from softmax(``logits``), logits (P, V).
+
+    ``uniform`` (P,) in [0, 1) decides: labels are found by inverting the cumulative distribution.
+    """
     cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     found = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
     return found[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def logit_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """(P, V) gradient of log softmax(logits)[label]: one-hot labels less the probabilities."""
+    """Return the gradient (P, V) of log softmax(logits)[label]: the one-hot labels minus the probabilities.
+
+    ``logits`` are (P, V), ``labels`` (P,).
+    """
     scores = logits.softmax(-1).neg_()
     scores[torch.arange(len(labels), device=labels.device), labels] += 1
     return scores
 
 
 def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Use]:
-    """Every use of a weight on ``ids`` (n, T), from the head down to the embedding's lookup.
+    """Yield every use of a weight on token ids ``ids`` (n, T), from the head down to the embedding's lookup.
 
-    ``uniform`` (n, T) in [0, 1), float64, decides the labels; a tied embedding is used twice. The model's ends must be
-    loaded; a block that is not loaded is there for its turn, until the caller asks for the next use.
+    ``uniform`` (n, T), float64 in [0, 1), decides the labels. A tied embedding is yielded twice. Embedding, final norm
+    and head must be loaded. A block that is not loaded is loaded while its own uses are yielded.
     """
     ids, uniform = ids.to(model.device), uniform.to(model.device)
     *inputs, hidden = _forward(model, ids)
@@ -105,13 +121,13 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Us
         with at_hand(model, block):
             scores, uses = _block_uses(model, block, inputs.pop(), scores)
             yield from uses
-    scale = getattr(model.decoder.embed_tokens, "embed_scale", 1.0)  # Gemma's, of what is looked up
+    scale = getattr(model.decoder.embed_tokens, "embed_scale", 1.0)  # Gemma scales the embeddings it looks up
     yield LookupUse(model.embedding_name, ids.flatten(), scores.flatten(0, 1) * scale)
 
 
 @torch.no_grad()
 def _forward(model: BlockModel, ids: Tensor) -> list[Tensor]:
-    """(n, T, D) input of every block, and the output of the last."""
+    """Return the input (n, T, D) of every block, and the output of the last."""
     batches = micro_batches(torch.arange(len(ids), device=ids.device), ids.shape[1])
     states = [torch.cat([model.embed(ids[rows]) for rows in batches])]
     for block in range(len(model.blocks)):
@@ -122,7 +138,7 @@ def _forward(model: BlockModel, ids: Tensor) -> list[Tensor]:
 
 @contextmanager
 def at_hand(model: BlockModel, block: int) -> Iterator[None]:
-    """A block that is loaded inside, and behind only if it was before."""
+    """Keep a block loaded inside the context, and unload it at exit unless it was loaded before."""
     missing = next(model.blocks[block].parameters()).is_meta
     if missing:
         model.load_block(block)
@@ -134,7 +150,10 @@ def at_hand(model: BlockModel, block: int) -> Iterator[None]:
 
 
 def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[LinearUse, Tensor]:
-    """The head's use, and the scores (P, D) at the final states; the one place where all P * V numbers are held."""
+    """Return the head's use and the scores (P, D) at the final hidden states ``final`` (P, D).
+
+    This is the only function that holds all P * V scores at once.
+    """
     head = model.head
     scores, below = final.new_empty(len(final), len(head.weight)), torch.empty_like(final)
     step = chunk_positions(head)
@@ -142,12 +161,12 @@ def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[Linear
         part = slice(start, start + step)
         logits = head(final[part])
         scores[part] = logit_scores(logits, sampled_labels(logits, uniform[part]))
-        head.hidden_gradient(logits, scores[part], out=below[part])  # scores before a soft cap, from now on
+        head.hidden_gradient(logits, scores[part], out=below[part])  # also makes scores[part] those before a soft cap
     return LinearUse(model.head_name, final, scores), below
 
 
 def _block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:
-    """Scores (n, T, D) at a block's input from those at its output, and the uses of its linears."""
+    """Return the scores (n, T, D) at a block's input, given those at its output, and the uses of its linear layers."""
     below = []
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for rows in micro_batches(torch.arange(len(inputs), device=inputs.device), inputs.shape[1]):
@@ -168,7 +187,7 @@ def _block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -
 
 @contextmanager
 def recorded_linears(model: BlockModel, block: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Filled, by a forward pass inside, with input and output of the block's linears by weight name."""
+    """Yield a dict that forward passes inside fill with (input, output) of the block's linear layers by weight name."""
     recorded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def record(name: str) -> Callable[[nn.Module, Sequence[Tensor], Tensor], None]:

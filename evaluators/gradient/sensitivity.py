@@ -1,19 +1,19 @@
-"""Sensitivities from gradients: the KL of every gene at every choice, estimated from one backward pass.
+"""Estimates sensitivities, the KL of every gene at every choice, from the gradients of one backward pass.
 
-Moving weights by delta moves the model's distribution by KL = 1/2 delta' F delta to second order, per position, where F
-is the Fisher information E[g g'] of the score g = grad log p(y | text). The labels y are drawn from the model itself,
-not taken from the text: the KL's curvature is an expectation under the model. The text's own next tokens give the
-second moment of the loss's gradient instead (the "empirical Fisher"), which is no curvature unless the model is exact.
+To second order, changing the weights by delta costs KL = 1/2 delta' F delta per position, where F is the Fisher
+information E[g g'] of the score g = grad log p(y | text). The labels y are sampled from the model itself, not taken
+from the text, because the curvature of the KL is an expectation under the model. The text's own next tokens would give
+the "empirical Fisher", the second moment of the loss's gradient, which is the curvature only if the model is exact.
 
-Drawn independently at every position, the scores of different positions are uncorrelated, so that one gradient of their
-sum stands for all: E[(g' delta)^2] of a window is the sum over its positions. That is unbiased, but one number a window
-is too noisy. The estimate "positions" squares s' delta x at each position where the weight is used, and leaves out what
-two uses in one window have in common; that is small (below), and thousands of numbers are averaged.
+Labels are sampled independently at every position, so the scores of different positions are uncorrelated, and one
+gradient of their sum is enough: E[(g' delta)^2] of a window is the sum over its positions. That estimate ("windows") is
+unbiased, but one number per window is too noisy. The estimate "positions" squares s' delta x at each position where the
+weight is used. It averages thousands of numbers and ignores the correlation of two uses in one window, which is small.
 
-Against the exact KL of one tensor (embedded model, 258 tensors and levels, 2,048 tokens of 512-token windows), rank
-correlation and standard deviation of the log ratio: positions 0.9993 and 0.11, windows 0.97 and 0.78, kronecker 0.9992
-and 0.11, diagonal 0.978 and 0.61 (compensation makes the errors of a row cancel, which the diagonal does not see).
-Four labels a position instead of one: 0.9995 and 0.09 (positions), 0.992 and 0.39 (windows).
+Measured against the exact KL of one tensor (embedded model, 258 pairs of tensor and level, 2,048 tokens in windows of
+512), rank correlation and standard deviation of the log ratio: positions 0.9993 and 0.11, windows 0.97 and 0.78,
+kronecker 0.9992 and 0.11, diagonal 0.978 and 0.61 (compensation makes the errors of a row cancel, which the diagonal
+does not see). Four labels per position instead of one: 0.9995 and 0.09 (positions), 0.992 and 0.39 (windows).
 """
 
 from collections.abc import Callable
@@ -33,25 +33,28 @@ from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
 from search.types import Fidelity
 
-PART_TOKENS = 2048  # positions of one task: their scores at one block and at the logits are held at once
+PART_TOKENS = 2048  # of one task, whose scores at one block and at the logits are in memory at once
 
 
 class Estimator(NamedTuple):
-    """How the square of delta' g is approximated: ``add`` of a weight's uses are summed, ``total`` ends the sum."""
+    """Approximates the square of delta' g: sums ``add`` over a weight's uses, then applies ``total`` to the sum."""
 
     add: Callable[[Use, Tensor], Tensor]
-    total: Callable[[Tensor, int], Tensor]  # of the sum, with the positions of a window
+    total: Callable[[Tensor, int], Tensor]  # (sum, tokens per window) -> scalar float64
 
 
 def square_of_positions(projections: Tensor, window: int) -> Tensor:
+    """Return the sum of the squares of ``projections`` (P,), scalar float64."""
     return projections.double().square().sum()
 
 
 def square_of_windows(projections: Tensor, window: int) -> Tensor:
+    """Return the sum of the squared window sums of ``projections`` (P,), ``window`` positions each; scalar float64."""
     return projections.double().reshape(-1, window).sum(-1).square().sum()
 
 
 def as_it_is(total: Tensor, window: int) -> Tensor:
+    """Return ``total`` in float64: it is a square already."""
     return total.double()
 
 
@@ -64,13 +67,16 @@ ESTIMATORS = {
 
 
 def label_draws(first: int, windows: int, positions: int) -> Tensor:
-    """(windows, positions) numbers in [0, 1) of the text's windows from ``first``; those of a window are its own."""
+    """Return uniform float64 numbers (windows, positions) in [0, 1) for the text's windows from index ``first``.
+
+    A window's index is its seed, so its numbers do not depend on how windows are divided into tasks.
+    """
     draws = [np.random.default_rng(first + index).random(positions) for index in range(windows)]
     return torch.from_numpy(np.stack(draws))
 
 
 class GradientEvaluator:
-    """A model whose blocks are in memory one at a time, and its bank."""
+    """Estimates the KL of all genes with a model that has one block in memory at a time, and the bank."""
 
     def __init__(self, setup: EvaluatorSetup):
         self.genes = setup.space.genes
@@ -80,7 +86,10 @@ class GradientEvaluator:
         self.model.load_ends()
 
     def squares(self, ids: Tensor, uniform: Tensor, estimator: Estimator) -> list[list[float]]:
-        """By gene and choice, the sum over the positions of ``ids`` (n, T) of E[(g' delta)^2]: 2 nT times the KL."""
+        """Return, by gene and choice, E[(g' delta)^2] summed over the positions of ``ids`` (n, T): 2 nT times the KL.
+
+        ``uniform`` (n, T) in [0, 1) decides the sampled labels.
+        """
         gene_of = {tensor: index for index, gene in enumerate(self.genes) for tensor in gene.tensors}
         sums: list[list[Tensor | float]] = [[0.0] * len(gene.formats) for gene in self.genes]
         for use in model_scores(self.model, ids, uniform):
@@ -96,11 +105,11 @@ class GradientEvaluator:
 
 @dataclass(frozen=True)
 class EstimateSquares:
-    """Pool task: ``GradientEvaluator.squares`` of some windows of a fidelity's text."""
+    """Pool task that runs ``GradientEvaluator.squares`` on some windows of a fidelity's text."""
 
     setup: EvaluatorSetup
     fidelity: Fidelity
-    first: int  # window
+    first: int  # index of the first window
     windows: int
     estimator: str = "positions"
 
@@ -109,6 +118,7 @@ class EstimateSquares:
         return f"gradient[{self.first + 1}-{self.first + self.windows}]"
 
     def run(self, state: dict[Any, Any]) -> list[list[float]]:
+        """Return the sums by gene and choice; ``state`` keeps the model for the worker's next task."""
         evaluator = warm(GradientEvaluator, self.setup, state)
         text = evaluator.windows.take(self.fidelity.split, self.fidelity.tokens, self.fidelity.draw)
         ids = torch.from_numpy(text[self.first : self.first + self.windows])
@@ -118,7 +128,10 @@ class EstimateSquares:
 def gradient_tasks(
     setup: EvaluatorSetup, fidelity: Fidelity, windows: tuple[int, int], estimator: str = "positions"
 ) -> list[EstimateSquares]:
-    """The tasks whose results ``gradient_losses`` sums; ``windows`` is the shape (n, T) of the fidelity's text."""
+    """Return the tasks whose results ``gradient_losses`` sums, each of at most PART_TOKENS tokens or one window.
+
+    ``windows`` is the shape (n, T) of the fidelity's text, ``estimator`` a key of ESTIMATORS.
+    """
     step = max(1, PART_TOKENS // windows[1])
     return [
         EstimateSquares(setup, fidelity, first, min(step, windows[0] - first), estimator)
@@ -127,6 +140,9 @@ def gradient_tasks(
 
 
 def gradient_losses(parts: list[list[list[float]]], windows: tuple[int, int]) -> list[np.ndarray]:
-    """By gene the estimated KL (choices,), nats per token, from all tasks' results in order."""
+    """Return, by gene, the estimated KL (choices,) in nats per token.
+
+    ``parts`` are the results of all tasks in order, ``windows`` is the shape (n, T) of the text.
+    """
     positions = windows[0] * windows[1]
     return [np.sum(choices, axis=0) / (2 * positions) for choices in zip(*parts, strict=True)]

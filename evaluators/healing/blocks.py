@@ -1,8 +1,8 @@
-"""Healing for models that do not fit: block after block, each towards the full-precision block's output.
+"""Healing for models that do not fit in memory: trains each block towards the output of the full-precision block.
 
-A block reads what the healed blocks before it make of the text, so it also mends what they could not. Hidden states lie
-in the checkpoint between two blocks; in memory is one block, and once embedding and head. Shapes: B windows, T
-positions, D hidden size.
+A block is trained on the output of the healed blocks before it, so it also corrects errors that they left. Between two
+blocks the hidden states are in the checkpoint. Memory holds one block at a time, or embedding and head. Shapes: B
+windows, T positions, D hidden size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -41,20 +41,20 @@ from search.types import Fidelity, Genome
 CALIBRATION = "calibration"
 FULL, PLAIN, HEALED = "full", "plain", "healed"  # full precision; quantized; quantized and healed so far
 
-Tracks = dict[str, Tensor]  # "split/kind" -> (B, T, D) hidden states on the CPU, in front of the next block
+Tracks = dict[str, Tensor]  # "split/kind" -> hidden states (B, T, D) on the CPU, the input of the next block
 
 
 def output_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over positions of |output - target|^2 / |target|^2, (B, T, D) each.
+    """Return the mean over positions of |output - target|^2 / |target|^2, scalar, for tensors (B, T, D).
 
-    Relative to each position's own power, because that is how the next block's RMS norm reads it.
+    Errors are relative to each position's power because the RMS norm of the next block normalizes by it.
     """
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
 @dataclass(frozen=True)
 class HealBlock:
-    """Pool task: one block, or behind the last one the output norm and the figures."""
+    """Pool task that heals one block or, with ``block`` after the last, the output norm, and then measures."""
 
     setup: EvaluatorSetup
     genome: Genome
@@ -70,11 +70,11 @@ class HealBlock:
 
     @property
     def makes(self) -> tuple[Path, ...]:
-        """Where it writes."""
+        """Paths that the task writes."""
         return (self.checkpoint.path,)
 
     def run(self, state: dict[Any, Any]) -> dict[str, Healed]:
-        """Figures by split behind the last block, else nothing."""
+        """Return the divergences by split after the last block, else an empty dict."""
         state.clear()  # a warm evaluator would hold the whole model
         stream = _Stream(self)
         with repeatable_attention(stream.device):
@@ -85,7 +85,7 @@ class HealBlock:
 
 
 class _Stream:
-    """The model of one task, of which only one part is loaded, and the hidden states in front of it."""
+    """Holds the model of one task, with only one part loaded, and the hidden states that this part reads."""
 
     def __init__(self, task: HealBlock):
         self.task = task
@@ -93,7 +93,7 @@ class _Stream:
         self.folder = ModelFolder(task.setup.model)
         self.model = BlockModel(self.folder, self.device)
         self.bank = Bank(task.setup.bank)
-        self.decoded: dict[str, QuantFormat | None] = {}  # tensors of ``model`` that have the genome's weights
+        self.decoded: dict[str, QuantFormat | None] = {}  # tensors of ``model`` that are set to the genome's weights
         self.inputs = EightBitInputs(self.model, self.decoded) if task.setup.activations == "q8" else None
         self.formats = task.setup.space.formats_of(task.genome)
         windows = TokenWindows.load(task.setup.windows)
@@ -104,7 +104,7 @@ class _Stream:
         self.ids[CALIBRATION], self.schedule = calibration[used], places  # only the windows that are trained on
         saved = task.checkpoint.load()
         self.floats: dict[str, Tensor] = {}  # healed so far
-        self.errors: list[list[float]] = []  # of each block's output, before and behind its training
+        self.errors: list[list[float]] = []  # of each block's output, before and after its training
         self.done = 0
         if saved is None:
             self.tracks = self.embedded()
@@ -115,12 +115,12 @@ class _Stream:
             self.done, self.errors = record["blocks"], record["errors"]
 
     def through(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """``run`` over (B, T, ...) on the device, chunk by chunk, back on the CPU."""
+        """Apply ``run`` to ``hidden`` (B, T, ...) on the device, chunk by chunk, and return the result on the CPU."""
         with torch.no_grad():
             return chunked(lambda rows: run(rows.to(self.device)).cpu(), hidden)
 
     def decode(self, model: BlockModel, names: Iterable[str]) -> None:
-        """Give loaded tensors of ``model`` the genome's weights."""
+        """Set the loaded tensors ``names`` of ``model`` to the genome's weights."""
         for name in names:
             if name in self.formats:
                 parameter = model.weight(name)
@@ -129,8 +129,8 @@ class _Stream:
                     self.decoded[name] = self.formats[name]
 
     def embedded(self) -> Tracks:
-        """Hidden states in front of the first block."""
-        model = BlockModel(self.folder, self.device)  # of its own, so that the embedding leaves memory again
+        """Return the input of the first block for all splits and kinds."""
+        model = BlockModel(self.folder, self.device)  # a separate model, so that the embedding is freed afterwards
         model.load_ends()
         tracks = {f"{split}/{FULL}": self.through(model.embed, ids) for split, ids in self.ids.items()}
         self.decode(model, [model.embedding_name])
@@ -139,13 +139,13 @@ class _Stream:
         return tracks | {f"{split}/{HEALED}": hidden.clone() for split, hidden in quantized.items()}
 
     def advance(self, kind: str, run: Callable[[Tensor], Tensor]) -> None:
-        """Move the tracks of one kind behind ``run``."""
+        """Replace the hidden states of one kind by ``run`` of them."""
         for name, hidden in self.tracks.items():
             if name.endswith(kind):
                 self.tracks[name] = self.through(run, hidden)
 
     def heal_block(self, block: int) -> None:
-        """Train one block's float32 tensors and save the hidden states behind it."""
+        """Train one block's float32 tensors and save its output; do nothing if the checkpoint is past the block."""
         if block < self.done:
             return
         model = self.model
@@ -168,6 +168,7 @@ class _Stream:
         self.save(block + 1)
 
     def tune(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -> None:
+        """Train ``parameters`` on the schedule; ``loss_of`` maps window indices (batch,) to their mean loss."""
         tuner = FloatTuner(parameters, self.task.settings)
         for rows in self.schedule:
             for part in micro_batches(rows, self.ids[CALIBRATION].shape[1]):
@@ -176,11 +177,12 @@ class _Stream:
         self.floats |= tuner.values()
 
     def save(self, done: int) -> None:
+        """Save hidden states and healed tensors; ``done`` counts the finished parts."""
         record = {"blocks": done, "errors": self.errors}
         self.task.checkpoint.save({**self.tracks, **self.floats}, **record)
 
     def finish(self) -> dict[str, Healed]:
-        """Train the output norm by the divergence itself, save all float32 tensors, and measure."""
+        """Train the output norm on the divergence itself, save all float32 tensors, and return the figures by split."""
         model, loss = self.model, DistillationLoss.of(self.task.settings)
         model.load_ends()
         self.advance(FULL, model.decoder.norm)
@@ -205,11 +207,12 @@ class _Stream:
         return figures
 
     def figures(self, split: str, full_head: Head, head: Head) -> Healed:
+        """Return the divergences of the quantized and of the healed model on one split."""
         tracks = {kind: self.tracks[f"{split}/{kind}"].to(self.device) for kind in (FULL, PLAIN, HEALED)}
         reference = Reference(tracks[FULL], full_head, self.ids[split])
         plain, healed = (self.head_input(tracks[kind]) for kind in (PLAIN, HEALED))
         return Healed.measured(partial(reference.compare, plain, head), partial(reference.compare, healed, head))
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (..., D) as the head reads them."""
+        """Return final hidden states (..., D) as the head reads them, rounded if its weight is quantized under q8."""
         return self.inputs.head_input(hidden) if self.inputs else hidden

@@ -1,7 +1,7 @@
-"""Losses that pull a model towards the full-precision one, from final hidden states, over the whole vocabulary.
+"""Distillation losses between the final hidden states of two models, over the whole vocabulary.
 
-Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of positions at a time, in the forward
-pass only: the gradient with respect to the hidden states is known as soon as a chunk's logits are.
+Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of positions at a time, and only in the
+forward pass, which also computes each chunk's gradient with respect to the hidden states.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from evaluators.settings import HealingSettings
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """(1 - alpha) * temperature^2 * KL(P || Q) + alpha * cross-entropy of the text's own next token.
+    """Computes (1 - alpha) * temperature^2 * KL(P || Q) + alpha * cross-entropy of the text's own next token.
 
-    P and Q are softmax(logits / temperature) of the full-precision and of the trained model, the KL a mean over
-    positions; the cross-entropy, at temperature 1, is a mean over positions that something follows. Hinton, Vinyals
-    and Dean, "Distilling the knowledge in a neural network" (2015), section 2: temperature^2 keeps the gradient's
-    size. ``alpha`` 0 is the plain KL.
+    P and Q are softmax(logits / temperature) of the full-precision and the trained model. The KL, in nats, is a mean
+    over all positions; the cross-entropy, at temperature 1, a mean over the positions that have a next token. The
+    factor temperature^2 keeps the size of the gradient (Hinton, Vinyals and Dean, "Distilling the knowledge in a
+    neural network", 2015, section 2). ``alpha`` 0 is the plain KL.
     """
 
     temperature: float = 1.0
@@ -31,14 +31,14 @@ class DistillationLoss:
 
     @classmethod
     def of(cls, settings: HealingSettings) -> "DistillationLoss":
-        """Return the loss that ``settings`` choose."""
+        """Return the loss with the temperature and the alpha of ``settings``."""
         return cls(settings.chosen_temperature, settings.chosen_alpha)
 
     def __call__(self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor) -> Tensor:
-        """Scalar loss, differentiable in ``hidden`` (B, T, D) alone.
+        """Return the scalar loss, differentiable with respect to ``hidden`` (B, T, D) only.
 
-        ``reference`` (B, T, D) are the full-precision model's final hidden states, ``head`` and ``reference_head``
-        the two heads, ``ids`` (B, T) the tokens.
+        ``hidden`` are the trained model's final hidden states and ``head`` its head, ``reference`` (B, T, D) and
+        ``reference_head`` those of the full-precision model; ``ids`` (B, T) are the tokens.
         """
         targets = torch.full_like(ids, -1)
         targets[:, :-1] = ids[:, 1:]
@@ -84,9 +84,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _soft(p: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sum over rows of temperature^2 * KL(P || Q), float64, and its gradient (P, V) with respect to the logits ``q``.
+    """Return the sum over rows of temperature^2 * KL(P || Q), float64, and its gradient (P, V) in the logits ``q``.
 
-    ``p`` are the reference's logits, already over the temperature, and are overwritten.
+    ``p`` are the reference's logits, already divided by the temperature, and are overwritten.
     """
     log_p = p.log_softmax(-1)
     log_q = (q / temperature).log_softmax(-1) if temperature != 1 else q.log_softmax(-1)
@@ -96,7 +96,7 @@ def _soft(p: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _add_hard(q: Tensor, targets: Tensor, gradient: Tensor, weight: float) -> Tensor:
-    """Sum of the targets' cross-entropies, float64; ``weight`` times its gradient is added to ``gradient`` (P, V)."""
+    """Return the targets' summed cross-entropy, float64; add ``weight`` times its gradient to ``gradient`` (P, V)."""
     rows = (targets >= 0).nonzero()[:, 0]
     log_q = functional.log_softmax(q[rows], -1)
     value = -log_q.gather(1, targets[rows, None]).sum(dtype=torch.float64)

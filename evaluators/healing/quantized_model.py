@@ -1,4 +1,4 @@
-"""The full model in memory with any genome's weights, decoded from the bank's bytes; only changed tensors move."""
+"""A full model in memory that takes the weights of any genome; only tensors whose format changes are decoded."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from quantizers.formats.table import QuantFormat
 
 
 class SimulatedModel:
-    """A resident model whose tensors can be set to any format of the bank, or back to full precision (None).
+    """A model, loaded whole, whose tensors can be set to any format of the bank or back to full precision (None).
 
-    ``activations``: float, or q8 for the 8-bit inputs that llama.cpp gives to quantized tensors.
+    ``activations`` is "float", or "q8" to round the inputs of quantized tensors to 8-bit blocks as llama.cpp does.
     """
 
     def __init__(self, model: BlockModel, bank: Bank, activations: str = "float"):
@@ -26,7 +26,7 @@ class SimulatedModel:
         self._inputs = EightBitInputs(model, self._formats) if activations == "q8" else None
 
     def set_formats(self, formats: Mapping[str, QuantFormat | None]) -> None:
-        """Make exactly the tensors of ``formats`` quantized so; all others full precision."""
+        """Set the tensors of ``formats``, by Hugging Face name, to these formats, and all others to full precision."""
         restored = {name: None for name, current in self._formats.items() if current and name not in formats}
         for name, fmt in {**restored, **formats}.items():
             if self._formats.get(name) == fmt:
@@ -37,13 +37,13 @@ class SimulatedModel:
             self._formats[name] = fmt
 
     def _decode(self, name: str, fmt: QuantFormat, columns: int) -> Tensor:
-        with torch.inference_mode(False):  # a weight that gradients may pass, whoever asks for it
+        with torch.inference_mode(False):  # no inference tensor, so that autograd can use it
             return self.bank.weights(name, fmt, columns, self.model.device)
 
     def full_weight(self, name: str) -> Tensor:
-        """The full-precision weight, whatever format is set."""
+        """Return the full-precision weight, whatever format is set."""
         return self._full.get(name, self.model.weight(name).data)
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (..., D) as the head reads them."""
+        """Return final hidden states (..., D) as the head reads them, rounded if its weight is quantized under q8."""
         return self._inputs.head_input(hidden) if self._inputs else hidden

@@ -1,4 +1,4 @@
-"""What every variant of healing shares: its settings, the steps, the checkpoint, and a model's tensors to tune.
+"""Tools that all variants of healing share: the schedule of windows, the optimizer, checkpoints and tunable tensors.
 
 Shapes: n windows, T positions.
 """
@@ -23,15 +23,15 @@ from evaluators.settings import HealingSettings
 
 log = logging.getLogger(__name__)
 
-MICRO_TOKENS = 512  # positions of one gradient: their activations are kept at once, and a worker computes them
-BETAS = (0.9, 0.99)  # of Adam; few steps, so the second moment must not remember longer than they last
+MICRO_TOKENS = 512  # tokens of one backward pass, whose activations are in memory at once; also those of one pool task
+BETAS = (0.9, 0.99)  # of Adam; there are few steps, so the second moment must not average over more of them
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def schedule(settings: HealingSettings, windows: int, window: int) -> Tensor:
-    """Return (steps, batch) int64: of ``windows`` windows of ``window`` tokens, those of every step.
+    """Return the window indices of every step, int64 (steps, batch).
 
-    Each pass over the text is in a new random order.
+    The text has ``windows`` windows of ``window`` tokens; each pass over it is in a new random order.
     """
     batch = settings.batch_windows(window)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -41,7 +41,7 @@ def schedule(settings: HealingSettings, windows: int, window: int) -> Tensor:
 
 
 class FloatTuner:
-    """Adam on named parameters; what it holds between two steps is ``state``."""
+    """Runs Adam on named parameters with the learning rates of ``settings``; ``state`` is what to checkpoint."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: HealingSettings):
         self.parameters = dict(parameters)
@@ -50,7 +50,7 @@ class FloatTuner:
         self.done = 0
 
     def step(self) -> None:
-        """One step down the gradients that the parameters hold."""
+        """Take one step with the gradients that the parameters hold, then drop them."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.done)
         self.optimizer.step()
@@ -58,11 +58,11 @@ class FloatTuner:
         self.done += 1
 
     def values(self) -> dict[str, Tensor]:
-        """Copies of the parameters, on the CPU."""
+        """Return copies of the parameters on the CPU, by name."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters by name, and Adam's moments by name and kind once there are any; copies on the CPU."""
+        """Return copies on the CPU of the parameters and, after the first step, of Adam's moments under "name:kind"."""
         moments = {
             f"{name}:{kind}": self.optimizer.state[parameter][kind].cpu().clone()
             for name, parameter in self.parameters.items()
@@ -72,7 +72,7 @@ class FloatTuner:
         return {**self.values(), **moments}
 
     def load(self, state: Mapping[str, Tensor], done: int) -> None:
-        """Continue from ``state`` after ``done`` steps."""
+        """Restore ``state``, which was saved after ``done`` steps."""
         self.done = done
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state[name])
@@ -83,17 +83,24 @@ class FloatTuner:
 
 @dataclass(frozen=True)
 class HealingCheckpoint:
-    """Tensors and a JSON record in one safetensors file, replaced atomically; one of another ``key`` does not count."""
+    """Stores tensors and a JSON record in one safetensors file, which is replaced atomically.
+
+    A file that was saved with another ``key`` is treated as missing.
+    """
 
     path: Path
     key: str  # digest of everything that decides the result
 
     def save(self, tensors: Mapping[str, Tensor], **record: Any) -> None:
+        """Replace the file by ``tensors`` and ``record``, whose values must be JSON."""
         metadata = {"record": json.dumps({"key": self.key, **record})}
         atomic_write_bytes(self.path, save({n: t.contiguous() for n, t in tensors.items()}, metadata))
 
     def load(self, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors (none if not wanted) and record; None if there is no file, or of something else, or damaged."""
+        """Return tensors and record, or None if the file is missing, damaged or has another key.
+
+        With ``tensors=False`` only the record is read. A damaged file is logged as a warning.
+        """
         try:
             with safe_open(self.path, framework="pt") as file:
                 record: dict[str, Any] = json.loads(file.metadata()["record"])
@@ -110,7 +117,10 @@ class HealingCheckpoint:
 
 @contextmanager
 def tunable(model: BlockModel, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """The loaded parameters of those names, at copies of ``values`` and with gradients inside, as they were behind."""
+    """Make loaded parameters trainable inside the context, and restore their values at exit.
+
+    Yields the parameters named in ``values`` by name, set to copies of these values.
+    """
     parameters = {name: model.weight(name) for name in values}
     originals = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -126,7 +136,7 @@ def tunable(model: BlockModel, values: Mapping[str, Tensor]) -> Iterator[dict[st
 
 @contextmanager
 def repeatable_attention(device: torch.device) -> Iterator[None]:
-    """On accelerators, the attention kernel whose gradient is the same every time; a CPU's always is."""
+    """Use the attention kernel with a deterministic gradient on accelerators; the CPU's kernels always have one."""
     if device.type == "cpu":
         yield
         return
@@ -135,5 +145,5 @@ def repeatable_attention(device: torch.device) -> Iterator[None]:
 
 
 def micro_batches(rows: Tensor, window: int) -> tuple[Tensor, ...]:
-    """``rows`` (n,) in parts of at most MICRO_TOKENS tokens, at least one window of ``window`` tokens."""
+    """Split window indices ``rows`` (n,) into parts of at most MICRO_TOKENS tokens, or one ``window``-token window."""
     return rows.split(max(1, MICRO_TOKENS // window))

@@ -1,7 +1,7 @@
-"""Tuning the float32 tensors of a quantized model (norms, biases) by distillation; every packed tensor stays as it is.
+"""Healing with the whole model in memory: tunes the float32 tensors (norms, biases) by distillation.
 
-Workers compute gradients, a part of each step's windows each, and the driver takes the steps. Shapes: n windows, T
-positions, D hidden size.
+Packed tensors stay as they are. Workers compute the gradients of parts of each step's windows, and the driver takes the
+steps. Shapes: n windows, T positions, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ CHECKPOINT_STEPS = 10
 
 
 class TrainedModel:
-    """A model in memory whose float32 tensors may change, and its text."""
+    """Holds a model in memory, which can be set to any genome and any float32 tensors, and its token windows."""
 
     def __init__(self, setup: EvaluatorSetup):
         self.space = setup.space
@@ -46,30 +46,33 @@ class TrainedModel:
         self.simulated = SimulatedModel(self.model, Bank(setup.bank), setup.activations)
 
     def calibration_ids(self, rows: Sequence[int]) -> Tensor:
-        """(n, T) token ids of windows of calibration text."""
+        """Return the token ids (n, T) of the calibration windows with indices ``rows``."""
         return torch.from_numpy(self.windows.windows["calibration"][list(rows)])
 
     @torch.inference_mode()
     def reference(self, ids: Tensor) -> Reference:
-        """Of the model's own tensors, as they are now."""
+        """Return the unquantized model's reference for ``ids`` (n, T), with float32 tensors at their current values."""
         self.simulated.set_formats({})
         return Reference(final_hidden(self.model, ids), self.full_head, ids)
 
     @property
     def full_head(self) -> Head:
-        """The full-precision head, whatever is set."""
+        """The full-precision head, whatever format is set."""
         return self.model.head_with(self.simulated.full_weight(self.model.head_name))
 
     @torch.inference_mode()
     def divergence(self, genome: Genome, ids: Tensor, reference: Reference) -> Divergence:
-        """Of ``genome`` with the float32 tensors as they are now. Raises FloatingPointError if it is not finite."""
+        """Return the divergence of ``genome`` on ``ids`` (n, T) with the float32 tensors at their current values.
+
+        Raises FloatingPointError if the logits are not finite.
+        """
         self.simulated.set_formats(self.space.formats_of(genome))
         return reference.compare(self.simulated.head_input(final_hidden(self.model, ids)), self.model.head)
 
 
 @dataclass(frozen=True)
 class ReferenceStates:
-    """Pool task: final hidden states (n, T, D) of the full-precision model on windows of calibration text."""
+    """Pool task that computes the full-precision model's final hidden states on windows of calibration text."""
 
     setup: EvaluatorSetup
     rows: tuple[int, ...]
@@ -79,22 +82,23 @@ class ReferenceStates:
         return "heal[reference]"
 
     def run(self, state: dict[Any, Any]) -> Tensor:
+        """Return the hidden states (n, T, D) on the CPU; ``state`` keeps the model for the worker's next task."""
         trained = warm(TrainedModel, self.setup, state)
         trained.simulated.set_formats({})
         hidden = final_hidden(trained.model, trained.calibration_ids(self.rows))
-        return hidden.clone().cpu()  # a tensor that gradients may use
+        return hidden.clone().cpu()  # not an inference tensor, so that autograd can use it
 
 
 @dataclass(frozen=True)
 class HealGradient:
-    """Pool task: gradients of the mean loss over some windows, by name, with float32 tensors ``floats``."""
+    """Pool task that computes the gradient of the mean loss over some windows at the float32 tensors ``floats``."""
 
     setup: EvaluatorSetup
     genome: Genome
     floats: Mapping[str, Tensor]
     loss: DistillationLoss
     rows: tuple[int, ...]
-    reference: Tensor  # (n, T, D) of ReferenceStates
+    reference: Tensor  # (n, T, D), from ReferenceStates
     step: int
 
     @property
@@ -102,6 +106,7 @@ class HealGradient:
         return f"heal[step {self.step}]"
 
     def run(self, state: dict[Any, Any]) -> dict[str, Tensor]:
+        """Return the gradients on the CPU, by name of the tensor."""
         trained = warm(TrainedModel, self.setup, state)
         model = trained.model
         trained.simulated.set_formats(trained.space.formats_of(self.genome))
@@ -113,16 +118,17 @@ class HealGradient:
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Return the parameter's gradient on the CPU."""
     assert parameter.grad is not None
     return parameter.grad.cpu()
 
 
 @dataclass(frozen=True)
 class WholeHealing:
-    """The full variant: one genome's training, its gradients computed by a pool, the steps taken here.
+    """Trains the float32 tensors of one genome: a pool computes the gradients, this process takes the steps.
 
-    A step's gradients are summed in the order of its windows, whoever computed them, so that any number of workers
-    ends in the same bits.
+    The gradients of a step are summed in the order of its windows, so the result is the same, bit for bit, for any
+    number of workers.
     """
 
     setup: EvaluatorSetup
@@ -133,7 +139,10 @@ class WholeHealing:
     checkpoint: HealingCheckpoint
 
     def train(self, run: Callable[[Sequence[Any]], Iterator[Any]]) -> Iterator[int]:
-        """Train from the checkpoint to the end, yielding the steps that are done; ``run`` runs pool tasks."""
+        """Train from the checkpoint to the last step, and yield the number of finished steps after each.
+
+        ``run`` runs pool tasks and yields their results in order. A checkpoint is saved every CHECKPOINT_STEPS steps.
+        """
         tuner = FloatTuner({n: nn.Parameter(t.clone()) for n, t in self.floats.items()}, self.settings)
         if saved := self.checkpoint.load():
             tuner.load(saved[0], saved[1]["steps"])
@@ -148,7 +157,7 @@ class WholeHealing:
             self.checkpoint.save(tuner.state(), steps=tuner.done)
 
     def references(self, segment: Tensor, run: Callable[[Sequence[Any]], Iterator[Any]]) -> dict[int, Tensor]:
-        """Full-precision hidden states (T, D) of every window of some steps."""
+        """Return, by index, the full-precision hidden states (T, D) of every window in ``segment`` (steps, batch)."""
         parts = micro_batches(segment.unique(), self.windows[1])
         states = run([ReferenceStates(self.setup, tuple(part.tolist())) for part in parts])
         return {
@@ -162,7 +171,10 @@ class WholeHealing:
         reference: Mapping[int, Tensor],
         run: Callable[[Sequence[Any]], Iterator[Any]],
     ) -> None:
-        """Give the tuner's parameters the gradient of the mean loss over windows ``rows``."""
+        """Set the gradients of the tuner's parameters to that of the mean loss over windows ``rows`` (batch,).
+
+        ``reference`` holds the full-precision hidden states (T, D) by window index.
+        """
         values, parts = tuner.values(), micro_batches(rows, self.windows[1])
         tasks = []
         for part in parts:
@@ -177,33 +189,38 @@ class WholeHealing:
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing did on one split: divergences from the full-precision model; None where they are not finite."""
+    """Holds the divergences from the full-precision model before and after healing on one split."""
 
     before: Divergence
-    after: Divergence | None
+    after: Divergence | None  # None if it is not finite
 
     @classmethod
     def measured(cls, before: Callable[[], Divergence], after: Callable[[], Divergence]) -> "Healed":
-        """Both divergences, measured in this order. Raises FloatingPointError if the first is not finite."""
+        """Measure both divergences, ``before`` first.
+
+        The second is None if it is not finite. Raises FloatingPointError if the first is not finite.
+        """
         found = before()
         try:
             return cls(found, after())
-        except (FloatingPointError, OverflowError):  # of the KL, of the perplexity
+        except (FloatingPointError, OverflowError):  # from the KL and from the perplexity, respectively
             return cls(found, None)
 
     @property
     def better(self) -> bool:
+        """Whether healing lowered the KL."""
         return self.after is not None and self.after.kl < self.before.kl
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Healed":
+        """Return the value whose ``dataclasses.asdict`` is ``record``."""
         after = record["after"]
         return cls(Divergence.from_json(record["before"]), None if after is None else Divergence.from_json(after))
 
 
 @dataclass(frozen=True)
 class MeasureHealing:
-    """Pool task: divergence of a genome with the model's own float32 tensors and with the tuned ones."""
+    """Pool task that measures a genome's divergence with the original float32 tensors and with the tuned ones."""
 
     setup: EvaluatorSetup
     genome: Genome
@@ -215,10 +232,11 @@ class MeasureHealing:
         return f"healed[{self.fidelity.split}]"
 
     def run(self, state: dict[Any, Any]) -> Healed:
+        """Return both divergences. Raises FloatingPointError if that with the original tensors is not finite."""
         trained = warm(TrainedModel, self.setup, state)
         fidelity = self.fidelity
         ids = torch.from_numpy(trained.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
-        reference = trained.reference(ids)  # of the model's own tensors, so outside of ``tunable``
+        reference = trained.reference(ids)  # with the original tensors, so outside of ``tunable``
 
         def after() -> Divergence:
             with tunable(trained.model, self.floats):

@@ -1,6 +1,6 @@
-"""What a decoder block reads beside hidden states: masks, positions, rotary embeddings, as transformers makes them.
+"""This module builds what a decoder block takes besides hidden states: mask, positions and rotary embeddings.
 
-Shapes: B windows, T positions, D hidden size.
+All of them are made by transformers. Shapes: B windows, T positions, D hidden size.
 """
 
 from typing import Any
@@ -14,7 +14,10 @@ from evaluators.model.folder import ModelFolder, ModelFolderError
 
 
 def attention_of(folder: ModelFolder) -> str:
-    """Attention implementation of the folder's model type. Raises ModelFolderError for one that is not supported."""
+    """Return transformers' attention implementation (``sdpa`` or ``eager``) for the model type of ``folder``.
+
+    Raises ModelFolderError for a model type that is not in ``FAMILIES``.
+    """
     if folder.model_type not in FAMILIES:
         raise ModelFolderError(
             f"expected a model of type {', '.join(FAMILIES)}, which run block by block, found "
@@ -24,7 +27,7 @@ def attention_of(folder: ModelFolder) -> str:
 
 
 class _Recorder(nn.Module):
-    """Stands for a block and keeps what it is called with."""
+    """Takes the place of a block, returns its input unchanged and keeps the keyword arguments of the last call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,10 +39,13 @@ class _Recorder(nn.Module):
 
 
 class BlockArguments:
-    """The arguments of every block, from the forward pass of a decoder without blocks; kept for the last shape asked.
+    """Provides the keyword arguments of every block, recorded in a forward pass of the decoder without its blocks.
 
-    So the mask of a sliding window, the rotary embedding of a layer type and the frequencies of a long text are
-    transformers' own. A mask of None is plain causal attention.
+    The mask of a sliding window, the rotary embedding of a layer type and the frequencies for long text are therefore
+    transformers' own. A mask of None is plain causal attention. The arguments of the last shape, dtype and device are
+    cached.
+
+    ``decoder`` is the transformers module with ``layers``, ``norm`` and ``rotary_emb``; only its types are used.
     """
 
     def __init__(self, decoder: nn.Module, config: PreTrainedConfig):
@@ -54,17 +60,20 @@ class BlockArguments:
         self._shape: tuple[Any, ...] = ()
 
     def __call__(self, block: int, hidden: Tensor) -> dict[str, Any]:
-        """Keyword arguments of ``block`` for hidden states (B, T, D); they broadcast over windows."""
+        """Return the keyword arguments of ``block`` for ``hidden`` (B, T, D).
+
+        Their first dimension is 1, so that they broadcast over windows.
+        """
         shape = (hidden.shape[1:], hidden.dtype, hidden.device)
         if shape != self._shape:
             self._record(hidden)
             self._shape = shape
         return self._recorders[block].arguments
 
-    @torch.inference_mode(False)  # a gradient may pass by what is kept
+    @torch.inference_mode(False)  # autograd may use the cached tensors, which inference tensors do not allow
     @torch.no_grad()
     def _record(self, hidden: Tensor) -> None:
-        # new for each length: frequencies that follow the length remember the longest text
+        # A new module for each length: dynamic rotary frequencies remember the longest text that they have seen.
         self._decoder.rotary_emb = self._rotary(self._config).to(hidden.device)
         nothing = torch.zeros(1, 1, 1, dtype=hidden.dtype, device=hidden.device)
         self._decoder(inputs_embeds=nothing.expand(1, *hidden.shape[1:]), use_cache=False)

@@ -1,4 +1,4 @@
-"""A causal language model that runs block by block, with the weights of the blocks that are loaded.
+"""This module runs a causal language model block by block, with only the blocks in memory that are loaded.
 
 Shapes: B windows, T positions, D hidden size, V vocabulary. The modules are transformers' own.
 """
@@ -16,14 +16,14 @@ from evaluators.model.head import Head
 
 
 class BlockModel:
-    """Embedding, decoder blocks, final norm and head of a model folder, loaded part by part.
+    """Holds the embedding, decoder blocks, final norm and head of a model folder, loaded part by part.
 
-    The linear layers of blocks, and attention, multiply in the type ``compute``; hidden states, norms, embedding and
-    head are float32 always.
+    Linear layers of blocks, and attention, multiply in the type ``compute``. Hidden states, norms, embedding and head
+    are always float32.
 
-    Nothing is in memory until ``load_block`` or ``load_ends`` is called, so that a caller which keeps one block at a
-    time needs the memory of one block. Raises ModelFolderError for a model type that does not run so (see
-    ``evaluators.model.block_arguments``), or that transformers cannot build.
+    Weights are on the meta device until ``load_block``, ``load_ends`` or ``place`` is called, so a caller that keeps
+    one block loaded needs the memory of one block. Raises ModelFolderError for a model type that cannot run block by
+    block (see ``evaluators.model.families``), and for one that transformers cannot build.
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device, compute: torch.dtype = torch.float32):
@@ -44,7 +44,7 @@ class BlockModel:
         self.blocks: nn.ModuleList = self.decoder.layers
         self._arguments = BlockArguments(self.decoder, self.config)
         embedding = self.decoder.embed_tokens
-        if hasattr(embedding, "embed_scale"):  # Gemma's, a buffer that is not in the weights
+        if hasattr(embedding, "embed_scale"):  # Gemma's: a buffer that no weights file holds
             embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._multiplied = {name for block in range(len(self.blocks)) for name, _ in self.linears(block)}
@@ -56,14 +56,15 @@ class BlockModel:
 
     @property
     def head_name(self) -> str:
-        """Hugging Face name of the tensor that makes the logits; the embedding's where the two are tied."""
+        """Hugging Face name of the head's weight, which is the embedding's where the two are tied."""
         return self.embedding_name if self.folder.tied else "lm_head.weight"
 
     def block_prefix(self, block: int) -> str:
+        """Return the prefix of the names of a block's tensors, such as "model.layers.3."."""
         return f"{self._names[id(self.blocks[block])]}."
 
     def block_of(self, tensor: str) -> int:
-        """Index of the block that ``tensor`` belongs to; -1 for the embedding, number of blocks for norm and head."""
+        """Return the index of the block that holds ``tensor``: -1 for embedding, the block count for norm and head."""
         if tensor == self.embedding_name:
             return -1
         prefix = self.block_prefix(0).removesuffix("0.")
@@ -72,6 +73,7 @@ class BlockModel:
         return len(self.blocks)
 
     def _load(self, module: nn.Module, prefix: str) -> None:
+        """Load the parameters of ``module``; raise ModelFolderError if the folder lacks one."""
         missing = [prefix + name for name, _ in module.named_parameters() if prefix + name not in self.folder.shapes]
         if missing:
             raise ModelFolderError(f"expected tensor {missing[0]} in the weights, found none in {self.folder.path}")
@@ -80,29 +82,32 @@ class BlockModel:
         module.load_state_dict(state, strict=False, assign=True)
 
     def as_computed(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor of that name, or rows of it, on the model's device in the type that it is computed with."""
+        """Move ``tensor``, all or some rows of the weight ``name``, to the model's device and its compute type."""
         return tensor.to(device=self.device, dtype=self.compute if name in self._multiplied else torch.float32)
 
     def load_block(self, block: int) -> None:
+        """Load the weights of a block. Raises ModelFolderError if the folder lacks one of them."""
         self._load(self.blocks[block], self.block_prefix(block))
 
     def unload_block(self, block: int) -> None:
+        """Free the memory of a block's weights."""
         self.blocks[block].to("meta")
 
     def load_ends(self) -> None:
-        """Load embedding, final norm and head."""
+        """Load embedding, final norm and head. Raises ModelFolderError if the folder lacks one of them."""
         self._load(self.decoder.embed_tokens, self.embedding_name.removesuffix("weight"))
         self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
         if not self.folder.tied:
             self._load(self.model.lm_head, "lm_head.")
 
     def load_all(self) -> None:
+        """Load the whole model."""
         self.load_ends()
         for block in range(len(self.blocks)):
             self.load_block(block)
 
     def parameters_of(self, block: int) -> list[str]:
-        """Names of a block's parameters, loaded or not, in the order they are used."""
+        """Return the names of a block's parameters, loaded or not, in the order of its modules."""
         prefix = self.block_prefix(block)
         return [prefix + name for name, _ in self.blocks[block].named_parameters()]
 
@@ -113,30 +118,30 @@ class BlockModel:
         return [prefix + name for name, _ in self.decoder.norm.named_parameters()]
 
     def place(self, name: str, weight: Tensor | None) -> None:
-        """Make ``weight`` the parameter of that name; None takes its memory away."""
+        """Make ``weight`` the parameter ``name``, without a copy; None frees the parameter's memory."""
         module, _, leaf = name.rpartition(".")
         tensor = torch.empty(self.folder.shapes[name], device="meta") if weight is None else weight
         self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
     def weight(self, name: str) -> nn.Parameter:
-        """The loaded parameter of that name; assign to its ``data`` to change the model."""
+        """Return the loaded parameter ``name``; assign to its ``data`` to change the model."""
         return self.model.get_parameter(name)
 
     @property
     def head(self) -> Head:
-        """What turns final hidden states into logits, with the weight (V, D) that is loaded now."""
+        """Head with the weight (V, D) that is loaded, which turns final hidden states into logits."""
         return self.head_with(self.weight(self.head_name).data)
 
     def head_with(self, weight: Tensor) -> Head:
-        """The same with another ``weight`` (V, D)."""
+        """Return this model's head with another ``weight`` (V, D)."""
         return Head(weight, getattr(self.config, "final_logit_softcapping", None))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, D)."""
+        """Return the embeddings (B, T, D) of token ids (B, T)."""
         return self.decoder.embed_tokens(ids.to(self.device))
 
     def run_block(self, block: int, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) through one block, over whole windows."""
+        """Return the output (B, T, D) of one loaded block for its input ``hidden`` (B, T, D), over whole windows."""
         arguments = self._arguments(block, hidden)
         with nullcontext() if self.compute == torch.float32 else self._autocast():
             output: Tensor = self.blocks[block](hidden, **arguments)
@@ -146,13 +151,13 @@ class BlockModel:
         return torch.autocast(self.device.type, self.compute, cache_enabled=False)
 
     def run_from(self, block: int, hidden: Tensor) -> Tensor:
-        """(B, T, D) input of ``block`` -> (B, T, D) final hidden states after the output norm."""
+        """Return the hidden states (B, T, D) after the final norm for the input ``hidden`` (B, T, D) of ``block``."""
         for index in range(block, len(self.blocks)):
             hidden = self.run_block(index, hidden)
         return self.decoder.norm(hidden)
 
     def linears(self, block: int) -> Iterator[tuple[str, nn.Linear]]:
-        """(weight name, module) of the linear layers of one block."""
+        """Yield (weight name, module) of the linear layers of one block."""
         for name, module in self.blocks[block].named_modules():
             if isinstance(module, nn.Linear):
                 yield f"{self.block_prefix(block)}{name}.weight", module

@@ -1,8 +1,8 @@
-"""The one table of model families: how each runs block by block, and how GGUF stores it.
+"""This module lists the supported model families: how each runs block by block, and how GGUF stores it.
 
-A family is a ``model_type`` of transformers' config.json. Another one is another row here, if its decoder blocks map
-hidden states to hidden states and its tensors have transformers' usual names; ``architecture`` is for those that
-llama.cpp computes as transformers does.
+A family is a ``model_type`` of transformers' config.json. To support another one, add a row. Its decoder blocks must
+map hidden states to hidden states, and its tensors must have transformers' usual names. ``architecture`` is set where
+llama.cpp computes what transformers computes.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ LINEARS = QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """The llama.cpp graph that runs a family."""
+    """Describes the llama.cpp graph that runs a family."""
 
-    name: str  # llama.cpp's own, the prefix of a file's keys
+    name: str  # llama.cpp's name, which is also the prefix of the GGUF file's metadata keys
     permutes_qk: bool = False  # rows of q and k go from transformers' half-split rotary order to the interleaved one
     biases: frozenset[str] = frozenset()  # kinds of tensors whose bias the graph adds
-    free_head_dim: bool = True  # whether heads times their size may differ from the hidden size
+    free_head_dim: bool = True  # whether heads * head_dim may differ from the hidden size
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of one ``model_type``."""
+    """Describes one ``model_type``: how transformers runs it, and how it is exported."""
 
     model_type: str
-    attention: str = "sdpa"  # transformers' implementation; PyTorch's fused one has no soft cap
-    scalable: bool = False  # its norms multiply by their plain weight, so that channel scales can be folded into them
-    architecture: Architecture | None = None  # None: it can be evaluated, and not exported
+    attention: str = "sdpa"  # transformers' name; PyTorch's fused attention (sdpa) has no soft cap
+    scalable: bool = False  # norms multiply by the plain weight (not 1 + weight), so channel scales fold into them
+    architecture: Architecture | None = None  # None: evaluated, but not exported
 
 
 FAMILIES = {

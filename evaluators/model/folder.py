@@ -1,4 +1,4 @@
-"""A Hugging Face model folder read lazily: configuration, tensor shapes and one tensor at a time."""
+"""This module reads a Hugging Face model folder lazily: configuration, tensor shapes, one tensor at a time."""
 
 import hashlib
 import json
@@ -23,13 +23,13 @@ CONVERSION = (
 
 
 class ModelFolderError(UserError):
-    """The folder is not a model that can be read; the message is one sentence for the user."""
+    """Raised for a folder that is not a readable model; the message is one sentence for the user."""
 
 
 class ModelFolder:
-    """``config.json`` and the safetensors files of a folder; loads no weights until asked for one.
+    """Reads ``config.json`` and the safetensors files of a folder; weights are loaded one tensor at a time.
 
-    A scaled view (``evaluators.model.scaled_view``) is a folder like any other. Raises ModelFolderError if the folder,
+    A scaled view (``evaluators.model.scaled_view``) reads like any other folder. Raises ModelFolderError if the folder,
     its configuration or its weights are missing or unreadable.
     """
 
@@ -49,6 +49,7 @@ class ModelFolder:
 
     @staticmethod
     def _index(path: Path) -> dict[str, Path]:
+        """Return the file of every tensor, sorted by tensor name."""
         index_file = path / "model.safetensors.index.json"
         if index_file.is_file():
             listed = json.loads(index_file.read_text(encoding="utf-8")).get("weight_map", {}).values()
@@ -56,7 +57,7 @@ class ModelFolder:
                 raise ModelFolderError(f"expected weights inside the model folder, found {outside[0]} in {index_file}")
             files = sorted({path / name for name in listed})
         elif (path / "model.safetensors").is_file():
-            files = [path / "model.safetensors"]  # not a copy in another layout beside it
+            files = [path / "model.safetensors"]  # alone: other *.safetensors beside it are copies in other layouts
         else:
             files = sorted(path.glob("*.safetensors"))
         if not files:
@@ -74,7 +75,7 @@ class ModelFolder:
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every stored tensor by Hugging Face name."""
+        """Shape of every stored tensor, by Hugging Face name."""
         shapes = {}
         for name, file in self._files.items():
             with safe_open(file, framework="pt") as tensors:
@@ -82,13 +83,16 @@ class ModelFolder:
         return shapes
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its stored type, on the CPU. Raises KeyError for a name that is not stored."""
+        """Return one tensor on the CPU, in its stored type (float32 where a scaled view has factors for it).
+
+        Raises KeyError for a name that is not stored.
+        """
         with safe_open(self._files[name], framework="pt") as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
         return scaled(self.path, name, tensor) if self._source else tensor
 
     def check_finite(self) -> None:
-        """Read every tensor once. Raises ModelFolderError that names the first with an infinite or NaN value."""
+        """Read every tensor once; raise ModelFolderError, naming the tensor, at the first infinite or NaN value."""
         for name, file in self._files.items():
             if not (tensor := self.read(name)).isfinite().all():
                 raise ModelFolderError(
@@ -98,28 +102,29 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        """Name of the folder, or of the model where the folder is a snapshot in the hub's cache."""
+        """Name of the folder, or of the model where the folder is a snapshot in the Hugging Face cache."""
         path = (self._source or self.path).resolve()
         return path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name
 
     @property
     def model_type(self) -> str:
+        """``model_type`` of config.json, "" if there is none."""
         return str(self.config.get("model_type", ""))
 
     @property
     def tied(self) -> bool:
-        """Whether embedding and head are one tensor."""
+        """Whether embedding and head are one tensor (no ``lm_head.weight`` is stored)."""
         return "lm_head.weight" not in self.shapes
 
     @property
     def head_tensor(self) -> str:
-        """Name of the tensor that makes the logits."""
+        """Hugging Face name of the head's weight, which is the embedding's where the two are tied."""
         names = [name for name in self.shapes if name.endswith("embed_tokens.weight")] if self.tied else []
         return names[0] if names else "lm_head.weight"
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over config.json, the tokenizer's files, the factors of a scaled view and every weights file."""
+        """sha256 over config.json, the tokenizer's JSON files, a scaled view's factors and every weights file."""
         digest = hashlib.sha256()
         names = ("config.json", "tokenizer.json", "tokenizer_config.json", layout.SCALING_FACTORS)
         small = [self.path / name for name in names]
@@ -130,9 +135,10 @@ class ModelFolder:
 
 
 def resolve_model(name: str) -> Path:
-    """A local folder as it is; otherwise a Hugging Face id, its safetensors downloaded or taken from the cache.
+    """Return the local folder of a model: ``name`` itself if it is a directory, else the snapshot of a Hugging Face id.
 
-    Raises ModelFolderError if it is neither.
+    JSON, safetensors and tokenizer files of an id are downloaded, or taken from the cache. Raises ModelFolderError if
+    ``name`` is neither a directory nor an id that can be fetched.
     """
     path = Path(name)
     if path.is_dir():

@@ -1,8 +1,8 @@
-"""A model folder whose weights are those of another folder times factors of rows and columns.
+"""A scaled view is a model folder whose weights are those of another folder times factors of rows and columns.
 
 The folder holds config.json, the tokenizer, ``scaling.safetensors`` with vectors ``<tensor>:rows`` and
-``<tensor>:columns``, and ``scaled_view.json``, which names the folder of the weights. Weights are multiplied as they
-are read, so the folder costs no more than its vectors, whatever the model's size.
+``<tensor>:columns``, and ``scaled_view.json``, which names the folder of the weights. Weights are multiplied when they
+are read, so a view takes only the disk space of its vectors, whatever the model's size.
 """
 
 import json
@@ -23,7 +23,11 @@ WEIGHTS_INDEX = ".safetensors.index.json"
 
 
 def write_scaled_view(directory: Path, source: Path, factors: Mapping[str, Tensor]) -> None:
-    """Make ``directory`` the folder ``source`` with ``factors``, float32 vectors by tensor name and axis."""
+    """Write a scaled view of the model folder ``source`` to ``directory``, which is created if need be.
+
+    ``factors`` maps ``<tensor>:rows`` to vectors (rows,) and ``<tensor>:columns`` to vectors (columns,), stored as
+    float32. ``scaled_view.json`` is written last.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in COPIED_SUFFIXES and not file.name.endswith(WEIGHTS_INDEX):
@@ -34,13 +38,16 @@ def write_scaled_view(directory: Path, source: Path, factors: Mapping[str, Tenso
 
 
 def source_of(folder: Path) -> Path | None:
-    """The folder whose weights a scaled view reads; None for a plain folder."""
+    """Return the folder whose weights the scaled view ``folder`` reads; None if ``folder`` is no scaled view."""
     file = folder / layout.SCALED_VIEW
     return Path(json.loads(file.read_text(encoding="utf-8"))["weights"]) if file.is_file() else None
 
 
 def scaled(folder: Path, name: str, tensor: Tensor) -> Tensor:
-    """``tensor`` times its factors in the scaled view ``folder``, float32 where there are any."""
+    """Return ``tensor`` times the factors that the scaled view ``folder`` has for ``name``.
+
+    The result is float32 if there are any factors, else ``tensor`` itself.
+    """
     with safe_open(folder / layout.SCALING_FACTORS, framework="pt") as factors:
         keys = factors.keys()
         for key in (name + ROWS, name + COLUMNS):

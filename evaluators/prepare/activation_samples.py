@@ -1,7 +1,7 @@
-"""A bounded number of positions of calibration text with the activations that every linear layer reads there.
+"""This module samples the inputs of linear layers at a bounded number of positions of calibration text.
 
-One safetensors file an input group, ``inputs`` (n, columns) float32, written only when something asks for samples;
-beside it the mutual information of its channels, once something has asked for that.
+Each input group has one safetensors file with ``inputs``, float32 (n, columns), written only for options that need
+samples. The mutual information of a group's channels is computed on demand and stored beside that file.
 """
 
 import math
@@ -27,12 +27,15 @@ from evaluators.prepare.bank import group_tensors
 from evaluators.prepare.calibration import group_file
 from quantizers.statistics.mutual_information import Estimate, PairwiseInformation, pairwise_information
 
-STRIDE = 8  # positions from one sample to the next in a window, where there is text enough: neighbours are alike
+STRIDE = 8  # positions between samples of a window, if there is enough text: neighbouring positions are similar
 
 
 @dataclass(frozen=True)
 class SampleActivations:
-    """Pool task: write the samples of every input group but that of an untied embedding, which reads no activations."""
+    """Pool task that writes ``samples`` samples of the input of every input group.
+
+    An untied embedding reads no activations, so its group has no samples.
+    """
 
     model: Path
     windows: Path  # file of TokenWindows
@@ -46,11 +49,11 @@ class SampleActivations:
 
     @property
     def makes(self) -> tuple[Path, ...]:
-        """Where it writes."""
+        """Directory that the task writes to."""
         return (self.directory,)
 
     def run(self, state: dict[Any, Any]) -> None:
-        """Raises TextError if there is less calibration text than samples."""
+        """Write one file per input group. Raises TextError if there are fewer calibration tokens than samples."""
         windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])
         model = BlockModel(ModelFolder(self.model), best_device())
         firsts = {group_tensors(file)[0]: file.stem for file in self.groups}
@@ -60,7 +63,10 @@ class SampleActivations:
 
 
 def sample_positions(windows: int, window: int, samples: int) -> tuple[int, list[int]]:
-    """How many windows to read, and the positions in each, for at least ``samples``."""
+    """Return how many windows to read, and the positions to sample in each, for at least ``samples`` samples.
+
+    There are ``windows`` windows of ``window`` tokens. Raises TextError if that is fewer tokens than ``samples``.
+    """
     if samples > windows * window:
         raise TextError(
             f"expected at least {samples} tokens of calibration text for as many samples, found {windows * window}"
@@ -73,7 +79,11 @@ def sample_positions(windows: int, window: int, samples: int) -> tuple[int, list
 def sampled_inputs(
     model: BlockModel, windows: Tensor, samples: int, tensors: Sequence[str]
 ) -> "list[tuple[str, Tensor]]":
-    """(name, float32 (samples, columns)) of the inputs of the named linear tensors, from token windows (N, T)."""
+    """Return (name, inputs float32 (samples, columns)) for each of ``tensors`` that is a linear layer or the head.
+
+    ``windows`` are token ids (N, T); one block is in memory at a time. Raises TextError if they hold fewer than
+    ``samples`` tokens.
+    """
     rows, positions = sample_positions(len(windows), windows.shape[1], samples)
     model.load_ends()
     hidden = chunked(model.embed, windows[:rows])
@@ -92,6 +102,8 @@ def sampled_inputs(
 
 
 def _recorder(found: dict[str, list[Tensor]], name: str, positions: list[int]) -> Any:
+    """Return a forward pre-hook that adds the inputs at ``positions`` of every window to ``found[name]``."""
+
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.setdefault(name, []).append(inputs[0][:, positions].flatten(0, 1).clone())
 
@@ -100,16 +112,20 @@ def _recorder(found: dict[str, list[Tensor]], name: str, positions: list[int]) -
 
 @dataclass(frozen=True)
 class SampledInput:
-    """The samples of one input group, and what is computed of them, kept in files beside them."""
+    """Reads the samples of one input group, and the mutual information of its channels, from files."""
 
     path: Path
 
     def inputs(self) -> Tensor:
-        """float32 (n, columns)."""
+        """Return the samples, float32 (n, columns)."""
         return load_file(self.path)["inputs"]
 
     def information(self, estimate: Estimate, bins: int) -> tuple[PairwiseInformation, float]:
-        """Mutual information of the channels, and the seconds that it took to compute."""
+        """Return the mutual information of the channels, and the seconds that it took to compute.
+
+        It is computed and stored on the first call for an ``estimate`` and number of ``bins``, then read. Raises
+        ValueError for fewer than two samples or bins, and for samples that are not finite.
+        """
         path = self.path.with_suffix(f".{estimate}-{bins}.safetensors")
         if not readable(path, "information"):
             started = time.perf_counter()
@@ -122,7 +138,7 @@ class SampledInput:
 
 
 def readable(path: Path, tensor: str = "inputs") -> bool:
-    """Whether the file is there, whole, and holds ``tensor``."""
+    """Return whether the safetensors file ``path`` exists, is complete and holds ``tensor``."""
     try:
         with safe_open(path, framework="pt") as file:
             return tensor in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
@@ -131,15 +147,16 @@ def readable(path: Path, tensor: str = "inputs") -> bool:
 
 
 def sampled_input(directory: Path, group: str) -> SampledInput | None:
-    """None for a group without activations."""
+    """Return the samples of a group in ``directory``; None for a group that reads no activations."""
     path = group_file(directory, group)
     return SampledInput(path) if path.is_file() else None
 
 
 def layer_series(folder: ModelFolder, directory: Path, groups: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
-    """Tensors in order and, for each, the logarithm of its output's norm at every sample: float32 (n, tensors).
+    """Return tensor names and, for each, the logarithm of its output's norm at every sample: float32 (n, tensors).
 
-    ``groups`` maps input groups to the tensors that read them; those without activations are left out.
+    ``groups`` maps input groups to the tensors that read them; groups without samples in ``directory`` are left out.
+    Weights are read from ``folder``, one tensor at a time.
     """
     names, series = [], []
     for group, tensors in groups.items():

@@ -1,6 +1,6 @@
-"""The bank: every tensor at every level, as the packed bytes that the GGUF file will hold, with its errors.
+"""The bank holds every tensor at every level, as the packed bytes that the GGUF file will hold, with its errors.
 
-One safetensors file a tensor, its header carrying the errors; ``manifest.json`` lists the files with their sha256.
+Each tensor has one safetensors file, with the errors in its header; ``manifest.json`` lists the files' sha256.
 """
 
 import json
@@ -33,28 +33,29 @@ from quantizers.statistics.moments import InputStatistics
 
 log = logging.getLogger(__name__)
 
-DECODED_WEIGHTS = 1 << 20  # decoded at once
+DECODED_WEIGHTS = 1 << 20  # weights that are decoded at once
 SCHEMA = 1  # raise when packed bytes or file layout change meaning
 
 
 class BankError(UserError):
-    """The bank does not hold what was asked; the message is one sentence for the user."""
+    """Raised for a tensor or format that the bank does not hold; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class BankEntry:
-    """One tensor at one level: Hessian-weighted squared error tr(dW H dW^T), and the same over tr(W H W^T)."""
+    """Holds a tensor's Hessian-weighted squared error tr(dW H dW^T) at one level, also ``relative`` to tr(W H W^T)."""
 
     error: float
     relative: float
 
     @property
     def power(self) -> float:
-        """tr(W H W^T), the error of zeroing the tensor."""
+        """Error of zeroing the tensor, tr(W H W^T); 0 where ``relative`` is 0."""
         return self.error / self.relative if self.relative else 0.0
 
 
 def tensor_file(directory: Path, tensor: str) -> Path:
+    """Return the path of a tensor's file in the bank ``directory``."""
     return directory / f"{tensor}.safetensors"
 
 
@@ -66,14 +67,18 @@ def bank_digest(
     sparsity: Mapping[str, Sparsity],
     importance: Importance = "conditional",
 ) -> str:
-    """Digest of everything that decides the bytes of a bank; runs that agree on it share the bank."""
+    """Return the digest of everything that decides the bytes of a bank; runs with the same digest share the bank.
+
+    ``model`` and ``calibration`` are digests. ``formats`` holds the candidate formats of every tensor, ``sparsity`` the
+    tensors that are pruned.
+    """
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
     return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance)
 
 
 def save_tensor(directory: Path, tensor: str, levels: Mapping[str, Compensated]) -> None:
-    """Write one tensor's levels atomically."""
+    """Write the packed bytes and errors of one tensor atomically; ``levels`` is by format name."""
     errors = {name: {"error": c.error, "relative": c.relative} for name, c in levels.items()}
     packed = {name: c.packed.data.cpu().contiguous() for name, c in levels.items()}
     atomic_write_bytes(tensor_file(directory, tensor), save(packed, {"errors": json.dumps(errors)}))
@@ -81,7 +86,7 @@ def save_tensor(directory: Path, tensor: str, levels: Mapping[str, Compensated])
 
 @dataclass(frozen=True)
 class BuildBankGroup:
-    """Pool task: compensate and pack all levels of the tensors of one input group."""
+    """Pool task that quantizes the tensors of one input group to all levels, with compensation, and packs them."""
 
     model: Path
     group: Path  # file of the InputGroup
@@ -89,8 +94,8 @@ class BuildBankGroup:
     formats: Mapping[str, tuple[str, ...]]  # tensor -> format names
     settings: CompensationSettings
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
-    importance: Importance = "conditional"  # that scales are fitted under; pruned tensors take the conditional one
-    work: float = 1.0  # weights, by which the times of tasks are compared
+    importance: Importance = "conditional"  # used to fit scales; pruned tensors always take the conditional one
+    work: float = 1.0  # number of weights, by which the pool compares the times of tasks
 
     @property
     def label(self) -> str:
@@ -98,11 +103,11 @@ class BuildBankGroup:
 
     @property
     def makes(self) -> tuple[Path, ...]:
-        """Where it writes."""
+        """Directory that the task writes to."""
         return (self.directory,)
 
     def run(self, state: dict[Any, Any]) -> tuple[str, ...]:
-        """Names of the tensors written."""
+        """Write the files of the group's tensors that have formats, and return the names of these tensors."""
         folder = ModelFolder(self.model)
         group = InputGroup.load(self.group)
         device = best_device()
@@ -116,7 +121,7 @@ class BuildBankGroup:
     def _levels(
         self, weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], group: InputGroup
     ) -> dict[str, dict[str, Compensated]]:
-        """Tensor -> format -> bytes; tensors that are pruned go through a loop of their own."""
+        """Return the packed levels by tensor and format name; pruned tensors are compensated apart from the others."""
         pruned = {name: W for name, W in weights.items() if name in self.sparsity}
         dense = {name: W for name, W in weights.items() if name not in self.sparsity}
         H = group.hessian.to(next(iter(weights.values())).device)
@@ -132,7 +137,11 @@ class BuildBankGroup:
 def scale_importance(
     kind: Importance, weights: Mapping[str, Tensor], H: Tensor, statistics: InputStatistics, damping: float
 ) -> Tensor | None:
-    """(columns,) of the kind, for all tensors of a group, whose input has H and moments; None: ``compensate``'s own."""
+    """Return the importance (columns,) under which scales are fitted, shared by all tensors of an input group.
+
+    ``weights`` are (rows, columns) each; H (columns, columns) and ``statistics`` are those of their input. None for the
+    kind "conditional", which ``compensate`` computes itself.
+    """
     if kind == "conditional":
         return None
     if kind == "hessian":
@@ -142,13 +151,13 @@ def scale_importance(
 
 
 def group_tensors(group: Path) -> tuple[str, ...]:
-    """Tensors of an input group, from its file's header."""
+    """Return the names of an input group's tensors, read from the header of the group's file."""
     with safe_open(group, framework="pt") as file:
         return tuple(file.metadata()["tensors"].split("\n"))
 
 
 def readable(directory: Path, tensor: str, formats: Iterable[str]) -> bool:
-    """Whether the tensor's file is there, whole, and holds all of ``formats``."""
+    """Return whether the tensor's file exists, is complete and holds all of ``formats``."""
     try:
         with safe_open(tensor_file(directory, tensor), framework="pt") as file:
             return set(formats) <= set(file.keys())
@@ -157,14 +166,16 @@ def readable(directory: Path, tensor: str, formats: Iterable[str]) -> bool:
 
 
 def write_manifest(directory: Path, tensors: Sequence[str]) -> None:
+    """Write the manifest with the sha256 of the files of ``tensors``."""
     files = {name: digest_of_file(tensor_file(directory, name)) for name in tensors}
     atomic_write_text(directory / layout.MANIFEST, json.dumps({"schema": SCHEMA, "files": files}, indent=1))
 
 
 def damaged_tensors(directory: Path) -> list[str]:
-    """Tensors whose file is missing or differs from the manifest; all of them are trusted if there is no manifest yet.
+    """Return the tensors whose file is missing or differs from the manifest.
 
-    Files without a manifest come from an interrupted build, each written atomically.
+    Without a manifest none is reported: the files come from an interrupted build, and each was written atomically. A
+    manifest that cannot be parsed is deleted, with a warning.
     """
     manifest = directory / layout.MANIFEST
     if not manifest.is_file():
@@ -179,7 +190,10 @@ def damaged_tensors(directory: Path) -> list[str]:
 
 
 class Bank:
-    """Read access, memory-mapped and lazy. Raises BankError for a tensor or format that is not there."""
+    """Reads the bank in a directory lazily, by memory-mapping one tensor's file at a time.
+
+    Methods raise BankError if the tensor's file is missing or unreadable.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -187,7 +201,7 @@ class Bank:
 
     @contextmanager
     def _file(self, tensor: str) -> Iterator[Any]:
-        """The tensor's file, mapped only while it is read, so that what was read does not stay in memory."""
+        """Open the tensor's file; it is mapped only inside the context, so that its pages do not stay in memory."""
         path = tensor_file(self.directory, tensor)
         try:
             file = safe_open(path, framework="pt")
@@ -197,7 +211,7 @@ class Bank:
             yield file
 
     def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
-        """uint8 (rows, row_bytes), the bytes that ship."""
+        """Return the bytes uint8 (rows, row_bytes) of the GGUF file. Raises BankError for a format that is missing."""
         with self._file(tensor) as file:
             if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
                 raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
@@ -205,11 +219,11 @@ class Bank:
             return found
 
     def weights(self, tensor: str, fmt: QuantFormat, columns: int, device: torch.device) -> Tensor:
-        """float32 (rows, columns) that the packed bytes decode to."""
+        """Return the weights float32 (rows, columns) that the packed bytes decode to; raises as ``packed`` does."""
         return decoded(fmt, self.packed(tensor, fmt), columns, device)
 
     def entry(self, tensor: str, fmt: QuantFormat) -> BankEntry:
-        """Errors of one tensor at one level."""
+        """Return the errors of one tensor at one level. Raises KeyError for a format that it was not packed in."""
         if tensor not in self._errors:
             with self._file(tensor) as file:
                 records = json.loads(file.metadata()["errors"])
@@ -217,14 +231,17 @@ class Bank:
         return self._errors[tensor][fmt.name]
 
     def errors(self, tensors: Sequence[str], fmt: QuantFormat) -> dict[str, float]:
-        """Errors of tensors that take one level together: ``reconstruction``, and ``relative`` to zeroing them."""
+        """Return the total error of ``tensors`` at one level (``reconstruction``), and ``relative`` to zeroing them."""
         entries = [self.entry(name, fmt) for name in tensors]
         error, power = sum(e.error for e in entries), sum(e.power for e in entries)
         return {"reconstruction": error, "relative": error / power if power else 0.0}
 
 
 def decoded(fmt: QuantFormat, packed: Tensor, columns: int, device: torch.device) -> Tensor:
-    """float32 (rows, columns) of packed rows, some at a time: decoding takes several times their memory."""
+    """Decode packed rows uint8 (rows, row_bytes) to float32 (rows, columns) on ``device``.
+
+    Rows are decoded some DECODED_WEIGHTS weights at a time, as decoding takes several times their memory.
+    """
     weights = torch.empty(len(packed), columns, device=device)
     step = max(1, DECODED_WEIGHTS // columns)
     for start in range(0, len(packed), step):

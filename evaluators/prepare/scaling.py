@@ -1,7 +1,8 @@
-"""Channel scaling of a whole model, folded into the tensors before each input: the same function, other weights.
+"""This module scales the input channels of a whole model, so that the same function has weights easier to quantize.
 
-The inverse scale of an input goes into the tensor that makes it: the norm before q/k/v, gate/up and an untied head, the
-rows of v before o, the rows of up before down. Row factors cost nothing, as every grid is fitted row by row.
+The columns of the layers that read an input are multiplied by its scales. The inverse scales are folded into the tensor
+that makes the input: the norm before q/k/v, gate/up and an untied head, the rows of v before o, the rows of up before
+down. Row factors cost no accuracy, as every grid is fitted row by row.
 """
 
 import json
@@ -27,7 +28,7 @@ from quantizers.formats.table import format_for
 from quantizers.rounding.channel_scaling import SharedColumns, choose_scaling, scaled_hessian
 from quantizers.settings import CompensationSettings, ScalingSettings
 
-PRODUCERS = {  # first reader of an input -> what makes the input
+PRODUCERS = {  # first layer that reads an input -> module that makes the input
     "self_attn.q_proj": "input_layernorm",
     "mlp.gate_proj": "post_attention_layernorm",
     "self_attn.o_proj": "self_attn.v_proj",
@@ -35,11 +36,11 @@ PRODUCERS = {  # first reader of an input -> what makes the input
     "lm_head": "model.norm",
 }
 SCHEMA = 1  # raise when scales or the layout of their files change
-SEARCH_LEVELS = ("W3", "W4")  # what AWQ's error is measured at
+SEARCH_LEVELS = ("W3", "W4")  # levels at which the error of AWQ's candidates is measured
 
 
 def check_scalable(folder: ModelFolder) -> None:
-    """Raises ModelFolderError for a model type whose scales cannot be folded."""
+    """Raise ModelFolderError unless scales can be folded into models of the folder's type."""
     if folder.model_type not in SCALABLE:
         raise ModelFolderError(
             f"expected a model of type {', '.join(SCALABLE)} for quantization.scaling, found "
@@ -48,7 +49,10 @@ def check_scalable(folder: ModelFolder) -> None:
 
 
 def producer_of(group: str) -> str | None:
-    """Module that makes the input of a group; None where nothing can: a tied or looked-up embedding."""
+    """Return the module that makes the input of a group, into which inverse scales are folded.
+
+    None for an embedding, tied or untied, whose input cannot be scaled.
+    """
     for reader, producer in PRODUCERS.items():
         if group.endswith(reader):
             return group.removesuffix(reader) + producer
@@ -56,7 +60,11 @@ def producer_of(group: str) -> str | None:
 
 
 def shared_columns(folder: ModelFolder, group: str) -> SharedColumns:
-    """Query heads of one key-value head read the same rows of v, so their columns of o share a scale."""
+    """Return which input columns of a group must share a scale.
+
+    With grouped-query attention the query heads of one key-value head read the same rows of v, so their columns of o
+    share a scale. The columns of all other groups are independent.
+    """
     if not group.endswith("self_attn.o_proj"):
         return SharedColumns()
     heads = int(folder.config["num_attention_heads"])
@@ -65,11 +73,12 @@ def shared_columns(folder: ModelFolder, group: str) -> SharedColumns:
 
 
 def scales_file(directory: Path, group: str) -> Path:
+    """Return the path of a group's scales in ``directory``."""
     return directory / "scales" / f"{group}.safetensors"
 
 
 def scaling_done(directory: Path, group: str) -> bool:
-    """Whether a group's scaled Hessian and its scales are there and whole."""
+    """Return whether the files of a group's scaled Hessian and of its scales exist and are complete."""
     try:
         with safe_open(scales_file(directory, group), framework="pt"):
             return group_readable(group_file(directory, group))
@@ -79,7 +88,7 @@ def scaling_done(directory: Path, group: str) -> bool:
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Pool task: choose the scales of one input group; write them, and the group as the scaled model has it."""
+    """Pool task that chooses the scales of one input group and writes them, with the scaled model's input group."""
 
     model: Path
     group: Path  # file of the InputGroup
@@ -93,11 +102,14 @@ class ScaleGroup:
 
     @property
     def makes(self) -> tuple[Path, ...]:
-        """Where it writes."""
+        """Directory that the task writes to."""
         return (self.directory,)
 
     def run(self, state: dict[Any, Any]) -> str:
-        """Name of the group."""
+        """Write the scaled group and its scales, and return the group's name.
+
+        A group whose input cannot be scaled is written unchanged, and its file of scales holds only the record.
+        """
         folder, group = ModelFolder(self.model), InputGroup.load(self.group)
         vectors, record = {}, {"group": group.name, "alpha": 0.0, "weighted": False, "error": 1.0}
         if producer_of(group.name):
@@ -122,14 +134,17 @@ class ScaleGroup:
 
 
 def scaling_record(directory: Path, group: str) -> dict[str, Any]:
-    """What was chosen for a group: alpha, whether weighted, and the error relative to no scaling."""
+    """Return what was chosen for a group: ``alpha``, whether ``weighted``, and ``error`` relative to no scaling."""
     with safe_open(scales_file(directory, group), framework="pt") as file:
         record: dict[str, Any] = json.loads(file.metadata()["record"])
     return record
 
 
 def folded_factors(folder: ModelFolder, directory: Path, groups: Sequence[str]) -> dict[str, Tensor]:
-    """Factors of rows and columns of every tensor that the chosen scales touch, for ``write_scaled_view``."""
+    """Return the factors of rows and columns of all tensors that the chosen scales change, for ``write_scaled_view``.
+
+    The keys are ``<tensor>:columns`` for tensors that read a scaled input, ``<tensor>:rows`` for those that make one.
+    """
     factors: dict[str, Tensor] = {}
     for name in groups:
         s = load_file(scales_file(directory, name)).get("scales")
@@ -142,7 +157,10 @@ def folded_factors(folder: ModelFolder, directory: Path, groups: Sequence[str]) 
 
 
 def producer_factors(folder: ModelFolder, group: str, s: Tensor) -> Mapping[str, Tensor]:
-    """1 / s on the norm, or on the rows and bias of the linear, that makes the group's input."""
+    """Return the factors 1 / s of the norm, or of the rows and bias of the linear layer, that makes a group's input.
+
+    ``s`` (columns,) are the group's scales; columns that share a scale come from the same row.
+    """
     producer, shared = producer_of(group), shared_columns(folder, group)
     inverse = 1 / shared.mean(s)
     tensors = [f"{producer}.{kind}" for kind in ("weight", "bias")]
@@ -150,12 +168,12 @@ def producer_factors(folder: ModelFolder, group: str, s: Tensor) -> Mapping[str,
 
 
 def view_done(folder: ModelFolder, directory: Path) -> bool:
-    """Whether the scaled view in ``directory`` is written, and reads the weights of ``folder``."""
+    """Return whether ``directory`` holds a complete scaled view that reads the weights of ``folder``."""
     return source_of(directory / layout.SCALED_MODEL) == folder.path.resolve()
 
 
 def write_scaled_model(folder: ModelFolder, directory: Path, groups: Sequence[str]) -> ModelFolder:
-    """The scaled view of ``folder`` in ``directory``, from the scales of all its groups."""
+    """Write the scaled view of ``folder`` to ``directory``, from the scales of all ``groups``, and open it."""
     path = directory / layout.SCALED_MODEL
     write_scaled_view(path, folder.path, folded_factors(folder, directory, groups))
     return ModelFolder(path)

@@ -1,4 +1,4 @@
-"""Five-dimensional importance of whole tensors, as a prior of the search."""
+"""This module computes the five-dimensional importance of whole tensors, which serves as a prior of the search."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ from search.types import SearchSpace
 
 @dataclass(frozen=True)
 class MeasureImportance:
-    """Pool task: the five dimensions of the tensors of one input group, each the mean over the tensor's channels."""
+    """Pool task that measures the five dimensions of importance for the tensors of one input group.
+
+    ``damping`` is relative to the mean diagonal of the Hessian.
+    """
 
     model: Path
     group: Path  # file of the InputGroup
@@ -28,7 +31,7 @@ class MeasureImportance:
         return f"importance[{self.group.stem}]"
 
     def run(self, state: dict[Any, Any]) -> dict[str, dict[str, float]]:
-        """By tensor and dimension."""
+        """Return, by tensor and dimension, the mean over the tensor's channels."""
         folder, group, device = ModelFolder(self.model), InputGroup.load(self.group), best_device()
         H = group.hessian.to(device)
         statistics = InputStatistics(**{name: t.to(device) for name, t in group.statistics.tensors().items()})
@@ -43,10 +46,11 @@ class MeasureImportance:
 def gene_importance(
     space: SearchSpace, dimensions: Mapping[str, Mapping[str, float]], weights: ImportanceWeights | None = None
 ) -> tuple[float, ...]:
-    """A score for each gene: the combined one of its tensors, by their weights, over the mean of all tensors.
+    """Return a score for each gene: the mean of its tensors' combined importance, weighted by their numbers of weights.
 
-    ``dimensions`` by tensor, as ``MeasureImportance`` finds them; the sensitivity of a row, not of all rows, so that a
-    tensor does not count more for being taller.
+    ``dimensions`` holds the five dimensions by tensor, as ``MeasureImportance`` returns them; each is divided by its
+    mean over all tensors. Sensitivity is taken per row, so that a tensor does not count more for having more rows.
+    ``weights`` are those of the five dimensions.
     """
     names = list(dimensions)
     rows = {t: shape[0] for gene in space.genes for t, shape in zip(gene.tensors, gene.shapes, strict=True)}

@@ -1,4 +1,4 @@
-"""One method of a study, measured on held-out text: every layer treated, one block in memory at a time."""
+"""Measures one method of a study on held-out text: treats every layer, with one block in memory at a time."""
 
 import time
 from collections.abc import Callable
@@ -35,35 +35,36 @@ class StudySetup:
     windows: Path  # file of TokenWindows
     fidelity: Fidelity
     damping: float
-    whole_model: bool  # embedding and head are treated too
+    whole_model: bool  # whether embedding and head are treated too
     samples: Path | None  # directory of activation samples, if a method needs them
     key: str  # digest of the above
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What a method costs and gives on held-out text."""
+    """Quality and cost of one method on held-out text; bits are per weight, ``kl`` is in nats per token."""
 
     method: dict[str, Any]
     line: str
     label: str
-    average_bits: float  # of the treated tensors' integers
+    average_bits: float  # of the treated tensors, without scales and zeros
     stored_bits: float  # with scales and zeros
     kl: float
     perplexity: float
-    full_perplexity: float  # of the model as it is
+    full_perplexity: float  # of the full-precision model
     reconstruction: float  # sum of tr(dW H dW^T) over sum of tr(W H W^T)
     sparsity: float  # share of weights that are exactly 0
     seconds: float
-    grouping_seconds: float  # on mutual information and clusters, when nothing was kept from before
+    grouping_seconds: float  # for mutual information and clusters, as if nothing were cached
     layers: tuple[LayerRecord, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields as a JSON object, layers included."""
         return asdict(self)
 
 
 class MethodBench:
-    """The full-precision reference, and the model again with any method's weights."""
+    """Holds the full-precision reference of a study, and measures the model with any method's weights against it."""
 
     def __init__(self, setup: StudySetup):
         self.setup = setup
@@ -79,7 +80,10 @@ class MethodBench:
 
     @torch.inference_mode()
     def _run(self, treat: Callable[[int], None]) -> tuple[Tensor, Head]:
-        """Final hidden states (B, T, D) and head, with ``treat`` called for each block once it is loaded."""
+        """Return final hidden states (B, T, D) and head; ``treat`` is called with the index of each loaded block.
+
+        The embedding has index -1, final norm and head the number of blocks.
+        """
         self.model.load_ends()
         for end in (-1, len(self.model.blocks)):
             treat(end)
@@ -92,7 +96,7 @@ class MethodBench:
         return chunked(self.model.decoder.norm, hidden), self.model.head
 
     def measure(self, method: Method) -> MethodResult:
-        """Raises FloatingPointError if weights or logits are not finite."""
+        """Return the figures of ``method``. Raises FloatingPointError if weights or logits are not finite."""
         started = time.perf_counter()
         records: list[LayerRecord] = []
         hidden, head = self._run(partial(self._treat, method, records))
@@ -115,7 +119,7 @@ class MethodBench:
         )
 
     def _treat(self, method: Method, records: list[LayerRecord], block: int) -> None:
-        """Replace the weights of a block, or of an end of the model, that has just been loaded."""
+        """Replace the weights of a loaded block, or of embedding or head, and add a record of each to ``records``."""
         blocks = len(self.model.blocks)
         if not (self.setup.whole_model or 0 <= block < blocks):
             return
@@ -134,7 +138,7 @@ class MethodBench:
 
 @dataclass(frozen=True)
 class MeasureMethod:
-    """Pool task: one method."""
+    """Pool task that measures one method."""
 
     setup: StudySetup
     method: Method
@@ -144,6 +148,7 @@ class MeasureMethod:
         return f"study[{self.method.label}]"
 
     def run(self, state: dict[Any, Any]) -> MethodResult:
+        """Return the figures; ``state`` keeps the bench for the worker's next method of this study."""
         if self.setup.key not in state:
             state.clear()
             state[self.setup.key] = MethodBench(self.setup)

@@ -1,4 +1,4 @@
-"""Every method that a study may name."""
+"""Lists every method that a study may name, by its ``kind``."""
 
 from evaluators.study.methods import BudgetMethod, Gptq, Method, Quantile, Rounding, Threshold
 from evaluators.study.mutual_information import MutualInformation

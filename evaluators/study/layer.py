@@ -1,4 +1,4 @@
-"""What a study's method is given of a layer, and what it gives back."""
+"""The inputs and results of a study's methods, layer by layer."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +15,10 @@ from quantizers.statistics.moments import InputStatistics
 
 
 class LayerInput:
-    """The input of one or several layers: Hessian H (columns, columns), moments, and the factor of its inverse.
+    """Statistics of the input that one or several layers share: Hessian H (columns, columns) and moments.
 
-    ``samples`` of its activations are there if the method asked for them and the input has any; in
-    ``memo`` a method keeps what it need not compute again for the next layer with this input.
+    ``samples`` holds activations if the method needs them and the input has any. Methods cache in ``memo`` what the
+    next layer with the same input can reuse.
     """
 
     def __init__(self, group: InputGroup, damping: float, device: torch.device, samples: SampledInput | None = None):
@@ -30,16 +30,16 @@ class LayerInput:
 
     @cached_property
     def factor(self) -> Tensor:
-        """U upper float64 (columns, columns) with U^T U = damped(H)^-1."""
+        """Upper triangular U, float64 (columns, columns), with U^T U = damped(H)^-1."""
         return inverse_factor(self.H, self.damping)[0]
 
 
 @dataclass(frozen=True)
 class StudyLayer:
-    """A matrix W float32 (rows, columns) in its place in the model, and its input."""
+    """A weight matrix W, float32 (rows, columns), with its position in the model and its input."""
 
     name: str
-    block: int  # -1 for the embedding, ``blocks`` for the head
+    block: int  # index; -1 for the embedding, ``blocks`` for the head
     blocks: int
     W: Tensor
     input: LayerInput
@@ -47,22 +47,22 @@ class StudyLayer:
 
 @dataclass(frozen=True)
 class TreatedLayer:
-    """Simulated weights (rows, columns), bits of each input channel (columns,) and the scores they came from."""
+    """Holds simulated weights (rows, columns), bits (columns,) of the input channels, and the scores behind them."""
 
     weights: Tensor
     bits: Tensor
-    stored_bits: float  # bits a weight, with scales and whatever else a file would hold
-    score: Tensor | None = None
-    grouping_seconds: float = 0.0
+    stored_bits: float  # bits per weight, with scales and all else that a file would hold
+    score: Tensor | None = None  # (columns,)
+    grouping_seconds: float = 0.0  # for mutual information and clusters
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer of one method, in numbers."""
+    """Figures of one layer under one method."""
 
     tensor: str
     weights: int
-    channels: dict[int, int]  # by bits
+    channels: dict[int, int]  # number of input channels by bits
     average_bits: float
     stored_bits: float
     zeros: int  # weights that are exactly 0
@@ -70,11 +70,11 @@ class LayerRecord:
     power: float  # tr(W H W^T)
     importance_min: float | None
     importance_max: float | None
-    grouping_seconds: float = 0.0  # spent on mutual information and clusters
+    grouping_seconds: float = 0.0  # for mutual information and clusters
 
 
 def record_of(layer: StudyLayer, treated: TreatedLayer) -> LayerRecord:
-    """Raises FloatingPointError, with the layer's name, if the weights are not finite."""
+    """Return the figures of a treated layer. Raises FloatingPointError, naming the layer, for non-finite weights."""
     if not treated.weights.isfinite().all():
         raise FloatingPointError(f"the simulated weights of {layer.name} are not finite")
     levels, counts = treated.bits.unique(return_counts=True)

@@ -1,6 +1,6 @@
-"""Quantization methods that a study compares: small settings that turn a layer into simulated weights.
+"""Quantization methods that a study compares: pydantic settings that turn a layer into simulated weights.
 
-Another method is another subclass of ``Method`` with a ``kind`` and ``treat``, listed in evaluators/study/catalogue.py.
+To add a method, subclass ``Method`` with a ``kind`` and ``treat``, and list it in evaluators/study/catalogue.py.
 """
 
 from typing import Any, ClassVar, Literal, Self
@@ -33,25 +33,28 @@ Dimension = Literal["activation", "hessian", "weight", "sensitivity", "stability
 
 
 class Method(BaseModel):
-    """Settings of one method. Unknown keys are errors; ``axis`` is the setting that moves along a line of a picture."""
+    """Settings of one quantization method; unknown keys are errors.
+
+    ``axis`` names the setting that varies along the method's line in the plot; it is empty where none does.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     axis: ClassVar[str] = ""
-    needs_samples: ClassVar[bool] = False  # of activations
+    needs_samples: ClassVar[bool] = False  # whether ``treat`` reads sampled activations
 
     kind: str
     name: str | None = Field(None, description="of its line in table and picture")
 
     def treat(self, layer: StudyLayer) -> TreatedLayer:
-        """Simulated weights of a layer."""
+        """Return the simulated weights of a layer and their bits."""
         raise NotImplementedError
 
     def check(self, columns: int) -> None:
-        """Raises ValueError if the method cannot serve a layer of as few columns, saying what would."""
+        """Raise ValueError, which says what would work, if a layer of ``columns`` input channels is too small."""
 
     @property
     def line(self) -> str:
-        """``name``, else the kind and every setting but the axis that is not its default."""
+        """Label of the method's line: ``name``, else the kind and every non-default setting except the axis."""
         if self.name:
             return self.name
         given = self.model_dump(mode="json", exclude={"kind", "name", self.axis}, exclude_defaults=True)
@@ -59,7 +62,7 @@ class Method(BaseModel):
 
     @property
     def label(self) -> str:
-        """The line, and the axis' own value."""
+        """Label of the measurement: the line and the value of the axis."""
         return f"{self.line} @ {getattr(self, self.axis):g}" if self.axis else self.line
 
 
@@ -71,16 +74,17 @@ def _words(settings: dict[str, Any]) -> list[str]:
 
 
 class ChannelMethod(Method):
-    """Bits for each input channel on uniform grids, with or without compensation."""
+    """Base of methods that give each input channel its bits on a uniform grid, with or without compensation."""
 
     grid: GridSettings = GridSettings()
     compensate: bool = Field(True, description="spread each column's error over the columns after it")
 
     def allocate(self, layer: StudyLayer) -> tuple[np.ndarray, Tensor | None]:
-        """Bits (columns,) and the scores (columns,) that decided them, if any did."""
+        """Return bits (columns,) and, if any decided them, the scores (columns,)."""
         raise NotImplementedError
 
     def treat(self, layer: StudyLayer) -> TreatedLayer:
+        """Return the weights rounded to the bits that ``allocate`` chooses."""
         chosen, score = self.allocate(layer)
         bits = torch.from_numpy(chosen)
         mixed = simulate(layer.W, bits, self.grid, layer.input.factor if self.compensate else None)
@@ -88,7 +92,7 @@ class ChannelMethod(Method):
 
 
 class Rounding(ChannelMethod):
-    """Every channel at the same bits, rounded to nearest."""
+    """Rounds every channel to nearest, at the same bits."""
 
     axis = "bits"
     kind: Literal["rtn"] = "rtn"
@@ -96,18 +100,22 @@ class Rounding(ChannelMethod):
     compensate: bool = False
 
     def allocate(self, layer: StudyLayer) -> tuple[np.ndarray, Tensor | None]:
+        """Return ``bits`` for every channel, and no scores."""
         return np.full(layer.W.shape[1], self.bits), None
 
 
 class Gptq(Rounding):
-    """Every channel at the same bits, compensated (Frantar et al. 2022)."""
+    """Quantizes every channel at the same bits, with error compensation (Frantar et al. 2022)."""
 
     kind: Literal["gptq"] = "gptq"  # type: ignore[assignment]
     compensate: bool = True
 
 
 class Threshold(ChannelMethod):
-    """Three levels by |W| * |activation| over its mean: above ``high`` the largest, below ``low`` the smallest."""
+    """Chooses one of three levels by the score |W| * |activation|, divided by its mean over the channels.
+
+    Channels above ``high`` get the most bits, those below ``low`` the fewest.
+    """
 
     kind: Literal["threshold"] = "threshold"
     levels: tuple[int, ...] = THREE_LEVELS
@@ -116,6 +124,7 @@ class Threshold(ChannelMethod):
 
     @model_validator(mode="after")
     def valid(self) -> Self:
+        """Raise ValueError unless there are three rising levels and 0 <= low <= high."""
         threshold_bits(np.ones(1), self.levels, self.low, self.high)
         return self
 
@@ -125,7 +134,7 @@ class Threshold(ChannelMethod):
 
 
 class FiveDimensional(ChannelMethod):
-    """What the methods of the five-dimensional score share; ``without`` leaves one dimension out."""
+    """Base of methods that use the five-dimensional importance score; ``without`` leaves one dimension out."""
 
     levels: tuple[int, ...] = FIVE_LEVELS
     weights: ImportanceWeights = ImportanceWeights()
@@ -134,24 +143,27 @@ class FiveDimensional(ChannelMethod):
     @field_validator("levels")
     @classmethod
     def rising(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        """Raise ValueError unless there are two or more levels, rising and from 1 to MOST_BITS."""
         return check_levels(levels)
 
     @model_validator(mode="after")
     def something_left(self) -> Self:
+        """Raise ValueError if no dimension with a weight is left."""
         self.own_weights()
         return self
 
     def own_weights(self) -> ImportanceWeights:
+        """Return the weights of the dimensions, without the one that is left out."""
         return self.weights.without(self.without) if self.without else self.weights
 
     def score(self, layer: StudyLayer) -> Tensor:
-        """Importance float64 (columns,) of mean 1."""
+        """Return the importance of each input channel, float64 (columns,), with mean 1."""
         dimensions = channel_dimensions(layer.W, layer.input.H, layer.input.statistics, U=layer.input.factor)
         return combined_importance(dimensions, self.own_weights())
 
 
 class Quantile(FiveDimensional):
-    """Levels in equal parts of the layer's own distribution of scores."""
+    """Cuts the layer's own distribution of scores into equal parts, one for each level."""
 
     kind: Literal["quantile"] = "quantile"
 
@@ -161,7 +173,10 @@ class Quantile(FiveDimensional):
 
 
 class BudgetMethod(FiveDimensional):
-    """An exact average in every layer; ``targets`` are rules for some of them, the first that fits."""
+    """Spends an exact budget of ``target_avg_bits`` bits per weight in every layer.
+
+    ``targets`` are rules for single layers that override it; the first rule that fits counts.
+    """
 
     axis = "target_avg_bits"
     kind: Literal["budget"] = "budget"
@@ -170,6 +185,7 @@ class BudgetMethod(FiveDimensional):
 
     @model_validator(mode="after")
     def within_reach(self) -> Self:
+        """Raise ValueError for a target outside of the levels."""
         for target in (self.target_avg_bits, *(rule.bits for rule in self.targets)):
             budget_bits(np.ones(1), target, self.levels)
         return self

@@ -1,4 +1,4 @@
-"""Bits by groups of channels that share information, as a method of studies."""
+"""A method of studies that assigns bits to groups of channels by their mutual information."""
 
 import math
 import time
@@ -21,22 +21,22 @@ from quantizers.statistics.mutual_information import DEFAULT_BINS, Estimate
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """Labels (columns,) of an input's channels, the affinity (columns, columns) they came from, and their cost."""
+    """Holds the group labels (columns,) of an input's channels and the affinity (columns, columns) behind them."""
 
     labels: np.ndarray
     affinity: np.ndarray
-    seconds: float
+    seconds: float  # spent on affinity and clustering
 
 
 class MutualInformation(Method):
-    """Channels that share information in ``groups``; the redundant ones get fewer bits, the independent more.
+    """Clusters channels that share information into ``groups``; redundant groups get fewer bits, independent ones more.
 
-    From the most redundant group to the most independent one the bits wanted rise by ``spread_bits``, evenly over the
-    channels in between. With ``spread_bits: null`` a group whose pairs share I bits on average wants I bits a channel
-    less (the entropy of a Gaussian given another falls by what they share); with ``normalized`` information, from 0 to
-    1, I times the span of the levels. A bit more wanted is a score four times as high. ``importance`` multiplies by
-    the group's mean five-dimensional score.
-    Strategy A: channels of a group share one scale and zero. B: they share the bits, each with a grid of its own.
+    The desired bits rise by ``spread_bits`` from the most redundant group to the most independent one, evenly over the
+    channels in between. With ``spread_bits: null``, a group whose pairs share I bits on average gets I bits per channel
+    less, because the entropy of a Gaussian given another falls by what they share. With ``normalized`` information
+    (from 0 to 1) it is I times the span of the levels. One more desired bit makes a group's score four times as high.
+    ``importance`` multiplies the score by the group's mean five-dimensional score.
+    Strategy A: the channels of a group share one scale and zero. B: they share the bits, each with its own grid.
     """
 
     axis = "target_avg_bits"
@@ -58,19 +58,25 @@ class MutualInformation(Method):
     @field_validator("levels")
     @classmethod
     def rising(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        """Raise ValueError unless there are two or more levels, rising and from 1 to 8."""
         return check_levels(levels)
 
     @model_validator(mode="after")
     def within_reach(self) -> Self:
+        """Raise ValueError for a target outside of the levels."""
         budget_bits(np.ones(1), self.target_avg_bits, self.levels)
         return self
 
     def check(self, columns: int) -> None:
+        """Raise ValueError for more groups than ``columns``, the channels of the smallest input."""
         if self.groups > columns:
             raise ValueError(f"expected groups from 1 to {columns}, the smallest input's channels, found {self.groups}")
 
     def channel_groups(self, source: LayerInput) -> ChannelGroups:
-        """Of an input, computed once; without activations all channels are alike. Raises ValueError for too many."""
+        """Return the groups of an input's channels, computed once per input.
+
+        Without activation samples all channels form one group. Raises ValueError for more groups than channels.
+        """
         if "groups" not in source.memo:
             seconds, affinity = 0.0, np.zeros(source.H.shape)
             labels = np.zeros(len(source.H), dtype=np.int64)
@@ -85,7 +91,7 @@ class MutualInformation(Method):
         return groups
 
     def scores(self, layer: StudyLayer, groups: ChannelGroups) -> np.ndarray:
-        """By group, float64 (K,)."""
+        """Return the score of each group, float64 (K,)."""
         shared = redundancy(groups.affinity, groups.labels)
         if self.spread_bits is None:
             wanted = -shared * (self.levels[-1] - self.levels[0] if self.normalized else 1 / math.log(2))
@@ -99,6 +105,7 @@ class MutualInformation(Method):
         return scores
 
     def treat(self, layer: StudyLayer) -> TreatedLayer:
+        """Return the weights rounded to the bits of their channels' groups."""
         fresh = "groups" not in layer.input.memo
         groups = self.channel_groups(layer.input)
         scores, sizes = self.scores(layer, groups), np.bincount(groups.labels)
@@ -111,7 +118,10 @@ class MutualInformation(Method):
 
 
 def middles(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Where the middle of each group lies from 0 to 1 among all members, groups in the order of ``values``."""
+    """Return the middle of each group's interval, (K,) from 0 to 1, with groups laid out in the order of ``values``.
+
+    ``sizes`` (K,) are the groups' numbers of members; a group's interval is as wide as its share of all members.
+    """
     order = np.argsort(values, kind="stable")
     ends = np.cumsum(sizes[order])
     result = np.empty(len(values))

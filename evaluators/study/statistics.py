@@ -1,4 +1,4 @@
-"""How a method spread its bits: channels by level and layer, averages and ranges of importance."""
+"""Statistics of how a method spreads its bits: channels by level and layer, averages, ranges of importance."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,14 @@ from evaluators.study.layer import LayerRecord
 
 @dataclass(frozen=True)
 class AllocationStatistics:
-    """Of the layers of one method."""
+    """Summarizes how one method spread its bits over the layers."""
 
     method: str
     layers: tuple[LayerRecord, ...]
 
     @property
     def channels(self) -> dict[int, int]:
-        """Channels of all layers by bits, fewest bits first."""
+        """Number of channels in all layers by bits, fewest bits first."""
         total: Counter[int] = Counter()
         for layer in self.layers:
             total.update(layer.channels)
@@ -26,16 +26,16 @@ class AllocationStatistics:
 
     @property
     def average_bits(self) -> float:
-        """A weight."""
+        """Average bits per weight, without scales and zeros."""
         return sum(r.average_bits * r.weights for r in self.layers) / sum(r.weights for r in self.layers)
 
     @property
     def shares(self) -> str:
-        """E.g. ``2: 20 %, 4: 80 %``, of the channels."""
+        """Percentages of the channels by bits, e.g. ``2: 20 %, 4: 80 %``."""
         return shares_of(self.channels)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a layer and level: method, tensor, bits, channels, percent, and the layer's own figures."""
+        """Return one row per layer and level: method, tensor, bits, channels, percent, and the layer's own figures."""
         return pd.DataFrame(
             [
                 {
@@ -56,11 +56,12 @@ class AllocationStatistics:
 
 
 def shares_of(channels: dict[int, int]) -> str:
-    """Percent of the channels by bits."""
+    """Return the percentages of ``channels`` (counts by bits) as text, e.g. ``2: 20 %, 4: 80 %``."""
     total = sum(channels.values())
     return ", ".join(f"{bits}: {100 * count / total:.0f} %" for bits, count in sorted(channels.items()))
 
 
 def all_frames(statistics: Iterable[AllocationStatistics]) -> pd.DataFrame:
+    """Return the rows of all methods in one table; see ``AllocationStatistics.to_frame``."""
     frames: Sequence[pd.DataFrame] = [one.to_frame() for one in statistics]
     return pd.concat(frames, ignore_index=True)

@@ -1,6 +1,6 @@
-"""Read a GGUF file back, with every length checked against the file before it is believed.
+"""Reads GGUF files back, checking every length against the file's size before using it.
 
-gguf's own reader loops and llama.cpp may stop the process on a damaged file; here it is one ValueError.
+On a damaged file gguf's own reader loops and llama.cpp may abort the process; this one raises a ValueError.
 Format: docs/gguf.md of ggml.
 """
 
@@ -36,12 +36,12 @@ MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 
 class _DamageError(Exception):
-    """What does not fit, for the end of the sentence that ``read_gguf`` raises."""
+    """Says what is damaged; ``read_gguf`` puts the message at the end of its own."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One row of the tensor table; ``offset`` is from the start of the file, sizes are bytes."""
+    """Describes one tensor of the file, with ``offset`` from the start of the file and ``size`` in bytes."""
 
     name: str
     type_name: str
@@ -52,33 +52,33 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufContents:
-    """Key-values and tensor table of a file whose lengths all agree."""
+    """Holds the key-values and the tensor table of a file whose lengths were checked, and reads its tensors."""
 
     path: Path
     key_values: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]  # by GGUF name, in file order
 
     def read(self, name: str) -> np.ndarray:
-        """Stored bytes of a tensor, uint8 (rows, row_bytes); a vector is one row."""
+        """Return the stored bytes of a tensor by GGUF name, uint8 (rows, row_bytes); a vector is one row."""
         tensor = self.tensors[name]
         data = np.memmap(self.path, np.uint8, "r", offset=tensor.offset, shape=(tensor.size,))
         return np.array(data).reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
 
     def dequantized(self, name: str) -> np.ndarray:
-        """A tensor as float32, in the file's row order."""
+        """Return a tensor by GGUF name as float32, in the file's row order."""
         tensor = self.tensors[name]
         values = dequantize(self.read(name), GGMLQuantizationType[tensor.type_name])
         return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
 
     def head(self) -> np.ndarray:
-        """The matrix (V, D) float32 that makes the logits: the output's or, where tied, the embedding's."""
+        """Return the head's weight, float32 (V, D): that of the output or, if tied, of the embedding."""
         return self.dequantized("output.weight" if "output.weight" in self.tensors else "token_embd.weight")
 
 
 def read_gguf(path: str | Path) -> GgufContents:
-    """Parse ``path`` without touching tensor data.
+    """Parse the header of ``path`` without reading tensor data.
 
-    Raises ValueError, one sentence, if it is missing, not a GGUF file, truncated, or contradicts itself.
+    Raises ValueError if the file is missing, not a GGUF file, truncated or inconsistent; the message is one sentence.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,29 +93,33 @@ def read_gguf(path: str | Path) -> GgufContents:
 
 
 class _Cursor:
-    """Reads forward through ``data``; never past its end."""
+    """Reads values from ``data`` in order, and raises _DamageError rather than read past its end."""
 
     def __init__(self, data: mmap):
         self.data = data
         self.position = 0
 
     def take(self, count: int) -> bytes:
+        """Read ``count`` bytes."""
         if count > len(self.data) - self.position:
             raise _DamageError(f"an end at byte {len(self.data)} inside its header")
         self.position += count
         return self.data[self.position - count : self.position]
 
     def scalars(self, code: str, count: int = 1) -> tuple[Any, ...]:
+        """Read ``count`` little-endian numbers of struct's format ``code``."""
         size = struct.calcsize(f"<{code}")
         return struct.unpack(f"<{count}{code}", self.take(size * count))
 
     def string(self) -> str:
+        """Read a string: its length in bytes, then UTF-8."""
         try:
             return self.take(self.scalars("Q")[0]).decode("utf-8")
         except UnicodeDecodeError:
             raise _DamageError(f"text that is not UTF-8 before byte {self.position}") from None
 
     def value(self, kind: int) -> Any:
+        """Read a value of GGUF value type ``kind``."""
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind == GGUFValueType.ARRAY:
@@ -182,10 +186,11 @@ def _stored(name: str, kind: int, shape: tuple[int, ...], offset: int) -> Stored
 
 
 def read_packed(path: str | Path, source: ModelSource | None = None) -> dict[str, tuple[str, np.ndarray]]:
-    """Every tensor of the file: (type name, bytes uint8 (rows, row_bytes)).
+    """Return the type name and the bytes, uint8 (rows, row_bytes), of every tensor of the file.
 
-    By GGUF name in the file's row order or, with ``source``, by Hugging Face name in transformers' row order, so that
-    the bytes equal those that were handed to ``export_gguf``. Raises ValueError as ``read_gguf``.
+    Keys are GGUF names and rows are in the file's order. With ``source``, keys are Hugging Face names and rows are in
+    transformers' order, so that the bytes equal those that were given to ``export_gguf``. Raises ValueError as
+    ``read_gguf`` does, or if the file lacks a tensor of ``source``.
     """
     contents = read_gguf(path)
     if source is None:

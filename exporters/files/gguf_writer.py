@@ -1,9 +1,9 @@
-"""Write a model as one GGUF file: packed tensors copied byte for byte, everything else in float32.
+"""Writes a model as one GGUF file: packed tensors are copied byte for byte, all others stored in float32.
 
     header | key-values | tensor table | padding | tensor data, each padded to the alignment
 
-The length of all that precedes the data does not depend on the tensor types, so the exact file size of any choice of
-types is known beforehand, and the data can be written before the table that describes it. Shapes: (rows, columns).
+The length of everything before the data does not depend on the tensor types. So the exact file size is known in advance
+for any choice of types, and the data can be written before the table that describes it. Shapes: (rows, columns).
 """
 
 import io
@@ -35,7 +35,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 class _Layout:
-    """The tensors of a file and the key-values that hold for every choice of types."""
+    """Holds a file's list of tensors and the key-values that do not depend on the tensor types."""
 
     def __init__(self, source: ModelSource, allow_missing_tokenizer: bool):
         self.architecture = architecture_of(source)
@@ -47,7 +47,7 @@ class _Layout:
         self.keys = model_metadata(source) | tokenizer_metadata(source, allow_missing_tokenizer)
 
     def header(self, types: Mapping[str, GGMLQuantizationType], provenance: Provenance | None) -> bytes:
-        """All bytes before the tensor data, for ``types`` by GGUF name (float32 where none is given)."""
+        """Return all bytes before the tensor data, given ``types`` by GGUF name (float32 where none is given)."""
         writer = GGUFWriter(None, self.architecture.name)
         keys: dict = dict(self.keys)
         if provenance is not None:
@@ -60,7 +60,7 @@ class _Layout:
             size = FORMATS[kind.name].tensor_bytes(entry.shape)
             writer.add_tensor_info(entry.gguf_name, entry.shape, np.dtype(np.float32), size, raw_dtype=kind)
         buffer = io.BytesIO()
-        writer.fout, writer.state = [buffer], WriterState.EMPTY  # a file of ours instead of one it opens
+        writer.fout, writer.state = [buffer], WriterState.EMPTY  # write to memory instead of a file that it opens
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -68,10 +68,10 @@ class _Layout:
 
 
 def fixed_bytes(source: ModelSource, genes: int | None = None, *, allow_missing_tokenizer: bool = False) -> int:
-    """Bytes of the file that no choice of types changes: all but the quantizable tensors' padded data.
+    """Return the bytes of the file that no choice of types changes: all but the padded data of quantizable tensors.
 
-    ``genes`` is the length of the genome that the provenance will hold, by default one gene for each quantizable
-    tensor. The folder's name is in the file, so renaming it changes the size. Reads no weights. Raises
+    ``genes`` is the length of the genome in the provenance, by default one gene for each quantizable tensor. The
+    model directory's name is in the file, so renaming it changes the size. Reads no weights. Raises
     UnsupportedArchitectureError, TokenizerError or UnknownPretokenizerError for a model that cannot be exported.
     """
     layout = _Layout(source, allow_missing_tokenizer)
@@ -89,11 +89,12 @@ def export_gguf(
     *,
     allow_missing_tokenizer: bool = False,
 ) -> int:
-    """Write ``source`` to ``path``, atomically and with one tensor in memory at a time; returns the file's bytes.
+    """Write ``source`` to ``path`` atomically, one tensor in memory at a time, and return the file's size in bytes.
 
     ``packed`` maps a Hugging Face name to its format and its bytes, uint8 (rows, row_bytes) in transformers' row
     order. ``f32_overrides`` replaces float32 tensors (norms, biases) by Hugging Face name. Raises ValueError if bytes
-    or overrides do not fit the tensor they are for; nothing is left at ``path`` then that was not there before.
+    or overrides do not fit their tensor, and then leaves ``path`` as it was. For a model that cannot be exported it
+    raises as ``fixed_bytes`` does.
     """
     layout = _Layout(source, allow_missing_tokenizer)
     overrides = dict(f32_overrides or {})
@@ -122,7 +123,7 @@ def _float_rows(
     entry: TensorEntry,
     overrides: dict[str, torch.Tensor],
 ) -> np.ndarray:
-    """Little-endian bytes of a tensor in float32, uint8 (rows, row_bytes), rows in the file's order."""
+    """Return a tensor's float32 values as little-endian bytes, uint8 (rows, row_bytes), rows in the file's order."""
     if entry.gguf_name == ROPE_FACTORS:
         assert layout.rope_factors is not None
         tensor = torch.from_numpy(layout.rope_factors)

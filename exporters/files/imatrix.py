@@ -1,6 +1,6 @@
-"""An importance matrix that llama-quantize reads: the mean square of every input feature, by GGUF tensor name.
+"""Writes an importance matrix for llama-quantize: the mean square of every input feature, by GGUF tensor name.
 
-Format: GGUF as llama-imatrix writes it (tools/imatrix/imatrix.cpp): sums of squares and their counts.
+Format: GGUF as written by llama-imatrix (tools/imatrix/imatrix.cpp), with sums of squares and their counts.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,10 @@ import numpy as np
 
 
 def write_imatrix(path: Path, importance: Mapping[str, np.ndarray], tokens: int, window: int, dataset: str) -> None:
-    """Write ``importance`` float32 (columns,) of each GGUF tensor, measured on ``tokens`` in windows of ``window``."""
+    """Write ``importance``, the mean squares (columns,) by GGUF tensor name, to ``path``.
+
+    They were measured on ``tokens`` tokens of ``dataset`` in windows of ``window`` tokens.
+    """
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [dataset])

@@ -1,6 +1,6 @@
-"""The llama.cpp graph of a model, and the dimensions that GGUF wants to know of it.
+"""Finds the llama.cpp graph of a model and the dimensions that GGUF records.
 
-A model without a graph that computes what transformers computes is refused in one sentence.
+A model is refused, in one sentence, unless llama.cpp has a graph that computes the same as transformers.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from exporters.metadata.source import ModelSource
 
 
 class UnsupportedArchitectureError(UserError):
-    """The model has no GGUF form that computes the same; the message is one sentence for the user."""
+    """Raised if no GGUF file computes the same as the model; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of a decoder in GGUF's vocabulary; all counts."""
+    """Sizes of a decoder, as GGUF records them."""
 
     layers: int
     hidden: int
@@ -34,7 +34,7 @@ class Dimensions:
 def architecture_of(source: ModelSource) -> Architecture:
     """Return the llama.cpp graph of a model.
 
-    Raises UnsupportedArchitectureError unless ``config.json`` names a family that has one, and its activation.
+    Raises UnsupportedArchitectureError unless ``config.json`` names a family that has one, and the activation "silu".
     """
     found = str(source.config.get("model_type", ""))
     family = FAMILIES.get(found)
@@ -50,9 +50,9 @@ def architecture_of(source: ModelSource) -> Architecture:
 
 
 def dimensions_of(source: ModelSource) -> Dimensions:
-    """The sizes in ``config.json``.
+    """Return the sizes in ``config.json``.
 
-    Raises UnsupportedArchitectureError if one that has no default is missing, or if the heads do not suit the graph.
+    Raises UnsupportedArchitectureError if a size without default is missing or the head size does not suit the graph.
     """
     config, architecture = source.config, architecture_of(source)
     heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")

@@ -1,4 +1,4 @@
-"""The key-values by which llama.cpp builds a model's graph (names: constants.py of the gguf package)."""
+"""Builds the key-values from which llama.cpp sets up a model's graph (names: constants.py of the gguf package)."""
 
 import logging
 
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def model_metadata(source: ModelSource) -> KeyValues:
-    """Return the hyperparameters of ``source``; file type GUESSED is ggml's word for a mix of types.
+    """Return the hyperparameters of ``source``, without ``general.architecture``, which GGUFWriter adds.
 
-    ``general.architecture`` is not among them: GGUFWriter adds it. Raises UnsupportedArchitectureError for a model
-    that llama.cpp would compute differently.
+    The file type is GUESSED, ggml's value for a mix of types. Raises UnsupportedArchitectureError for a model that
+    llama.cpp would compute differently.
     """
     architecture, sizes, rope = architecture_of(source), dimensions_of(source), rope_of(source.config)
     prefix = architecture.name
@@ -52,7 +52,7 @@ def model_metadata(source: ModelSource) -> KeyValues:
 
 
 def _sliding_window(source: ModelSource, prefix: str, context: int, keys: KeyValues) -> None:
-    """Record a sliding window, and warn that llama.cpp's graphs of these architectures attend to everything."""
+    """Record a sliding window, and warn if it is shorter than the context: these llama.cpp graphs ignore it."""
     window = source.config.get("sliding_window")
     if not window or source.config.get("use_sliding_window") is False:
         return

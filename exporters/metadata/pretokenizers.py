@@ -1,7 +1,7 @@
-"""Which of llama.cpp's pre-tokenizers splits text as a byte-level BPE tokenizer does.
+"""Finds the pre-tokenizer of llama.cpp that splits text in the same way as a byte-level BPE tokenizer.
 
-llama.cpp has its splitting patterns compiled in and selects one by ``tokenizer.ggml.pre`` (llama-vocab.cpp). The key
-here is the pattern in tokenizer.json, as published with the models the names stand for.
+llama.cpp has its splitting patterns compiled in and selects one by ``tokenizer.ggml.pre`` (llama-vocab.cpp). The table
+is keyed by the pattern in tokenizer.json, as published with the models that llama.cpp's names refer to.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ WORD = r"[^\r\n\p{L}\p{N}]?"
 
 
 class UnknownPretokenizerError(UserError):
-    """llama.cpp has no pre-tokenizer that splits text as the model's does; the message is one sentence."""
+    """Raised if no pre-tokenizer of llama.cpp splits text as the model's does; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """Patterns applied one after the other, and whether words that are tokens skip the merges."""
+    """Describes how a tokenizer splits text: patterns, applied in order, and whether known words skip the merges."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool
@@ -50,9 +50,9 @@ KNOWN = {
 
 
 def pretokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the splitting of ``tokenizer``, the contents of a tokenizer.json.
+    """Return llama.cpp's name for the pre-tokenizer of ``tokenizer``, the contents of a tokenizer.json.
 
-    Raises UnknownPretokenizerError where no name fits: a wrong one would change the tokens silently.
+    Raises UnknownPretokenizerError if no name fits, because a wrong one would silently change the tokens.
     """
     patterns = tuple(p for step in _steps(tokenizer.get("pre_tokenizer")) if (p := _pattern(step)) is not None)
     splitting = Splitting(patterns, bool(tokenizer["model"].get("ignore_merges")))
@@ -73,7 +73,7 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _pattern(step: Mapping[str, Any]) -> str | None:
-    """What a step splits by; None for one that only maps bytes to characters."""
+    """Return the pattern by which a step splits, or None for a step that only maps bytes to characters."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": True}:
             return "<ByteLevel with add_prefix_space>"
@@ -82,7 +82,7 @@ def _pattern(step: Mapping[str, Any]) -> str | None:
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"}:
             return pattern
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
-            return pattern  # keeps the matches, which cover the text: the same pieces
+            return pattern  # keeps the matches, which cover the text, so the pieces are the same
         case {"type": "Digits", "individual_digits": True}:
             return DIGITS
     return f"<{step['type']}>"

@@ -1,7 +1,7 @@
-"""Where a file came from: key-values ``bitgenome.*``, of one byte length whatever the search found.
+"""Records where a file came from, as key-values ``bitgenome.*`` of fixed length.
 
-The length depends on the model alone (and on the number of genes), so that the exact file size of a genome is known
-before there is a file.
+Their length in bytes depends only on the model and the number of genes, not on the result of the search, so the exact
+file size of a genome is known before the file is written.
 """
 
 import math
@@ -20,12 +20,12 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the search knows of the file it asks for."""
+    """Describes the search that a file came from. Raises ValueError for digests, version or genome that are invalid."""
 
-    genome: tuple[int, ...]  # choice of each gene, in the space's order
+    genome: tuple[int, ...]  # choice of each gene, in the search space's order
     budget_bytes: int
-    kl: float = math.nan  # nats per token on text the search did not use
-    model_digest: str = NO_DIGEST  # sha256, as are the others
+    kl: float = math.nan  # nats per token, on text that the search did not use
+    model_digest: str = NO_DIGEST  # SHA-256, as the other two
     text_digest: str = NO_DIGEST
     run_digest: str = NO_DIGEST
     version: str = ""
@@ -41,11 +41,11 @@ class Provenance:
 
     @classmethod
     def blank(cls, genes: int) -> "Provenance":
-        """A stand-in of the right length for ``genes`` genes."""
+        """Return a placeholder of the right length for ``genes`` genes."""
         return cls(genome=(0,) * genes, budget_bytes=0)
 
     def key_values(self, types: Sequence[str]) -> KeyValues:
-        """``types`` are the GGUF type names of the quantizable tensors, in file order."""
+        """Return the key-values, given the GGUF type names of the quantizable tensors in file order."""
         keys = KeyValues()
         keys.string("bitgenome.version", self.version.ljust(VERSION_WIDTH))
         keys.array("bitgenome.genome", [int(choice) for choice in self.genome])

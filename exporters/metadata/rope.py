@@ -1,4 +1,4 @@
-"""Rotary embedding settings: both spellings of config.json to llama.cpp's keys, and Llama 3's frequency factors."""
+"""Translates rotary embedding settings from config.json to llama.cpp's keys and Llama 3's frequency factors."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,15 @@ import numpy as np
 from exporters.metadata.architectures import UnsupportedArchitectureError
 
 DEFAULT_THETA = 10000.0  # transformers' default for the four architectures
-YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of transformers and of llama.cpp
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of both transformers and llama.cpp
 
 
 @dataclass(frozen=True)
 class Rope:
-    """``kind`` is "default", "linear", "yarn" or "llama3"; ``parameters`` are transformers' own."""
+    """Rotary embedding settings of a model.
+
+    ``kind`` is "default", "linear", "yarn" or "llama3"; ``parameters`` are transformers' own for that kind.
+    """
 
     theta: float
     kind: str
@@ -23,7 +26,7 @@ class Rope:
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """The settings in ``rope_parameters`` (transformers 5) or in ``rope_theta`` and ``rope_scaling`` (before).
+    """Return the settings in ``rope_parameters`` (transformers 5) or in ``rope_theta`` and ``rope_scaling`` (older).
 
     Raises UnsupportedArchitectureError for a scaling that llama.cpp would compute differently.
     """
@@ -55,7 +58,10 @@ _ALLOWED: dict[str, set[str]] = {
 
 
 def scaling_keys(rope: Rope, context: int) -> dict[str, str | float | int]:
-    """llama.cpp's ``rope.scaling.*`` keys for linear and YaRN scaling; none for the others."""
+    """Return llama.cpp's ``rope.scaling.*`` keys for linear and YaRN scaling, and none for other kinds.
+
+    ``context`` is the model's context length in tokens, YaRN's default for the original one.
+    """
     if rope.kind not in ("linear", "yarn"):
         return {}
     keys: dict[str, str | float | int] = {
@@ -71,10 +77,10 @@ def scaling_keys(rope: Rope, context: int) -> dict[str, str | float | int]:
 
 
 def frequency_factors(rope: Rope, head_dim: int) -> np.ndarray | None:
-    """Divisors (head_dim / 2,) float32 of the rotary frequencies for Llama 3's scaling; None for other kinds.
+    """Return the divisors, float32 (head_dim / 2,), of the rotary frequencies for Llama 3's scaling, else None.
 
-    Source: ``_compute_llama3_parameters`` of transformers; low frequencies are divided by ``factor``, high ones kept,
-    those between interpolated.
+    Low frequencies are divided by ``factor``, high ones kept, and those in between interpolated. Source:
+    ``_compute_llama3_parameters`` of transformers.
     """
     if rope.kind != "llama3":
         return None

@@ -1,4 +1,4 @@
-"""What the exporters need of a model: its folder, configuration, tensor shapes and one tensor at a time."""
+"""Declares what the exporters need of a model: directory, configuration, tensor shapes, and one tensor at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,18 +8,18 @@ import torch
 
 
 class ModelSource(Protocol):
-    """A Hugging Face model folder; ``evaluators.model.folder.ModelFolder`` is one."""
+    """A Hugging Face model directory; ``evaluators.model.folder.ModelFolder`` implements it."""
 
     path: Path
     config: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """What people call the model."""
+        """Human-readable name of the model."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every stored tensor by Hugging Face name."""
+        """Shapes of all stored tensors by Hugging Face name."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its stored type, on the CPU."""
+        """Return one tensor in its stored dtype, on the CPU."""

@@ -1,6 +1,6 @@
-"""From Hugging Face tensors to GGUF tensors: names, order, row permutation, and what may be quantized.
+"""Maps Hugging Face tensors to GGUF tensors: names, file order, row permutation, and which may be quantized.
 
-Shapes: (rows, columns) as in transformers; GGUF's own table lists them reversed.
+Shapes are (rows, columns), as in transformers; the table of a GGUF file lists them reversed.
 """
 
 import re
@@ -12,13 +12,13 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from exporters.metadata.architectures import UnsupportedArchitectureError, architecture_of, dimensions_of
 from exporters.metadata.source import ModelSource
 
-# Buffers that old checkpoints carry and that config.json determines: nothing is lost without them.
+# Buffers of old checkpoints that follow from config.json, so nothing is lost without them.
 DERIVED_BUFFERS = (
     re.compile(r"(^|\.)rotary_emb\.inv_freq$"),
     re.compile(r"(^|\.)self_attn\.(bias|masked_bias)$"),
 )
-GRAPHS = {name: graph for graph, name in MODEL_ARCH_NAMES.items()}  # by llama.cpp's name
-BLOCK_ORDER = (  # order of a block's tensors in the file, that in which they are used
+GRAPHS = {name: graph for graph, name in MODEL_ARCH_NAMES.items()}  # by llama.cpp's architecture name
+BLOCK_ORDER = (  # order of a block's tensors in the file, which is the order of use
     "attn_norm", "attn_q", "attn_q_norm", "attn_k", "attn_k_norm", "attn_v", "attn_output",
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
 )  # fmt: skip
@@ -30,24 +30,24 @@ QUANTIZABLE_KINDS = frozenset(
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the file."""
+    """Describes one tensor of the file."""
 
     hf_name: str
     gguf_name: str
     shape: tuple[int, ...]
     quantizable: bool  # False: stays float32
-    permuted_heads: int = 0  # heads whose rows are reordered; 0: rows stay as they are
+    permuted_heads: int = 0  # number of heads whose rows are reordered; 0: rows stay as they are
 
     @property
     def kind(self) -> str:
-        """E.g. "attn_q", "token_embd"."""
+        """Kind of tensor, e.g. "attn_q" or "token_embd"."""
         return self.gguf_name.split(".")[-2]
 
 
 def tensor_table(source: ModelSource) -> list[TensorEntry]:
-    """Every tensor of ``source`` that the file holds, in file order: embedding, blocks, final norm, head.
+    """Return every tensor of ``source`` that the file holds, in file order: embedding, blocks, final norm, head.
 
-    Raises UnsupportedArchitectureError for an architecture or a tensor that has no place in the file.
+    Raises UnsupportedArchitectureError for an architecture or a tensor that a GGUF file cannot hold.
     """
     architecture, sizes = architecture_of(source), dimensions_of(source)
     names = get_tensor_name_map(GRAPHS[architecture.name], sizes.layers)
@@ -76,17 +76,17 @@ def _file_position(entry: TensorEntry) -> tuple[int, int, int, str]:
 
 
 def quantizable_tensors(source: ModelSource) -> dict[str, tuple[int, ...]]:
-    """(rows, columns) by Hugging Face name of every tensor whose type may be chosen, in file order.
+    """Return the shapes (rows, columns), by Hugging Face name, of all tensors that may be quantized, in file order.
 
-    Raises UnsupportedArchitectureError as ``tensor_table``.
+    Raises UnsupportedArchitectureError as ``tensor_table`` does.
     """
     return {entry.hf_name: entry.shape for entry in tensor_table(source) if entry.quantizable}
 
 
 def row_order(entry: TensorEntry) -> np.ndarray | None:
-    """Row indices (rows,) int64 such that ``rows[row_order]`` is the file's order; None where the two agree.
+    """Return row indices, int64 (rows,), that bring rows into the file's order, or None if the order is the same.
 
-    Within each head, transformers stores the two halves of the rotary pairs one after the other, llama.cpp
+    Within each head, transformers stores the two halves of the rotary pairs one after the other, while llama.cpp
     interleaves them (``LlamaModel.permute`` in convert_hf_to_gguf.py).
     """
     if not entry.permuted_heads:
@@ -96,12 +96,12 @@ def row_order(entry: TensorEntry) -> np.ndarray | None:
 
 
 def to_file_rows(entry: TensorEntry, rows: np.ndarray) -> np.ndarray:
-    """``rows`` (rows, ...), floats or packed bytes, from transformers' row order to the file's."""
+    """Reorder ``rows`` (rows, ...), floats or packed bytes, from transformers' row order to the file's."""
     order = row_order(entry)
     return rows if order is None else rows[order]
 
 
 def from_file_rows(entry: TensorEntry, rows: np.ndarray) -> np.ndarray:
-    """Inverse of ``to_file_rows``."""
+    """Reorder ``rows`` (rows, ...) from the file's row order to transformers'; the inverse of ``to_file_rows``."""
     order = row_order(entry)
     return rows if order is None else rows[np.argsort(order)]

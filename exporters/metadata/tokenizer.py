@@ -1,7 +1,7 @@
-"""A model folder's tokenizer as GGUF key-values: byte-level BPE ("gpt2") or SentencePiece-style BPE ("llama").
+"""Translates a model's tokenizer to GGUF key-values: byte-level BPE ("gpt2") or SentencePiece-style BPE ("llama").
 
-The tables are those of the tokenizer that transformers builds from the folder, so that what is exported is what the
-text was tokenized with. Unicode normalization (NFC in Qwen's) has no GGUF form: llama.cpp tokenizes text as it comes.
+The tables come from the tokenizer that transformers builds from the model directory, the same one that tokenizes the
+text. GGUF has no form for Unicode normalization (NFC in Qwen's tokenizer): llama.cpp does not normalize text.
 """
 
 import json
@@ -21,21 +21,22 @@ from exporters.metadata.source import ModelSource
 
 log = logging.getLogger(__name__)
 
-SPACE_MARK = "▁"  # SentencePiece's visible space
+SPACE_MARK = "▁"  # what SentencePiece writes for a space
 SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-UNMERGED_SCORE = -1e6  # pieces that no merge makes: characters, bytes and special tokens
+UNMERGED_SCORE = -1e6  # of pieces that no merge produces: characters, bytes and special tokens
 
 
 class TokenizerError(UserError):
-    """The folder's tokenizer has no GGUF form; the message is one sentence for the user."""
+    """Raised if a tokenizer has no GGUF form; the message is one sentence for the user."""
 
 
 def tokenizer_metadata(source: ModelSource, allow_missing: bool = False) -> KeyValues:
-    """Key-values ``tokenizer.*`` for the tokenizer in ``source.path``.
+    """Return the key-values ``tokenizer.*`` for the tokenizer in ``source.path``.
 
-    A folder without one gets tokenizer model "none" if ``allow_missing``: such a file takes token ids only.
-    Raises TokenizerError if there is none, if its kind is not BPE, or if it has more tokens than the embedding rows;
-    UnknownPretokenizerError if llama.cpp cannot split text the same way.
+    If it has none and ``allow_missing`` is set, the tokenizer model is "none": such a file takes token ids only.
+    Raises TokenizerError if there is no tokenizer, if it cannot be read or is not BPE, if it has more tokens than the
+    embedding has rows, or if llama.cpp does not normalize text as it does; UnknownPretokenizerError if llama.cpp
+    cannot split text the same way.
     """
     tokenizer = _load(source.path)
     keys = KeyValues()
@@ -67,7 +68,7 @@ def _load(path: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, use_fast=True)
-    except Exception as error:  # transformers raises what its tokenizers raise
+    except Exception as error:  # transformers passes on any error of its tokenizers
         raise TokenizerError(f"expected a readable tokenizer in {path}, found {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"expected a tokenizer.json in {path}, found only {type(tokenizer).__name__}'s own files")
@@ -75,7 +76,7 @@ def _load(path: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _pieces(tables: Mapping[str, Any], rows: int) -> list[tuple[str, TokenType]]:
-    """(text, type) of each of the ``rows`` ids of the embedding; ids without a token are padded as UNUSED."""
+    """Return (text, type) for each of the embedding's ``rows`` token ids; ids without a token get an UNUSED filler."""
     pieces = [(f"[PAD{i}]", TokenType.UNUSED) for i in range(rows)]
     added = {token["id"]: token for token in tables["added_tokens"]}
     named = {index: text for text, index in tables["model"]["vocab"].items()} | {
@@ -95,7 +96,7 @@ def _pieces(tables: Mapping[str, Any], rows: int) -> list[tuple[str, TokenType]]
 
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs, best first; tokenizer.json writes them as lists or, before 2024, as "left right"."""
+    """Return the merges as pairs, best first; tokenizer.json has them as lists or, before 2024, as "left right"."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -106,7 +107,11 @@ def _add_pieces(pieces: list[tuple[str, TokenType]], keys: KeyValues) -> None:
 
 
 def _sentencepiece_keys(tables: Mapping[str, Any], pieces: list[tuple[str, TokenType]], keys: KeyValues) -> None:
-    """llama.cpp merges the pair whose result scores best; minus the rank of its first merge gives the same order."""
+    """Add the keys of a SentencePiece-style tokenizer.
+
+    llama.cpp merges the pair whose result has the highest score, so a piece's score is minus the rank of its first
+    merge: that gives the order of the merges.
+    """
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(_merges(tables["model"])):
         ranks.setdefault(left + right, rank)
@@ -122,9 +127,9 @@ def _sentencepiece_keys(tables: Mapping[str, Any], pieces: list[tuple[str, Token
 
 
 def _space_prefix(tables: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the text. Raises TokenizerError for a normalization llama.cpp does not do.
+    """Return whether a space is put before the text; raise TokenizerError for a normalization llama.cpp does not do.
 
-    One difference remains: a Metaspace step adds none before a text that begins with a space, llama.cpp does.
+    One difference remains: for a text that starts with a space, llama.cpp adds another, a Metaspace step does not.
     """
     normalizer, pre_tokenizer = tables.get("normalizer") or {}, tables.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
@@ -140,7 +145,7 @@ def _space_prefix(tables: Mapping[str, Any]) -> bool:
 
 
 def _special_keys(source: ModelSource, tokenizer: PreTrainedTokenizerBase, keys: KeyValues) -> None:
-    """Special ids (the tokenizer's, else config.json's), what is added around a text, and the chat template."""
+    """Add special ids (the tokenizer's, else config.json's), whether BOS and EOS are added, and the chat template."""
     ids = {}
     for name, key in SPECIAL_KEYS.items():
         index = getattr(tokenizer, f"{name}_token_id", None)

@@ -1,4 +1,4 @@
-"""Figures of the shipped file: what llama.cpp computes, against the model it came from and the search's simulation.
+"""Compares llama.cpp's output for the exported file with the original model and with the search's simulation.
 
 Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary. Logits exist for a chunk of positions at a time.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional
 from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.llamacpp import LlamaCppRuntime
 
-CHUNK_BYTES = 1 << 26  # of one chunk's logits
+CHUNK_BYTES = 1 << 26  # of the logits of one chunk
 
 # (start, stop) of flattened positions -> log probabilities float32 (stop - start, V)
 LogProbs = Callable[[int, int], torch.Tensor]
@@ -26,26 +26,29 @@ LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model held against the runtime; ``kl`` in nats per position, from that model to the runtime."""
+    """Compares a model with the runtime; ``kl`` is KL(model || runtime) in nats per position."""
 
     kl: float
     top1_agreement: float  # share of positions whose most likely token is the same
-    perplexity: float  # that model's own
+    perplexity: float  # of the model itself
 
 
 @dataclass(frozen=True)
 class RuntimeFigures:
-    """What llama.cpp makes of the text, over ``positions`` positions."""
+    """Perplexity of the runtime over ``positions`` positions, and its comparisons with other models."""
 
     perplexity: float
     positions: int
     reference: Comparison | None = None  # the full-precision model
-    simulated: Comparison | None = None  # the dequantized weights in the search's own computation
+    simulated: Comparison | None = None  # the dequantized weights, evaluated as in the search
     eight_bit: Comparison | None = None  # the same, with llama.cpp's 8-bit inputs
 
 
 def log_probs(hidden: np.ndarray | torch.Tensor, head: LogitsOf) -> LogProbs:
-    """Log probabilities from final hidden states (n, T, D) and the head on their device."""
+    """Return a function that computes log probabilities for a range of the P flattened positions.
+
+    ``hidden`` are final hidden states (n, T, D), ``head`` works on their device. Results are on the CPU.
+    """
     states = torch.as_tensor(hidden, dtype=torch.float32).flatten(0, -2)
 
     def chunk(start: int, stop: int) -> torch.Tensor:
@@ -55,7 +58,7 @@ def log_probs(hidden: np.ndarray | torch.Tensor, head: LogitsOf) -> LogProbs:
 
 
 def plain_head(weight: np.ndarray | torch.Tensor) -> LogitsOf:
-    """The head of weight (V, D) whose product is the logits."""
+    """Return the head that multiplies hidden states by ``weight`` (V, D), without a soft cap."""
     return partial(functional.linear, weight=torch.as_tensor(weight, dtype=torch.float32))
 
 
@@ -67,7 +70,9 @@ def compare(
     simulated: LogProbs | None = None,
     eight_bit: LogProbs | None = None,
 ) -> RuntimeFigures:
-    """Figures of ``runtime`` on token ids ``windows`` (n, T), and of the models it is held against.
+    """Return the figures of ``runtime`` on token ids ``windows`` (n, T), compared with each model that is given.
+
+    ``vocabulary`` is V, which sets the size of a chunk.
 
     Raises FloatingPointError if log probabilities of the runtime are not finite.
     """
@@ -97,10 +102,10 @@ def measure_file(
     eight_bit: LogProbs | None = None,
     threads: int | None = None,
 ) -> RuntimeFigures:
-    """Run the file in llama.cpp on ``windows`` (n, T) and compare.
+    """Run the file in llama.cpp on token ids ``windows`` (n, T), and compare it with each model that is given.
 
-    The head's product is ours, on the file's dequantized head: llama.cpp returns hidden states, not logits. Raises
-    ValueError for a damaged file and LlamaCppError if llama.cpp cannot run it.
+    llama.cpp returns hidden states, so the logits are computed here, with the file's dequantized head. Raises
+    ValueError for a damaged file, LlamaCppError if llama.cpp cannot run it, and FloatingPointError as ``compare``.
     """
     head = read_gguf(path).head()
     with LlamaCppRuntime(path, windows.shape[1], threads) as runtime:
@@ -109,14 +114,14 @@ def measure_file(
 
 
 class _Sums:
-    """Running sums in float64 over positions."""
+    """Accumulates one model's sums over positions, in float64."""
 
     def __init__(self) -> None:
         self.kl = self.agreed = self.loss = 0.0
         self.positions = self.predicted = 0
 
     def add(self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor) -> None:
-        """``model`` and ``runtime`` (chunk, V) log probabilities; ``targets`` (chunk,) next tokens or -1."""
+        """Add a chunk: log probabilities ``model``, ``runtime`` (chunk, V); next tokens ``targets`` (chunk,) or -1."""
         followed = targets >= 0
         self.kl += float((model.exp() * (model - runtime)).sum(dtype=torch.float64))
         self.agreed += int((model.argmax(-1) == runtime.argmax(-1)).sum())
@@ -125,13 +130,14 @@ class _Sums:
         self.predicted += int(followed.sum())
 
     def comparison(self) -> Comparison:
+        """Return the means of the sums."""
         return Comparison(
             self.kl / self.positions, self.agreed / self.positions, math.exp(self.loss / max(1, self.predicted))
         )
 
 
 def _targets(windows: np.ndarray) -> torch.Tensor:
-    """(P,) the token after each position, -1 where a window ends."""
+    """Return the token after each position, int64 (P,), or -1 at the end of a window."""
     targets = torch.full(windows.shape, -1, dtype=torch.int64)
     targets[:, :-1] = torch.from_numpy(np.ascontiguousarray(windows[:, 1:], dtype=np.int64))
     return targets.flatten()

@@ -1,7 +1,7 @@
-"""llama.cpp itself, through xllamacpp: what the shipped file computes, and how fast.
+"""Runs GGUF files in llama.cpp through xllamacpp, for their hidden states, their tokens and their speed.
 
-Shapes: n windows, T positions, D hidden size. The server runs inside this process and listens on the loopback
-interface only.
+Shapes: n windows, T positions, D hidden size. The server runs inside this process and listens only on the loopback
+interface.
 """
 
 import http.client
@@ -19,17 +19,17 @@ from bitgenome.common.cpus import usable_cpus
 from exporters.files.gguf_reader import GgufContents, read_gguf
 
 LOOPBACK = "127.0.0.1"
-ERRORS = 1  # llama.cpp's log level: says on stderr why it refuses a file, else nothing
-RAW = -1  # embd_normalize: leave the values alone
+ERRORS = 1  # llama.cpp's log level; it prints to stderr why it refuses a file, and nothing else
+RAW = -1  # embd_normalize: no normalization
 
 
 class LlamaCppError(RuntimeError):
-    """llama.cpp could not load or run the file."""
+    """Raised if llama.cpp cannot load or run a file."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second, as llama.cpp's own timings have it."""
+    """Speed of prompt and generation in tokens per second, as timed by llama.cpp."""
 
     prompt: float
     generation: float
@@ -38,11 +38,11 @@ class Speed:
 
 
 class LlamaCppRuntime:
-    """A running llama.cpp for windows of up to ``context`` tokens; a context manager.
+    """A context manager that runs a file in llama.cpp on windows of up to ``context`` tokens.
 
-    Each window is one batch in one sequence, with float32 keys and values and plain attention, so that the only
-    differences from a float computation are those of llama.cpp's matrix products. Raises ValueError for a damaged
-    file, LlamaCppError if llama.cpp refuses a sound one.
+    Each window is one batch of one sequence, with a float32 KV cache and without flash attention, so that only
+    llama.cpp's matrix products differ from a float computation. Requests time out after ``timeout_seconds``. Raises
+    ValueError for a damaged file, and on entry LlamaCppError if llama.cpp refuses the file.
     """
 
     def __init__(self, path: str | Path, context: int, threads: int | None = None, timeout_seconds: float = 600.0):
@@ -62,7 +62,7 @@ class LlamaCppRuntime:
         self._server = _start(params)
         address = urlsplit(self._server.listening_address)
         self._connection = http.client.HTTPConnection(address.hostname, address.port, timeout=self.timeout_seconds)
-        self._window(np.zeros(1, dtype=np.int64))  # a server stopped before its first task never ends
+        self._window(np.zeros(1, dtype=np.int64))  # a server that is stopped before its first task hangs
         return self
 
     def __exit__(
@@ -70,13 +70,13 @@ class LlamaCppRuntime:
     ) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection = self._server = None  # the server stops when it is collected
+        self._connection = self._server = None  # the server stops when it is garbage-collected
 
     def hidden_states(self, windows: np.ndarray) -> np.ndarray:
-        """Final hidden states (n, T, D) float32 after the output norm, for token ids (n, T).
+        """Return final hidden states, float32 (n, T, D) after the output norm, for token ids ``windows`` (n, T).
 
-        Raises ValueError for windows longer than the context, LlamaCppError if llama.cpp answers otherwise than with
-        one state for each token.
+        Raises ValueError for windows longer than the context, and LlamaCppError unless llama.cpp returns one state
+        for each token.
         """
         if windows.ndim != 2 or windows.shape[1] > self.context:
             raise ValueError(f"expected windows (n, T <= {self.context}), found shape {windows.shape}")
@@ -90,7 +90,10 @@ class LlamaCppRuntime:
         return states
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of ``text`` by llama.cpp's own tokenizer. Raises ValueError if the file holds none."""
+        """Return the token ids of ``text`` from llama.cpp's own tokenizer, with BOS and the like if ``add_special``.
+
+        Raises ValueError if the file has no tokenizer, LlamaCppError if llama.cpp gives no valid answer.
+        """
         _require_tokenizer(self.contents)
         return list(self._post("/tokenize", {"content": text, "add_special": add_special})["tokens"])
 
@@ -111,14 +114,17 @@ class LlamaCppRuntime:
 def generation_speed(
     path: str | Path, prompt_tokens: int = 128, new_tokens: int = 64, threads: int | None = None
 ) -> Speed:
-    """Read a prompt and generate, with llama.cpp's defaults for cache and attention. Raises as LlamaCppRuntime."""
+    """Measure the speed of prompt and generation with llama.cpp's defaults for KV cache and attention.
+
+    Raises as LlamaCppRuntime does, and ValueError for a file without a tokenizer.
+    """
     contents = read_gguf(path)
     _require_tokenizer(contents)
     params = _params(contents, prompt_tokens + new_tokens, threads or default_threads())
     params.warmup = True
     server = _start(params)
     vocabulary = contents.tensors["token_embd.weight"].shape[0]
-    prompt = [i % vocabulary for i in range(prompt_tokens)]  # any ids do: the time does not depend on them
+    prompt = [i % vocabulary for i in range(prompt_tokens)]  # the time does not depend on the ids
     request = {"prompt": prompt, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False, "temperature": 0.0}
     timings = server.handle_completions(request)["timings"]
     return Speed(
@@ -127,25 +133,25 @@ def generation_speed(
 
 
 def default_threads() -> int:
-    """One for each two logical processors: llama.cpp's threads wait actively and starve each other on more."""
+    """Return half the usable logical processors: llama.cpp's threads busy-wait, and more would starve each other."""
     return max(1, usable_cpus() // 2)
 
 
 def _require_tokenizer(contents: GgufContents) -> None:
-    """llama.cpp stops the process if a file without tokenizer is asked for text."""
+    """Raise ValueError for a file without a tokenizer: on text requests llama.cpp would abort the process."""
     if contents.key_values.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         raise ValueError(f"expected a GGUF file with a tokenizer, found none in {contents.path}")
 
 
 def _params(contents: GgufContents, context: int, threads: int) -> Any:
-    """Settings common to all uses of a file that was read and found sound."""
+    """Return the settings that all uses of a file share."""
     params = xllamacpp.CommonParams()
     params.model.path = str(contents.path)
     params.hostnames = [LOOPBACK]
     params.n_ctx = params.n_batch = params.n_ubatch = context
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.fit_params = False  # take these sizes, do not search for ones that fit a device
+    params.fit_params = False  # use these sizes instead of searching for ones that fit a device
     params.cache_ram_mib = 0
     params.warmup = False
     params.verbosity = ERRORS

@@ -1,7 +1,8 @@
-"""The 8-bit blocks that llama.cpp turns the input of a quantized matrix product into, decoded again.
+"""This module rounds activations to the 8-bit blocks in which llama.cpp computes quantized matrix products.
 
-Types of 256-column blocks multiply Q8_K inputs, types of 32-column blocks Q8_0 or Q8_1 (``vec_dot_type`` of
-``type_traits_cpu`` in ggml-cpu.c). Shapes: x (..., columns), columns a multiple of the weights' block.
+Weight types with blocks of 256 columns multiply Q8_K inputs, types with blocks of 32 columns Q8_0 or Q8_1
+(``vec_dot_type`` of ``type_traits_cpu`` in ggml-cpu.c). Shapes: x (..., columns), where columns is a multiple of the
+weights' block size.
 """
 
 import torch
@@ -14,14 +15,14 @@ BLOCK = 32
 
 
 def input_type(fmt: QuantFormat) -> str:
-    """ggml type of the inputs that weights of ``fmt`` multiply: Q8_K, Q8_0 (standing for Q8_1 too), F16 or F32."""
+    """Return the ggml type of inputs that weights of ``fmt`` multiply: Q8_K, Q8_0 (also for Q8_1), F16 or F32."""
     if fmt.is_float:
         return fmt.name
     return "Q8_K" if fmt.block_size == SUPER_BLOCK else "Q8_0"
 
 
 def quantized_input(kind: str, x: Tensor) -> Tensor:
-    """float32 x rounded to ``kind``, a result of ``input_type``, and decoded."""
+    """Return float32 x (..., columns) rounded to ``kind``, a result of ``input_type``, and decoded to float32."""
     match kind:
         case "Q8_K":
             return q8_k(x)
@@ -34,7 +35,11 @@ def quantized_input(kind: str, x: Tensor) -> Tensor:
 
 
 def q8_k(x: Tensor) -> Tensor:
-    """``quantize_row_q8_K_ref`` and back: float32 scale, by which the value of largest magnitude becomes -127."""
+    """Return x (..., columns) rounded to Q8_K and decoded, float32.
+
+    As ``quantize_row_q8_K_ref``: each 256 columns have a float32 scale, by which the value of largest magnitude
+    becomes -127.
+    """
     blocks = x.float().unflatten(-1, (-1, SUPER_BLOCK))
     peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     inverse = torch.where(peak == 0, 0.0, -LARGEST / peak)
@@ -42,9 +47,10 @@ def q8_k(x: Tensor) -> Tensor:
 
 
 def q8_0(x: Tensor) -> Tensor:
-    """``quantize_row_q8_0_ref`` and back: integers by the exact scale, decoded by the scale in fp16.
+    """Return x (..., columns) rounded to Q8_0 and decoded, float32.
 
-    Q8_1 has the same integers and scale, with a sum for the offsets of Q4_1 and Q5_1 that is left exact here.
+    As ``quantize_row_q8_0_ref``: each 32 columns are rounded with the exact scale and decoded with the scale in fp16.
+    Q8_1 has the same integers and scale, and a sum for the offsets of Q4_1 and Q5_1, which stays exact here.
     """
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True) / LARGEST

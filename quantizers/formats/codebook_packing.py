@@ -1,6 +1,7 @@
-"""Byte layouts of ggml's codebook types (ggml-common.h, ``block_iq2_xxs`` ... ``block_iq3_s``), both ways.
+"""This module packs and unpacks the blocks of ggml's codebook types, byte for byte.
 
-Shape legend: n blocks of 256 weights in file order (row by row), I = 256 / V indices, S scale codes 0..15 of a block.
+Layouts: ggml-common.h, ``block_iq2_xxs`` ... ``block_iq3_s``. Shape legend: n blocks of 256 weights in file order (row
+by row), I = 256 / V codeword indices of a block (V weights each), S scale codes 0..15 of a block.
 """
 
 from collections.abc import Callable
@@ -19,20 +20,20 @@ BITS, PAIRS, NIBBLES = Plane(0, 1, 1), Plane(0, 2, 1), Plane(0, 4, 1)  # consecu
 
 
 class Fields(NamedTuple):
-    """What a block stores besides d."""
+    """Holds what blocks store besides the fp16 scale d."""
 
-    chosen: Tensor  # int64 (n, I), which codewords
-    signs: Tensor  # uint8 (n, 32), bit j set: the weight j of the eight is negative
-    scale: Tensor  # uint8 (n, S)
+    chosen: Tensor  # int64 (n, I), codeword indices
+    signs: Tensor  # uint8 (n, 32), bit j set: weight j of the eight is negative
+    scale: Tensor  # uint8 (n, S), scale codes
 
 
 def _bytes(words: Tensor, size: int) -> Tensor:
-    """int64 (n, k) -> uint8 (n, k * size), little-endian."""
+    """Return the low ``size`` bytes of each word, little-endian: int64 (n, k) -> uint8 (n, k * size)."""
     return words.contiguous().view(torch.uint8).view(len(words), -1, 8)[:, :, :size].flatten(1)
 
 
 def _words(data: Tensor, size: int) -> Tensor:
-    """uint8 (n, k * size), little-endian -> int64 (n, k)."""
+    """Return words read from ``size`` little-endian bytes each: uint8 (n, k * size) -> int64 (n, k)."""
     parts = data.reshape(len(data), -1, size).long()
     return (parts << (8 * torch.arange(size, device=data.device))).sum(2)
 
@@ -46,7 +47,7 @@ def _high_bits(index: Tensor) -> Tensor:
 
 
 def _write_sign_words(f: Fields) -> Tensor:
-    """Words of 32 bits: four times 7 signs, and a scale in the highest four."""
+    """Return bytes of 32-bit words: four times 7 sign bits, and a scale code in the highest 4 bits."""
     shifts = 7 * torch.arange(4, device=f.signs.device)
     signs = ((f.signs & 127).view(len(f.signs), -1, 4).long() << shifts).sum(2)
     return _bytes(signs | f.scale.long() << 28, 4)
@@ -59,7 +60,7 @@ def _read_sign_words(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_parity(signs: Tensor) -> Tensor:
-    """7 sign bits and the eighth that makes their number even, uint8."""
+    """Return 7 sign bits with the eighth that makes the number of minuses even, uint8."""
     parity = sum((signs >> bit & 1 for bit in range(7)), torch.zeros_like(signs)) & 1
     return (signs | parity << 7).to(torch.uint8)
 
@@ -123,7 +124,11 @@ _LAYOUTS: dict[str, tuple[Callable[[Fields], Tensor], Callable[[Tensor], Fields]
 
 @cache
 def _index_of(grid: CodebookGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two tables: magnitude -> its place among the codebook's levels; number of those places in base L -> index."""
+    """Return two int64 tables that find the index of a codeword.
+
+    The first gives each magnitude's rank among the codebook's L levels. The second gives the codeword index for V ranks
+    read as the digits of a number in base L, -1 where no codeword has these magnitudes.
+    """
     G = grid.codewords(torch.empty(0, device=device)).long()
     levels = G.unique()
     place = torch.zeros(int(levels.max()) + 1, dtype=torch.long, device=device)
@@ -134,12 +139,15 @@ def _index_of(grid: CodebookGrid, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _number(places: Tensor, base: int) -> Tensor:
-    """(..., V) digits, the lowest first -> (...)."""
+    """Return numbers (...) from digits ``places`` (..., V) in ``base``, the lowest digit first."""
     return (places * base ** torch.arange(places.shape[-1], device=places.device)).sum(-1)
 
 
 def pack_codebook(grid: CodebookGrid, scales: Scales, integers: Tensor) -> Tensor:
-    """Bytes uint8 (N, row_bytes) of ``scales`` of B x N blocks and signed codewords int8 (columns, N)."""
+    """Return bytes uint8 (N, row_bytes) of N rows, from scales of B x N blocks and signed codewords int8 (columns, N).
+
+    Raises ValueError for magnitudes that are no codeword of the format.
+    """
     rows = integers.shape[1]
     blocks = integers.T.contiguous().view(-1, SUPER_BLOCK)
     place, index_of = _index_of(grid, integers.device)
@@ -154,7 +162,7 @@ def pack_codebook(grid: CodebookGrid, scales: Scales, integers: Tensor) -> Tenso
 
 
 def unpack_codebook(grid: CodebookGrid, data: Tensor) -> Tensor:
-    """uint8 (..., row_bytes), whole blocks -> float32 weights (n, 256) in file order."""
+    """Return weights float32 (n, 256), blocks in file order, of bytes uint8 (..., row_bytes) of whole blocks."""
     blocks = data.reshape(-1, grid.format.block_bytes)
     _, read = _LAYOUTS[grid.format.name]
     fields = read(blocks[:, 2:])

@@ -1,9 +1,9 @@
-"""ggml's codebook types: which magnitudes, signs and scales a block can store.
+"""This module describes ggml's codebook types: which magnitudes, signs and scales a block can store.
 
-Weight = step * sign * magnitude. Magnitudes come V at a time from a table of E codewords; signs are free, or of every
-8 the last follows from an even number of minuses; step = d * code with an fp16 d for 256 weights and an odd multiple of
-a unit for each sub-block. Tables and arithmetic: ``iq2xxs_grid`` ... ``iq3s_grid`` and ``dequantize_row_iq*`` in ggml
-(ggml-common.h, ggml-quants.c), read here from the gguf package.
+Weight = step * sign * magnitude. Magnitudes come V at a time from a table of E codewords. Signs are free, or 7 of every
+8 are stored and the last one makes the number of minuses even. step = d * code, with one fp16 d for 256 weights and one
+code, an odd multiple of a unit, for each sub-block. Tables and arithmetic: ``iq2xxs_grid`` ... ``iq3s_grid`` and
+``dequantize_row_iq*`` in ggml (ggml-common.h, ggml-quants.c); the tables are read from the gguf package.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,23 @@ SIGN_GROUP = 8  # weights whose signs are stored together
 
 @dataclass(frozen=True)
 class CodebookGrid(Grid):
-    """A grid whose magnitudes come from a codebook, ``vector`` at a time; ``width`` weights share a step."""
+    """A CodebookGrid takes magnitudes from a codebook, ``vector`` at a time; ``width`` weights share a step."""
 
-    vector: int = 8  # V
-    even_signs: bool = False  # whether each SIGN_GROUP stores 7 signs
+    vector: int = 8  # V, weights of a codeword
+    even_signs: bool = False  # whether each SIGN_GROUP stores 7 signs, its number of minuses being even
     unit: float = 1.0  # scales are unit * (1, 3, ..., 31)
 
     @property
     def is_nested(self) -> bool:
+        """Whether sub-blocks have scale codes of their own: always."""
         return True
 
     def nearest_code(self, code: Tensor) -> Tensor:
-        """The storable scale nearest to ``code``."""
+        """Return the storable scale code nearest to each of ``code``, of the same shape."""
         return ((code / self.unit - 1) / 2).round_().clamp_(0, 15).mul_(2).add_(1).mul_(self.unit)
 
     def codewords(self, like: Tensor) -> Tensor:
-        """(E, V), the magnitudes, in type and place of ``like``."""
+        """Return the codebook's magnitudes (E, V), in the dtype and on the device of ``like``."""
         return _table(self.format.name).to(like)
 
 

@@ -1,11 +1,11 @@
-"""The value grids of GGUF's block formats: which weights a block can represent, given its scales.
+"""This module describes the value grids of GGUF's block formats: which weights a block can represent, given its scales.
 
-A block of ``T * S`` weights has S sub-blocks of T weights; each has a float32 step and offset, and weight = step * q
-- offset with an integer q. K types derive step and offset from one fp16 pair (d, dmin) for each block and small
-integer codes for each sub-block; the others have S = 1 and the codes are fixed. Geometry: ggml-common.h; arithmetic:
-ggml-quants.c, ``dequantize_row_*``.
+A block of ``S * T`` weights has S sub-blocks of T weights. Each sub-block has a float32 step and offset, and
+weight = step * q - offset with an integer q. K types and IQ4_XS derive step and offset from one fp16
+pair (d, dmin) for each block and small integer codes for each sub-block; the others have S = 1 and fixed codes.
+Geometry: ggml-common.h; arithmetic: ggml-quants.c, ``dequantize_row_*``.
 
-Shape legend, the transposed layout in which rows are the contiguous last dimension:
+Shape legend, for the transposed layout, in which rows are the contiguous last dimension:
     B blocks along a row, S sub-blocks, T weights of a sub-block, N rows; ``columns = B * S * T``.
 """
 
@@ -23,47 +23,49 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers and codes that a block format can store."""
+    """A Grid says which integers and scale codes a block format can store."""
 
     format: QuantFormat
     width: int  # T, weights that share a step
-    low: int  # integers of a weight, low..high
-    high: int
+    low: int  # smallest integer of a weight
+    high: int  # largest integer of a weight
     scale_codes: tuple[int, int] = (1, 1)  # integer scale of a sub-block: step = d * code
     min_codes: tuple[int, int] = (0, 0)  # integer offset of a sub-block: offset = dmin * code
-    levels: tuple[int, ...] | None = None  # the only integers of a table type, ascending; None for all low..high
+    levels: tuple[int, ...] | None = None  # integers of a table type, ascending; None: all of low..high
 
     @property
     def sub_blocks(self) -> int:
+        """Number of sub-blocks in a block, S."""
         return self.format.block_size // self.width
 
     @property
     def has_offset(self) -> bool:
+        """Whether blocks store an offset (affine formats)."""
         return self.min_codes != (0, 0)
 
     @property
     def is_nested(self) -> bool:
-        """Whether sub-blocks have integer codes of their own (K types)."""
+        """Whether sub-blocks have integer codes of their own (K types and IQ4_XS)."""
         return self.scale_codes != (1, 1)
 
     @property
     def spacing(self) -> float:
-        """Typical distance between neighbouring integers."""
+        """Average distance between neighbouring integers; 1 unless the type has a table."""
         return 1.0 if self.levels is None else (self.high - self.low) / (len(self.levels) - 1)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The storable integers nearest to ``x``, which is overwritten."""
+        """Return the storable integers nearest to ``x``, of any shape, which is overwritten."""
         if self.levels is None:
             return x.round_().clamp_(self.low, self.high)
         halves = (x.clamp_(self.low, self.high) * 2).floor_().sub_(2 * self.low).int()
         return x.copy_(_nearest_level(self.levels, x.device)[halves])
 
     def nearest_code(self, code: Tensor) -> Tensor:
-        """The storable integer scale nearest to ``code``, which is overwritten."""
+        """Return the storable integer scales nearest to ``code``, of any shape, which may be overwritten."""
         return code.round_().clamp_(*self.scale_codes)
 
     def blocks(self, columns_first: Tensor) -> Tensor:
-        """(columns, N) viewed as (B, S, T, N)."""
+        """Return a view (B, S, T, N) of a tensor (columns, N)."""
         return columns_first.view(-1, self.sub_blocks, self.width, columns_first.shape[-1])
 
 
@@ -90,7 +92,7 @@ GRIDS: dict[str, Grid] = {
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of B x N blocks, as stored: float32 tensors that hold fp16 values and small integers."""
+    """Holds the scales of B x N blocks as they are stored: fp16 values and small integers, in float32 tensors."""
 
     d: Tensor  # (B, 1, 1, N), representable in fp16
     dmin: Tensor  # (B, 1, 1, N), representable in fp16
@@ -99,28 +101,29 @@ class Scales:
 
     @property
     def step(self) -> Tensor:
-        """(B, S, 1, N): the decoder's own float32 product."""
+        """Step of each sub-block (B, S, 1, N), the same float32 product as in ggml's decoder."""
         return self.d * self.scale
 
     @property
     def offset(self) -> Tensor:
-        """(B, S, 1, N): the decoder's own float32 product."""
+        """Offset of each sub-block (B, S, 1, N), the same float32 product as in ggml's decoder."""
         return self.dmin * self.min
 
     def map(self, function: Callable[..., Tensor], *others: "Scales") -> "Scales":
-        """``function`` applied field by field."""
+        """Return Scales whose fields are ``function`` of the same field of ``self`` and ``others``."""
         return Scales(*(function(*(getattr(s, f.name) for s in (self, *others))) for f in fields(self)))
 
     @classmethod
     def concatenate(cls, parts: "list[Scales]", dim: int) -> "Scales":
+        """Return the ``parts`` joined along ``dim`` (0: blocks of a row, 3: rows)."""
         return parts[0].map(lambda *tensors: torch.cat(tensors, dim), *parts[1:])
 
 
 @cache
 def _nearest_level(levels: tuple[int, ...], device: torch.device) -> Tensor:
-    """The level nearest to each half-open interval [i / 2, (i + 1) / 2) from the lowest level to the highest.
+    """Return a table of the level nearest to each half-open interval [i / 2, (i + 1) / 2) from lowest to highest.
 
-    Midpoints of levels are multiples of a half, so the table is exact.
+    Midpoints between levels are multiples of 1/2, so every interval has one nearest level and the table is exact.
     """
     table = torch.tensor(levels, dtype=torch.float32, device=device)
     halves = torch.arange(2 * levels[0], 2 * levels[-1] + 1, device=device) / 2
@@ -128,17 +131,20 @@ def _nearest_level(levels: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def nearest_fp16(x: Tensor) -> Tensor:
-    """``x`` rounded to the nearest finite fp16 value, in its own type."""
+    """Return ``x`` rounded to the nearest finite fp16 values, in the dtype of ``x``."""
     return x.clamp(-FP16_MAX, FP16_MAX).half().to(x.dtype)
 
 
 def safe_inverse(x: Tensor) -> Tensor:
-    """1 / x where that is finite, else 0."""
+    """Return 1 / x where that is finite, else 0."""
     inverse = 1.0 / x
     return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def round_to_grid(grid: Grid, x: Tensor, offset: Tensor, inverse_step: Tensor) -> Tensor:
-    """Nearest integers of ``x`` (B, S, T, N) on the grid, in the type of ``x``; those nearest 0 for an inverse of 0."""
+    """Return the storable integers nearest to (x + offset) / step, in the shape (B, S, T, N) and dtype of ``x``.
+
+    ``offset`` and ``inverse_step`` are (B, S, 1, N); where ``inverse_step`` is 0 the result is the integer nearest 0.
+    """
     q = (x + offset).mul_(inverse_step) if grid.has_offset else x * inverse_step
     return grid.nearest(q)

@@ -1,4 +1,4 @@
-"""A tensor's packed bytes, as they lie in a GGUF file, and the weights that they decode to."""
+"""This module holds the packed bytes of a tensor in a GGUF file and decodes them to weights."""
 
 from dataclasses import dataclass
 
@@ -16,19 +16,19 @@ FLOAT_TYPES = {"F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A tensor as it lies in the file."""
+    """Holds a tensor as it is stored in a GGUF file."""
 
     format: QuantFormat
     data: Tensor  # uint8 (rows, row_bytes)
     shape: tuple[int, int]  # (rows, columns)
 
     def dequantize(self) -> Tensor:
-        """float32 (rows, columns)."""
+        """Return the decoded weights, float32 (rows, columns)."""
         return dequantize(self.format, self.data)
 
 
 def dequantize(fmt: QuantFormat, data: Tensor) -> Tensor:
-    """float32 (rows, columns) that the bytes uint8 (rows, row_bytes) stand for, bit for bit as ggml decodes them.
+    """Return the weights float32 (rows, columns) of bytes uint8 (rows, row_bytes), bit for bit as ggml decodes them.
 
     Raises ValueError if a row is not a whole number of blocks.
     """

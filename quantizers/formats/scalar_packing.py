@@ -1,7 +1,8 @@
-"""Byte layouts of GGUF's block formats (ggml-common.h, ``block_*``), both ways.
+"""This module packs and unpacks the blocks of GGUF's scalar formats, byte for byte (ggml-common.h, ``block_*``).
 
-A block is a sequence of fields; integers lie in bit planes: bits ``shift .. shift + bits`` of ``8 // bits`` runs of
-``width`` consecutive integers share ``width`` bytes, the first run in the lowest bits.
+A block is a sequence of fields. Integers are stored in bit planes: a plane holds ``bits`` bits of every integer, from
+bit ``shift`` on. ``8 // bits`` runs of ``width`` consecutive integers share ``width`` bytes of the plane, the first run
+in the lowest bits.
 
 Shape legend: n blocks in file order (row by row), S sub-blocks, K weights of a block.
 """
@@ -18,14 +19,14 @@ from quantizers.formats.grids import Grid, Scales
 
 @dataclass(frozen=True)
 class Plane:
-    """Some bits of every stored integer, in K * bits / 8 bytes."""
+    """A Plane stores some bits of every integer of a block, in K * bits / 8 bytes."""
 
     shift: int
     bits: int
     width: int
 
     def write(self, codes: Tensor) -> Tensor:
-        """uint8 codes (n, K) -> uint8 (n, K * bits / 8)."""
+        """Return the plane's bytes uint8 (n, K * bits / 8) of codes uint8 (n, K)."""
         runs = 8 // self.bits
         parts = (codes >> self.shift & (1 << self.bits) - 1).view(len(codes), -1, runs, self.width)
         out = parts[:, :, 0].clone()
@@ -34,7 +35,7 @@ class Plane:
         return out.flatten(1)
 
     def read(self, data: Tensor) -> Tensor:
-        """uint8 (n, K * bits / 8) -> uint8 codes (n, K), with these bits only, at their place."""
+        """Return codes uint8 (n, K) with only this plane's bits set, of bytes uint8 (n, K * bits / 8)."""
         if self.bits == 8:
             return data
         shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=data.device).view(-1, 1)
@@ -44,7 +45,7 @@ class Plane:
 
 
 def _write_pairs(scale: Tensor, minimum: Tensor) -> Tensor:
-    """Q2_K: 16 bytes, scale in the low nibble, min in the high one."""
+    """Write the 16 bytes of Q2_K: scale in the low nibble, min in the high one."""
     return scale | minimum << 4
 
 
@@ -53,7 +54,7 @@ def _read_pairs(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write_six_bit_pairs(scale: Tensor, minimum: Tensor) -> Tensor:
-    """Q4_K, Q5_K: 8 scales and 8 mins of 6 bits in 12 bytes (ggml-quants.c, ``get_scale_min_k4``)."""
+    """Write the 12 bytes of Q4_K and Q5_K: 8 scales and 8 mins of 6 bits (ggml-quants.c, ``get_scale_min_k4``)."""
     (s_low, s_high), (m_low, m_high) = scale.chunk(2, 1), minimum.chunk(2, 1)
     first = s_low | s_high >> 4 << 6
     second = m_low | m_high >> 4 << 6
@@ -68,7 +69,10 @@ def _read_six_bit_pairs(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write_six_bit_scales(scale: Tensor, _: Tensor) -> Tensor:
-    """Q3_K: 16 scales of 6 bits in 12 bytes: low nibbles of j and j + 8 pair up, then four runs of high bits."""
+    """Write the 12 bytes of Q3_K: 16 scales of 6 bits.
+
+    The low nibbles of scales j and j + 8 share a byte; four runs of high bits follow.
+    """
     low, high = scale & 15, scale >> 4
     pairs = low[:, :8] | low[:, 8:] << 4
     return torch.cat([pairs, Plane(0, 2, 4).write(high.contiguous())], 1)
@@ -80,7 +84,7 @@ def _read_six_bit_scales(data: Tensor) -> tuple[Tensor, None]:
 
 
 def _write_bytes(scale: Tensor, _: Tensor) -> Tensor:
-    """Q6_K: signed bytes."""
+    """Write the 16 bytes of Q6_K, which are signed scales."""
     return scale
 
 
@@ -89,7 +93,7 @@ def _read_bytes(data: Tensor) -> tuple[Tensor, None]:
 
 
 def _write_six_bit_halves(scale: Tensor, _: Tensor) -> Tensor:
-    """IQ4_XS: 8 scales of 6 bits, the high bits in 2 bytes before the low nibbles in 4."""
+    """Write the 6 bytes of IQ4_XS, 8 scales of 6 bits: high bits in 2 bytes, then low nibbles in 4."""
     return torch.cat([Plane(4, 2, 1).write(scale), Plane(0, 4, 1).write(scale)], 1)
 
 
@@ -98,7 +102,10 @@ def _read_six_bit_halves(data: Tensor) -> tuple[Tensor, None]:
 
 
 class Codes(NamedTuple):
-    """Integer scales and mins of the sub-blocks, in ``size`` bytes; stored scale = scale + ``bias`` (modulo 256)."""
+    """A Codes field stores the integer scales and mins of the sub-blocks in ``size`` bytes.
+
+    Stored scale = scale + ``bias`` (modulo 256).
+    """
 
     size: int
     write: Callable[[Tensor, Tensor], Tensor]  # stored scale and min, uint8 (n, S) each -> uint8 (n, size)
@@ -106,7 +113,7 @@ class Codes(NamedTuple):
     bias: int = 0
 
 
-Field = Plane | Codes | str  # a string names an fp16 member of Scales
+Field = Plane | Codes | str  # a string names an fp16 field of Scales
 _SIX_BIT_PAIRS = Codes(12, _write_six_bit_pairs, _read_six_bit_pairs)
 LAYOUTS: dict[str, tuple[Field, ...]] = {
     "Q2_K": (Codes(16, _write_pairs, _read_pairs), Plane(0, 2, 32), "d", "dmin"),
@@ -135,22 +142,22 @@ def _field_bytes(field: Field, block_size: int) -> int:
 
 
 def by_block(member: Tensor) -> Tensor:
-    """(B, S, 1, N) -> (n, S) in file order."""
+    """Return a field of Scales (B, S, 1, N) as (n, S), blocks in file order."""
     return member[:, :, 0].permute(2, 0, 1).flatten(0, 1)
 
 
 def half_bytes(member: Tensor) -> Tensor:
-    """fp16 values of blocks (B, 1, 1, N) -> uint8 (n, 2) in file order."""
+    """Return the bytes uint8 (n, 2), blocks in file order, of fp16 values (B, 1, 1, N)."""
     return by_block(member).half().flatten().view(torch.uint8).view(-1, 2)
 
 
 def _stored(grid: Grid) -> int:
-    """What is added to an integer before it is stored: bytes are two's complement, the rest counts from ``low``."""
+    """Return what is added to an integer before it is stored: 0 for bytes (two's complement), else -``low``."""
     return 0 if grid.high == 127 else -grid.low
 
 
 def _store(grid: Grid, integers: Tensor) -> Tensor:
-    """int8 integers -> uint8 codes of one shape."""
+    """Return the uint8 codes of int8 integers, in the same shape."""
     if grid.levels is None:
         return (integers + _stored(grid)).view(torch.uint8)
     levels = torch.tensor(grid.levels, dtype=torch.int8, device=integers.device)
@@ -158,16 +165,16 @@ def _store(grid: Grid, integers: Tensor) -> Tensor:
 
 
 def _restore(grid: Grid, codes: Tensor) -> Tensor:
-    """uint8 codes -> float32 integers of one shape."""
+    """Return the integers, as float32, of uint8 codes, in the same shape."""
     if grid.levels is not None:
         return torch.tensor(grid.levels, dtype=torch.float32, device=codes.device)[codes.int()]
     return codes.view(torch.int8).float() if grid.high == 127 else codes.float().sub_(_stored(grid))
 
 
 def pack(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
-    """Bytes of whole rows.
+    """Return the bytes uint8 (N, row_bytes) of N whole rows.
 
-    ``scales`` of B x N blocks and ``integers`` int8 (columns, N) within the grid -> uint8 (N, row_bytes).
+    ``scales`` are those of B x N blocks; ``integers`` int8 (columns, N) must lie on the grid.
     """
     rows = integers.shape[1]
     codes = _store(grid, integers.T.contiguous()).view(-1, grid.format.block_size)
@@ -185,7 +192,7 @@ def pack(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
 
 
 class Unpacked(NamedTuple):
-    """Blocks in file order, row-major: weight = step * integers - offset."""
+    """Holds decoded fields of n blocks in file order: weight = step * integers - offset (None: no offset)."""
 
     integers: Tensor  # float32 (n, S, T)
     step: Tensor  # float32 (n, S, 1)
@@ -193,7 +200,7 @@ class Unpacked(NamedTuple):
 
 
 def unpack(grid: Grid, data: Tensor) -> Unpacked:
-    """uint8 (..., row_bytes), whole blocks -> their contents."""
+    """Return the integers, steps and offsets of the blocks in ``data`` uint8 (..., row_bytes), rows of whole blocks."""
     layout = LAYOUTS[grid.format.name]
     sizes = [_field_bytes(field, grid.format.block_size) for field in layout]
     blocks = data.reshape(-1, grid.format.block_bytes)

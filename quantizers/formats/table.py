@@ -1,6 +1,7 @@
-"""The one table of GGUF weight formats: block geometry, exact sizes and which rows they fit.
+"""This module holds the table of GGUF weight formats: block geometry, exact sizes and which row lengths fit.
 
-Levels are the searcher's words (W2 ... W8); each names the GGUF type that realizes it. Sizes are gguf's own.
+A level (W2 ... W8, or a codebook type's name) is what the search chooses; the table maps it to a GGUF type. Sizes are
+those of the gguf package.
 """
 
 from collections.abc import Sequence
@@ -15,37 +16,43 @@ GGUF_ALIGNMENT = 32  # bytes; GGUF pads every tensor's data to this
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """A GGUF tensor type: ``block_size`` consecutive weights of a row stored in ``block_bytes`` bytes."""
+    """A GGUF tensor type stores ``block_size`` consecutive weights of a row in ``block_bytes`` bytes."""
 
-    name: str  # GGUF's own, e.g. "Q2_K"
-    level: str  # the searcher's, e.g. "W2"
+    name: str  # of the GGUF type, e.g. "Q2_K"
+    level: str  # of the search, e.g. "W2"
     block_size: int
     block_bytes: int
 
     @property
     def ggml_type(self) -> GGMLQuantizationType:
+        """The type's member of gguf's enumeration."""
         return GGMLQuantizationType[self.name]
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits per weight, scales included."""
         return 8 * self.block_bytes / self.block_size
 
     @property
     def is_float(self) -> bool:
+        """Whether weights are stored as floats, without blocks (F16, F32)."""
         return self.block_size == 1
 
     def fits(self, columns: int) -> bool:
-        """Whether rows of ``columns`` weights divide into whole blocks."""
+        """Return whether rows of ``columns`` weights divide into whole blocks."""
         return columns % self.block_size == 0
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of one row. Raises ValueError if the row does not divide into blocks."""
+        """Return the bytes of a row of ``columns`` weights. Raises ValueError if it does not divide into blocks."""
         if not self.fits(columns):
             raise ValueError(f"row size ({columns}) is not a multiple of {self.name} block size ({self.block_size})")
         return columns // self.block_size * self.block_bytes
 
     def tensor_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes of a tensor (rows, columns), without the padding that GGUF adds behind it."""
+        """Return the bytes of a tensor of ``shape`` (..., columns), without the padding that GGUF adds behind it.
+
+        Raises ValueError if rows do not divide into blocks.
+        """
         return prod(shape[:-1]) * self.row_bytes(shape[-1])
 
 
@@ -53,7 +60,7 @@ def _format(name: str, level: str) -> QuantFormat:
     return QuantFormat(name, level, *GGML_QUANT_SIZES[GGMLQuantizationType[name]])
 
 
-# Types whose weights come from tables; the levels of the search bear the types' own names.
+# Types whose weights come from tables; their levels are named like the types.
 CODEBOOK_TYPES = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "IQ4_NL")
 FORMATS: dict[str, QuantFormat] = {
     f.name: f
@@ -75,9 +82,9 @@ FORMATS: dict[str, QuantFormat] = {
 }
 K_LEVELS = {"W2": "Q2_K", "W3": "Q3_K", "W4": "Q4_K", "W5": "Q5_K", "W6": "Q6_K", "W8": "Q8_0"}
 LEVEL_FORMATS = K_LEVELS | {"W16": "F16"} | {name: name for name in CODEBOOK_TYPES}
-# A word for several levels.
+# Names for sets of levels.
 LEVEL_PRESETS = {"classic": ("W2", "W4", "W8"), "fine": tuple(K_LEVELS), "all": (*K_LEVELS, *CODEBOOK_TYPES)}
-# What llama.cpp itself falls back to where a row does not divide into 256 (llama-quant.cpp, tensor type fallback).
+# The types that llama.cpp falls back to where a row does not divide into 256 (llama-quant.cpp, tensor type fallback).
 ROW_FALLBACK = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -90,9 +97,10 @@ ROW_FALLBACK = {
 
 
 def format_for(level: str, columns: int) -> QuantFormat:
-    """The format of ``level`` for rows of ``columns`` weights, after llama.cpp's row fallback; F16 where no block fits.
+    """Return the format of ``level`` for rows of ``columns`` weights.
 
-    Raises ValueError for a level that is not in the table.
+    Where the format's blocks do not fit, the result is llama.cpp's fallback type, or F16 if its blocks do not fit
+    either. Raises ValueError for a level that is not in the table.
     """
     if level not in LEVEL_FORMATS:
         raise ValueError(f"unknown level {level!r}: expected one of {', '.join(LEVEL_FORMATS)}")
@@ -104,11 +112,14 @@ def format_for(level: str, columns: int) -> QuantFormat:
 
 
 def legal_formats(levels: Sequence[str], columns: int) -> tuple[QuantFormat, ...]:
-    """Distinct formats of ``levels`` for rows of ``columns`` weights, smallest first."""
+    """Return the distinct formats of ``levels`` for rows of ``columns`` weights, smallest first.
+
+    Raises ValueError for a level that is not in the table.
+    """
     formats = {format_for(level, columns) for level in levels}
     return tuple(sorted(formats, key=lambda f: (f.bits_per_weight, f.name)))
 
 
 def padded(size: int) -> int:
-    """``size`` bytes rounded up to GGUF's alignment."""
+    """Return ``size`` in bytes, rounded up to a multiple of GGUF's alignment."""
     return -(-size // GGUF_ALIGNMENT) * GGUF_ALIGNMENT

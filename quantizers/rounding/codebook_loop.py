@@ -1,9 +1,9 @@
-"""OBS compensation onto codebook types: vectors of columns are chosen together, their error spread over later columns.
+"""This module rounds weights to codebook types with OBS compensation, a vector of columns at a time.
 
-GPTQ (Frantar et al. 2022) rounds column j by |w - q| and spreads (w - q) / U_jj * U_j,rest. For a vector of columns v
-the same elimination gives the error e the cost |U_vv^-T e|^2, which decides the codeword, and spreads U_v,rest^T
-(U_vv^-T e) (as GPTVQ, van Baalen et al. 2024, does with learned codebooks). Scales are fitted to the compensated
-weights where a super-block begins, and frozen.
+GPTQ (Frantar et al. 2022) rounds column j by |w - q| and spreads (w - q) / U_jj * U_j,rest over later columns. For a
+vector of columns v, the same elimination gives the error e the cost |U_vv^-T e|^2, which decides the codeword, and
+spreads U_v,rest^T (U_vv^-T e), as GPTVQ (van Baalen et al. 2024) does with learned codebooks. Scales are fitted to the
+compensated weights at the start of each super-block, and frozen.
 
 Legend: W, U as in quantizers.rounding.sparsegpt; V weights of a vector, N rows; M = U_vv^-1 U_vv^-T.
 """
@@ -19,10 +19,10 @@ from quantizers.rounding.coordinate_descent import Block
 
 
 def codebook_loop(grid: CodebookGrid, W: Tensor, importance: Tensor, U: Tensor | None = None) -> tuple[Scales, Tensor]:
-    """Scales and signed codewords int8 (columns, N) of W (columns, N), which is overwritten.
+    """Return scales and signed codewords int8 (columns, N) for W (columns, N), which is overwritten if U is given.
 
-    ``importance`` (columns,) decides the scales. Without U (columns, columns) it decides the codewords as well, and no
-    error is spread: plain rounding.
+    Scales are fitted under ``importance`` (columns,). Codewords are chosen under U (columns, columns); without U they
+    are chosen under ``importance`` as well, and no error is spread: plain rounding.
     """
     columns, N = W.shape
     integers = torch.empty(columns, N, dtype=torch.int8, device=W.device)
@@ -52,21 +52,21 @@ def codebook_loop(grid: CodebookGrid, W: Tensor, importance: Tensor, U: Tensor |
 
 
 def _whiten(importance: Tensor, U: Tensor | None, vector: slice) -> Tensor:
-    """(V, V) matrix that turns an error of the vector's columns into one whose squared length is its cost."""
+    """Return the matrix (V, V) that maps an error of the vector's columns to one whose squared length is its cost."""
     if U is None:
         return torch.diag(importance[vector].sqrt())
     return torch.linalg.inv(U[vector, vector].double()).T
 
 
 def _signs(grid: CodebookGrid, W: Tensor, integers: Tensor, M: Tensor, first: int) -> Tensor:
-    """Signs (V, N) to begin with for the vector at column ``first``, so that each SIGN_GROUP can have its parity."""
+    """Return initial signs (V, N) for the vector at column ``first``, such that each SIGN_GROUP can have its parity."""
     t = W[first : first + grid.vector]
     if not grid.even_signs:
         return natural_signs(t)
     group = first - first % SIGN_GROUP
     if grid.vector == SIGN_GROUP:
         return even_signs(t, M.diagonal()[:, None])
-    if first == group:  # the whole group's cheapest sign may lie in this half or in the other
+    if first == group:  # the cheapest sign to turn may be in either half of the group
         both = W[group : group + SIGN_GROUP]
         return even_signs(both, torch.ones_like(both[:, :1]))[: grid.vector]
     odd = (integers[group:first] < 0).sum(0) % 2 == 1
@@ -74,12 +74,12 @@ def _signs(grid: CodebookGrid, W: Tensor, integers: Tensor, M: Tensor, first: in
 
 
 class VectorBlock(Block):
-    """Coordinate descent whose integers move a vector at a time, to the best codeword under the full H."""
+    """A VectorBlock runs coordinate descent with a vector of weights at a time, moved to the best codeword under H."""
 
     grid: CodebookGrid
 
     def adjust_integers(self, kept: Tensor | None) -> None:
-        """Vector by vector; a codeword that would not lower the error is not taken."""
+        """Update the codewords vector by vector, where that lowers the error; ``kept`` must be None."""
         assert kept is None, "no codeword holds a zero, so nothing can be pruned"
         V = self.grid.vector
         for first in range(0, len(self.q), V):
@@ -96,7 +96,7 @@ class VectorBlock(Block):
             self.move(vector, change)
 
     def _signs(self, t: Tensor, M: Tensor, first: int) -> Tensor:
-        """Signs (V, N) of the vector at ``first`` that keep its SIGN_GROUP's number of minuses even."""
+        """Return signs (V, N) for the vector at ``first`` that keep the number of minuses in its SIGN_GROUP even."""
         if not self.grid.even_signs:
             return natural_signs(t)
         V = self.grid.vector

@@ -1,7 +1,7 @@
-"""The best codeword and signs of each vector, and the best scale of each block, for ggml's codebook types.
+"""This module searches codewords and signs of vectors, and scales of blocks, for ggml's codebook types.
 
 Legend: V weights of a vector, E codewords, N rows, K weights of a super-block, S sub-blocks of T weights; t (V, N) the
-weights aimed at, M (V, V) the cost of an error e as e^T M e; transposed layout with rows last, as in
+target weights, M (V, V) the matrix of the cost e^T M e of an error e. The layout is transposed, rows last, as in
 quantizers.formats.grids.
 """
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from quantizers.formats.codebooks import SIGN_GROUP, CodebookGrid
 from quantizers.formats.grids import nearest_fp16, safe_inverse
 
-CHUNK_SCORES = 1 << 18  # scores (rows x codewords) at a time: one megabyte, which stays in cache
-STRIPES = 16  # the index of a minimum is looked for in two steps, which vectorize
-# Steps that are tried for a sub-block, as multiples of its root mean square over the codebook's; by V. The finer
-# codebooks of four have steps further apart in use (outliers), and more to gain from a fine search.
+CHUNK_SCORES = 1 << 18  # scores (rows x codewords) at a time: one megabyte, which fits the cache
+STRIPES = 16  # argmin takes two steps, by stripes, as both vectorize
+# Steps tried for a sub-block, by V, as multiples of its root mean square over the codebook's. Codebooks with V = 4 are
+# finer: the steps they use vary more (outliers), and they gain more from a fine search.
 STEP_TRIALS = {8: torch.logspace(-0.26, 0.23, 8).tolist(), 4: torch.logspace(-0.3, 0.35, 20).tolist()}
 TINY = 1e-30
 
 
 class VectorSearch:
-    """Codewords nearest to vectors under one cost matrix M (V, V), symmetric and positive definite."""
+    """A search finds the nearest codewords to vectors under one cost matrix M (V, V), symmetric positive definite."""
 
     def __init__(self, grid: CodebookGrid, M: Tensor):
         G = grid.codewords(M)
@@ -30,14 +30,14 @@ class VectorSearch:
         self._pairs = torch.triu_indices(V, V, 1, device=M.device)
         i, j = self._pairs
         products = 2 * self.M[i, j] * G[:, i] * G[:, j]
-        # Rows of the table that features of a vector multiply: sign products, 1, and signed M t.
+        # Table rows, one for each feature of a vector in ``best``: step * sign products, step, and signs * M t.
         self._table = torch.cat([products, (G.square() @ self.M.diagonal())[:, None], -2 * G], 1).T.contiguous()
 
     def solve(self, t: Tensor, step: Tensor, signs: Tensor, *, even_turns: bool) -> Tensor:
-        """Signed codewords (V, N) near the least (t - step q)^T M (t - step q), from the given signs (V, N).
+        """Return signed codewords q (V, N) that nearly minimize (t - step q)^T M (t - step q), from ``signs`` (V, N).
 
-        Codewords are searched in full for given signs, signs are turned one (two, if ``even_turns``) at a time for the
-        codeword found, and codewords searched again.
+        t is (V, N), ``step`` (N,). All codewords are searched for the given signs. Then one sign of each vector (two
+        with ``even_turns``) is flipped if that lowers the cost, and changed vectors search their codewords again.
         """
         q = signs * self.codewords[self.best(t, step, signs)].T
         turned = self._turn(t, step, q, even_turns)
@@ -49,7 +49,7 @@ class VectorSearch:
         return q
 
     def _turn(self, t: Tensor, step: Tensor, q: Tensor, even: bool) -> Tensor:
-        """q (V, N) with the one sign turned (the two signs) that lowers the error most, where any does."""
+        """Return q (V, N) with the one sign (two with ``even``) flipped that lowers the cost most, where any does."""
         value = q * step
         change = 4 * value * (self.M @ (t - value) + value * self.M.diagonal()[:, None])
         if not even:
@@ -63,7 +63,7 @@ class VectorSearch:
         return q - turn * q
 
     def best(self, t: Tensor, step: Tensor, signs: Tensor) -> Tensor:
-        """Index (N,) of the codeword g that minimizes (t - step s g)^T M (t - step s g) for signs s (V, N)."""
+        """Return the index (N,) of the codeword g of least (t - step s g)^T M (t - step s g), for signs s (V, N)."""
         i, j = self._pairs
         found = torch.empty(t.shape[1], dtype=torch.long, device=t.device)
         rows = max(1, CHUNK_SCORES // len(self.codewords))
@@ -76,7 +76,7 @@ class VectorSearch:
 
 
 def argmin(scores: Tensor) -> Tensor:
-    """(N, E) -> (N,), E a multiple of STRIPES."""
+    """Return the index (N,) of the least of the scores (N, E) in each row; E must be a multiple of STRIPES."""
     striped = scores.view(len(scores), STRIPES, -1)
     stripe = striped.amin(1).argmin(1)
     column = striped.gather(2, stripe[:, None, None].expand(-1, STRIPES, 1))[:, :, 0]
@@ -84,14 +84,14 @@ def argmin(scores: Tensor) -> Tensor:
 
 
 def natural_signs(t: Tensor) -> Tensor:
-    """1 or -1 for each weight, 1 for zero."""
+    """Return the sign, 1 or -1, of each weight, in any shape; 1 for zero."""
     return torch.where(t < 0, -1.0, 1.0)
 
 
 def even_signs(t: Tensor, weight: Tensor, odd: Tensor | None = None) -> Tensor:
-    """Signs of t (V, N) with an even number of minuses (an odd one where ``odd`` (N,)): the cheapest is turned.
+    """Return signs of t (V, N) with an even number of minuses in each column, an odd one where ``odd`` (N,) is true.
 
-    ``weight`` (V, 1) is what a squared error costs.
+    Where the number is wrong, the cheapest sign is flipped, that of the least |t| * ``weight``; ``weight`` is (V, 1).
     """
     signs = natural_signs(t)
     wrong = (signs < 0).sum(0) % 2 == 1
@@ -103,10 +103,11 @@ def even_signs(t: Tensor, weight: Tensor, odd: Tensor | None = None) -> Tensor:
 
 
 def fit_steps(grid: CodebookGrid, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """d (N,), fp16 values, and codes (S, N) for the weights x (K, N) of one super-block and importance w (K,).
+    """Return d (N,), fp16 values, and codes (S, N) for the weights x (K, N) of one super-block with importance w (K,).
 
-    Each sub-block's step is searched alone, over STEP_TRIALS, with the best codewords of each and the closed-form step
-    for the winners; then d and codes for the whole block, as ggml does, but by the error of several d.
+    The step of each sub-block is searched on its own: the best of STEP_TRIALS, each with its best codewords, then the
+    closed-form step for the winner's codewords. d and codes of the whole block follow, as in ggml, but chosen by error
+    among several d.
     """
     K, N = x.shape
     S = K // grid.width
@@ -121,7 +122,7 @@ def fit_steps(grid: CodebookGrid, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _magnitudes(grid: CodebookGrid, x: Tensor, w: Tensor) -> Tensor:
-    """|x|, negative where the sign that will be stored is not x's own."""
+    """Return |x|, (K, N), negated where the sign that will be stored differs from the sign of x."""
     if not grid.even_signs:
         return x.abs()
     groups = x.view(-1, SIGN_GROUP, x.shape[1])
@@ -130,7 +131,7 @@ def _magnitudes(grid: CodebookGrid, x: Tensor, w: Tensor) -> Tensor:
 
 
 def _fit_sub_block(G: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Step (N,) and sum(w q^2) (N,) for magnitudes m (vectors, V, N) and weights w (vectors, V)."""
+    """Return the step (N,) and sum(w q^2) (N,) for magnitudes m (vectors, V, N) and weights w (vectors, V)."""
     vectors, V, N = m.shape
     total = (w[:, :, None] * m.square()).sum((0, 1))
     typical = (total / w.sum() / G.square().mean()).sqrt()
@@ -154,7 +155,7 @@ def _fit_sub_block(G: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _closed_form(G: Tensor, m: Tensor, w: Tensor, tables: list[Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
-    """The least-squares step for the codewords that are best at ``step``, and their sum(w q^2)."""
+    """Return the least-squares step (N,) for the best codewords at ``step`` (N,), and their sum(w q^2) (N,)."""
     projection, square = torch.zeros_like(step), torch.zeros_like(step)
     rows = max(1, CHUNK_SCORES // len(G))
     for start in range(0, len(step), rows):
@@ -168,11 +169,11 @@ def _closed_form(G: Tensor, m: Tensor, w: Tensor, tables: list[Tensor], step: Te
 
 
 def _snap(grid: CodebookGrid, steps: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """d (N,) and codes (S, N) that lose least of sum(curvature (step - d code)^2)."""
+    """Return d (N,) and codes (S, N) with the least sum(curvature (step - d code)^2), of several candidates."""
     largest = steps.amax(0)
     best = torch.full_like(largest, torch.inf)
     best_d, best_codes = torch.zeros_like(largest), torch.full_like(steps, grid.unit)
-    for top in range(17, 32, 2):  # the code that the largest step gets
+    for top in range(17, 32, 2):  # code of the largest step
         for nudge in (0.98, 1.0, 1.02):
             d = nearest_fp16(largest * (nudge / (top * grid.unit)))
             codes = grid.nearest_code(steps * safe_inverse(d))

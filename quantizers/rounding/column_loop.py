@@ -1,7 +1,8 @@
-"""The column loop of SparseGPT/GPTQ (Frantar & Alistarh 2022, 2023; algorithm 1 of both) over rows of several formats.
+"""This module runs the column loop of SparseGPT/GPTQ over rows of several formats at once.
 
-Columns are rounded in order, each error is spread over the columns after it; scales are fitted where a block begins.
-Legend: U upper with U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors and formats.
+Source: Frantar & Alistarh 2022 and 2023, algorithm 1 of both. Columns are rounded in order, and each column's error is
+spread over the columns after it; scales are fitted at the start of each block. Legend: U upper with
+U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors and formats.
 """
 
 from collections.abc import Sequence
@@ -17,20 +18,23 @@ from quantizers.rounding.coordinate_descent import descend
 from quantizers.rounding.nearest import fit_rows, pad_rows
 from quantizers.rounding.pruning_masks import ColumnMasks
 
-PANEL = 32  # columns between small updates; every scale block is a multiple of it
+PANEL = 32  # columns between updates of the super-block; every block size is a multiple of it
 GRAIN = 16  # columns that share a step in every format
 
 
 @dataclass
 class Segment:
-    """Neighbouring rows of one format in the stack, and the scales they have been given."""
+    """A Segment is a range of rows of one format in the stack, with the scales fitted to them."""
 
     grid: Grid
     rows: slice
     scales: list[Scales] = field(default_factory=list)  # block by block along the row
 
     def finish(self, W: Tensor, integers: Tensor, H: Tensor, rounds: int) -> Tensor:
-        """Bytes (N, row_bytes) of original W and compensated integers, (columns, N) each, after coordinate descent."""
+        """Return the bytes uint8 (N, row_bytes) of the segment's rows after ``rounds`` rounds of coordinate descent.
+
+        W are the original weights, ``integers`` the compensated integers, (columns, N) each; H is (columns, columns).
+        """
         N = W.shape[1]
         W, integers = pad_rows(W), pad_rows(integers)
         scales = Scales.concatenate(self.scales, 0).map(pad_rows)
@@ -40,10 +44,10 @@ class Segment:
 def column_loop(
     W: Tensor, U: Tensor, importance: Tensor, segments: Sequence[Segment], masks: ColumnMasks | None = None
 ) -> Tensor:
-    """Integers int8 (columns, R) of W (columns, R), which is overwritten; the segments receive their scales.
+    """Return integers int8 (columns, R) for W (columns, R), which is overwritten; scales are appended to ``segments``.
 
-    With ``masks`` of the same W, weights are pruned in the same pass: the others are rounded, the error of both is
-    spread.
+    U is (columns, columns); scales are fitted under ``importance`` (columns,). With ``masks`` of the same W, weights
+    are pruned in the same pass: kept weights are rounded, and the errors of pruned and kept weights are spread.
     """
     columns, R = W.shape
     integers = torch.empty(columns, R, dtype=torch.int8, device=W.device)
@@ -64,7 +68,7 @@ def column_loop(
 
 
 class _Steps:
-    """Steps and offsets of every row, for each GRAIN of the present super-block."""
+    """Holds the step and offset of every row, for each GRAIN of columns in the current super-block."""
 
     def __init__(self, R: int, segments: Sequence[Segment], like: Tensor):
         self.segments = segments
@@ -76,7 +80,7 @@ class _Steps:
             self.high[segment.rows] = segment.grid.high
 
     def refresh(self, W: Tensor, importance: Tensor, start: int, masks: ColumnMasks | None) -> None:
-        """Fit the scales of the blocks that begin at column ``start`` to the weights kept, and freeze them."""
+        """Fit the scales of blocks that start at column ``start`` to the kept weights, and freeze them."""
         for segment in self.segments:
             size = segment.grid.format.block_size
             if start % size:
@@ -95,7 +99,10 @@ class _Steps:
 
 
 def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int, masks: ColumnMasks | None) -> tuple[Tensor, Tensor]:
-    """Integers and errors / U_jj, (PANEL, R) each; the error of every column is spread over the rest of the panel."""
+    """Return integers and errors / U_jj, (PANEL, R) each, of the panel W (PANEL, R) whose first column is ``start``.
+
+    The error of each column is spread over the rest of the panel, in place; U (PANEL, PANEL) is the panel's part.
+    """
     integers, errors = torch.empty_like(W), torch.empty_like(W)
     for j, w in enumerate(W):
         grain = (start + j) % SUPER_BLOCK // GRAIN

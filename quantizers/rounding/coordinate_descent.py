@@ -1,12 +1,13 @@
-"""Coordinate descent on tr(dW H dW^T) after compensation: integer scales, fp16 d and dmin, and integers in turn.
+"""This module refines scales and integers after compensation, by coordinate descent on tr(dW H dW^T).
 
-Compensation rounds every column once, seeing only the columns after it, and freezes scales that were fitted to diagonal
-importance. Here each coordinate of a block in turn gets its best value under the full H, all others given (QuantEase,
-Behdin et al. 2023, does so for integers alone). The error is quadratic in each coordinate, so the best legal value is
-the rounded minimum. Measured on the embedded model with 80k calibration tokens: two rounds take 8 to 20 % off the error
-of compensation alone, on held-out text as well.
+Compensation rounds every column once, with only later columns to make up for it, and freezes scales fitted to diagonal
+importance. Coordinate descent gives each coordinate of a block in turn (integer scales, fp16 d and dmin, integers) its
+best value under the full H, all others fixed; QuantEase (Behdin et al. 2023) does so for integers alone. The error is
+quadratic in each coordinate, so the best storable value is the rounded minimum. Measured on the embedded model with 80k
+calibration tokens: two rounds take 8 to 20 % off the error of compensation alone, on held-out text as well.
 
-Legend: W, Q transposed (columns, N), D = W - Q, G = H D the descent direction; K weights of a block, T of a sub-block.
+Legend: W, Q transposed (columns, N), D = W - Q, G = H D the descent direction; K weights of a block, T of a sub-block,
+S sub-blocks of a block.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, safe_inverse
 
-PANEL = 32  # columns whose integers are updated before the rest of the block hears of it
+PANEL = 32  # columns whose integers are updated before G of the rest of the block is
 CHUNK_ROWS = 1024
 TINY = 1e-30
-DEGENERATE = 1e-5  # relative determinant below which d and dmin are not told apart in float32
+DEGENERATE = 1e-5  # relative determinant below which float32 cannot separate d and dmin
 
 
 def descend(
@@ -32,10 +33,10 @@ def descend(
     *,
     block_type: "type[Block] | None" = None,
 ) -> tuple[Scales, Tensor]:
-    """Better scales and integers int8 (columns, N) than those of ``start``, after ``rounds`` sweeps.
+    """Return scales and integers int8 (columns, N), improved from those of ``start`` in ``rounds`` sweeps.
 
-    W (columns, N) and H (columns, columns), positive definite, of one floating type. Integers that ``kept``, bool
-    (columns, N), leaves out are 0 and stay 0.
+    W (columns, N) and H (columns, columns), positive definite, have the same floating dtype. Integers where ``kept``,
+    bool (columns, N), is false are 0 and stay 0. ``block_type``, by default ``Block``, updates a block.
     """
     scales, integers = start
     parts = []
@@ -51,7 +52,10 @@ def descend(
 
 
 def descend_kept(W: Tensor, H: Tensor, Q: Tensor, kept: Tensor, rounds: int) -> None:
-    """The same for weights without a grid: ``rounds`` sweeps over Q (columns, N), in place, where ``kept`` is true."""
+    """Refine weights without a grid: update Q (columns, N), in place, in ``rounds`` sweeps, where ``kept`` is true.
+
+    W (columns, N) are the original weights, ``kept`` bool (columns, N), H (columns, columns) positive definite.
+    """
     G = H @ (W - Q)
     for _ in range(rounds):
         for start in range(0, len(W), PANEL):
@@ -82,7 +86,7 @@ def _sweep(
 
 @dataclass
 class Block:
-    """Views of one block of N rows; every method changes them in place and keeps G = (H D)[block]."""
+    """A Block holds views of one block of N rows; its methods update them in place and keep G = (H D)[block]."""
 
     grid: Grid
     H: Tensor  # (K, K)
@@ -95,12 +99,12 @@ class Block:
     min: Tensor  # (S, N)
 
     def move(self, columns: slice, change: Tensor) -> None:
-        """Add ``change`` to the decoded weights of ``columns``."""
+        """Add ``change`` (len(columns), N) to the decoded weights of ``columns``."""
         self.D[columns] -= change
         self.G -= self.H[:, columns] @ change
 
     def adjust_codes(self) -> None:
-        """Integer scale, then integer min, of one sub-block after the other."""
+        """Update the integer scale, then the integer min, of each sub-block in turn."""
         inverse_d, inverse_dmin = safe_inverse(self.d), safe_inverse(self.dmin)
         for s in range(self.grid.sub_blocks):
             columns = slice(s * self.grid.width, (s + 1) * self.grid.width)
@@ -116,7 +120,7 @@ class Block:
                 self.min[s] = code
 
     def adjust_units(self) -> None:
-        """d and dmin together, from the 2 x 2 normal equations of the directions scale * q and -min."""
+        """Update d and dmin together, from the 2 x 2 normal equations of the directions scale * q and -min."""
         a = self._spread(self.scale).mul_(self.q)
         Ha = self.H @ a
         aa, ag = (a * Ha).sum(0), (a * self.G).sum(0)
@@ -139,7 +143,7 @@ class Block:
         self.dmin.copy_(dmin)
 
     def adjust_integers(self, kept: Tensor | None) -> None:
-        """Integers column by column, those ``kept`` (K, N)."""
+        """Update the integers column by column; those where ``kept``, bool (K, N), is false become 0."""
         step = self.d * self.scale
         inverse = safe_inverse(step)
         for start in range(0, len(self.q), PANEL):
@@ -156,5 +160,5 @@ class Block:
             self.move(panel, change)
 
     def _spread(self, codes: Tensor) -> Tensor:
-        """(S, N) -> (K, N)."""
+        """Return the codes (S, N) repeated for every weight, (K, N)."""
         return codes.repeat_interleave(self.grid.width, 0)

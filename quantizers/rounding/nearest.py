@@ -1,4 +1,4 @@
-"""Rounding to the nearest representable value: weights to a GGUF type's exact bytes, without compensation.
+"""This module rounds weights to the nearest values of a GGUF type, without compensation, and packs them.
 
 Shapes: W (rows, columns), data uint8 (rows, row_bytes).
 """
@@ -16,18 +16,18 @@ from quantizers.formats.table import QuantFormat
 from quantizers.rounding.codebook_loop import codebook_loop
 from quantizers.rounding.scale_search import fit
 
-CHUNK_WEIGHTS = 1 << 16  # weights searched at once: the search's temporaries (256 KiB each) stay in cache
+CHUNK_WEIGHTS = 1 << 16  # weights per scale search, whose temporaries (256 KiB each) then stay in cache
 CHUNK_COLUMNS = 256  # a multiple of every block size
-ROW_TILE = 32  # sums over columns take one order in whole tiles: a row's bytes do not depend on the rows around it
+ROW_TILE = 32  # rows are padded to whole tiles: sums then run in one order, so no row's bytes depend on other rows
 
 
 def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Bytes uint8 (rows, row_bytes) of W float (rows, columns), minimizing sum(importance * (W - decoded)^2).
+    """Return bytes uint8 (rows, row_bytes) of W float (rows, columns), minimizing sum(importance * (W - decoded)^2).
 
-    ``importance`` (columns,), not negative, is for example the mean square of each input; None means all alike.
-    Columns of importance 0 count a millionth of the mean (``normalized_importance``). Float formats ignore it.
-    Raises ValueError for a row length that does not fit, an importance of the wrong length, and non-finite or
-    negative values.
+    ``importance`` (columns,), not negative, is for example the mean square of each input feature; None weights all
+    columns alike. Columns of importance 0 count a millionth of the mean (``normalized_importance``). Float formats
+    ignore it. Raises ValueError for a row length that does not fit, non-finite weights or weights too large for F16,
+    an importance of the wrong length, and non-finite or negative importance.
     """
     check_weights(fmt, W)
     if fmt.is_float:
@@ -48,7 +48,7 @@ def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> T
 
 
 def fit_rows(grid: Grid, columns_first: Tensor, importance: Tensor) -> Scales:
-    """Scales for (columns, N) weights and (columns,) importance, a cache-sized set of rows at a time."""
+    """Return scales fitted to weights (columns, N) under importance (columns,); rows go in cache-sized chunks."""
     weight = grid.blocks(importance[:, None])
     rows = max(ROW_TILE, CHUNK_WEIGHTS // len(columns_first) // ROW_TILE * ROW_TILE)
     parts = [fit(grid, grid.blocks(part.contiguous()), weight) for part in pad_rows(columns_first).split(rows, 1)]
@@ -56,18 +56,21 @@ def fit_rows(grid: Grid, columns_first: Tensor, importance: Tensor) -> Scales:
 
 
 def pad_rows(columns_first: Tensor) -> Tensor:
-    """(..., N) with zero rows up to a multiple of ROW_TILE, contiguous."""
+    """Return the tensor (..., N) padded with zero rows to a multiple of ROW_TILE, contiguous."""
     return functional.pad(columns_first, (0, -columns_first.shape[-1] % ROW_TILE)).contiguous()
 
 
 def nearest_integers(grid: Grid, scales: Scales, columns_first: Tensor) -> Tensor:
-    """int8 (columns, N) closest to the weights on the fitted grid."""
+    """Return the integers int8 (columns, N) whose decoded values are nearest to the weights (columns, N)."""
     x = grid.blocks(columns_first.contiguous())
     return round_to_grid(grid, x, scales.offset, safe_inverse(scales.step)).to(torch.int8).view_as(columns_first)
 
 
 def check_weights(fmt: QuantFormat, W: Tensor, columns: int | None = None) -> None:
-    """Raises ValueError unless W is a finite matrix (of ``columns``, if given) whose rows divide into blocks."""
+    """Raise ValueError unless W is a finite matrix, of ``columns`` if given, that ``fmt`` can store.
+
+    Rows must divide into blocks, and magnitudes must not exceed the range of F16 if that is the format.
+    """
     if W.ndim != 2 or columns not in {None, W.shape[1]}:
         raise ValueError(f"expected weights (rows, {columns or 'columns'}), got shape {tuple(W.shape)}")
     fmt.row_bytes(W.shape[1])
@@ -78,9 +81,9 @@ def check_weights(fmt: QuantFormat, W: Tensor, columns: int | None = None) -> No
 
 
 def normalized_importance(importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
-    """float32 (columns,) of mean 1 and at least 1e-6, so that every column is encoded sanely.
+    """Return importance float32 (columns,) divided by its mean and at least 1e-6, so that every column counts.
 
-    None and all zeros mean ones. Raises ValueError for a wrong length and for non-finite or negative values.
+    None and all zeros give ones. Raises ValueError for a wrong length and for non-finite or negative values.
     """
     if importance is None:
         return torch.ones(columns, device=device)

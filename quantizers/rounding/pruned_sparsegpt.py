@@ -1,8 +1,8 @@
-"""Pruning and quantization in one pass of SparseGPT (Frantar & Alistarh 2023, section 3.5), for every format.
+"""This module prunes and quantizes in one pass of SparseGPT (Frantar & Alistarh 2023, section 3.5), for every format.
 
-Masks are chosen on compensated weights as the column loop goes; pruned weights become 0, the others go to the grid, and
-the error of both is spread over the columns after them. Block formats use their grid with an exact zero
-(``zero_grids``), float formats keep the compensated weights as they are: pruning alone.
+Masks are chosen on compensated weights as the column loop proceeds. Pruned weights become 0, the others are rounded to
+the grid, and the errors of both are spread over the columns after them. Block formats use their grid with an exact zero
+(``zero_grids``). Float formats are only pruned: the compensated weights are not rounded to a grid.
 
 Legend as in ``sparsegpt``: W transposed (columns, R), U upper with U^T U = H_damped^-1.
 """
@@ -24,7 +24,7 @@ from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
 DEFAULTS = CompensationSettings()
-SWEEPS_PER_ROUND = 2  # the weights kept carry the error of all: the third and fourth sweep still gain 7 %
+SWEEPS_PER_ROUND = 2  # kept weights make up for all errors: the third and fourth sweep still gain 7 %
 
 
 def prune_and_compensate(
@@ -34,12 +34,13 @@ def prune_and_compensate(
     H: Tensor,
     settings: CompensationSettings = DEFAULTS,
 ) -> dict[str, dict[str, Compensated]]:
-    """``compensate`` for tensors that are pruned as well, each by its ``sparsity``; every format has its own mask.
+    """Prune each tensor by its ``sparsity`` and compensate; return results by tensor name and format name.
 
-    Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding of the original weights
-    under the same mask. Weights of dead columns (H_jj = 0) go first. A round of refinement is two sweeps here;
-    without compensation those of the least w^2 H_jj go (Wanda, Sun et al. 2023) and the others are rounded. Raises
-    ValueError as ``compensate``, and for a format or a row length that cannot hold the sparsity.
+    Arguments are as for ``compensate``. Every block format has its own mask, float formats share one. Each row is the
+    better, by its tr(dW H dW^T), of the compensated row and plain rounding of the original weights under the same mask.
+    Weights of dead columns (H_jj = 0) are pruned first. A round of refinement is two sweeps here. Without compensation,
+    the weights of least w^2 H_jj are pruned (Wanda, Sun et al. 2023) and the others are rounded. Raises ValueError as
+    ``compensate``, and for a format or a row length that cannot hold the sparsity.
     """
     check_hessian(H, len(H))
     for name, W in weights.items():
@@ -68,7 +69,7 @@ def prune_and_compensate(
 
 
 def check_prunable(fmt: QuantFormat, sparsity: Sparsity, columns: int) -> None:
-    """Raises ValueError unless rows of ``columns`` weights in ``fmt`` can have the zeros that ``sparsity`` asks for."""
+    """Raise ValueError unless rows of ``columns`` weights in ``fmt`` can store the zeros that ``sparsity`` asks for."""
     if not fmt.is_float and fmt.name not in ZERO_GRIDS:
         valid = [level for level, name in LEVEL_FORMATS.items() if name in ZERO_GRIDS or FORMATS[name].is_float]
         raise ValueError(f"expected levels with an exact zero for pruning ({', '.join(valid)}), found {fmt.name}")
@@ -77,7 +78,10 @@ def check_prunable(fmt: QuantFormat, sparsity: Sparsity, columns: int) -> None:
 
 
 def encode_pruned(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Plain rounding, bytes (rows, row_bytes), under which the zeros of W (rows, columns) stay zeros."""
+    """Return bytes uint8 (rows, row_bytes) of W (rows, columns) by plain rounding that keeps its zeros.
+
+    ``importance`` (columns,) is as for ``quantize``. Raises KeyError for a block format without an exact zero.
+    """
     return quantize(fmt, W) if fmt.is_float else quantize_with_zero(fmt, W, importance)
 
 
@@ -90,7 +94,7 @@ def _prune_blocks(
     H: Tensor,
     rounds: int,
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """(tensor, format) -> bytes and ``kept`` bool (rows, columns), for all block formats, in one stack."""
+    """Return bytes and ``kept`` bool (rows, columns) by (tensor, format), for all block formats, in one column loop."""
     members = [(name, fmt.name) for name in weights for fmt in formats[name] if not fmt.is_float]
     if not members:
         return {}
@@ -116,7 +120,7 @@ def _prune_blocks(
 def _prune_dense(
     W: Tensor, sparsity: Sparsity, U: Tensor, importance: Tensor, H: Tensor, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """Compensated float weights and ``kept`` bool, (rows, columns) each: the float formats share a mask."""
+    """Return compensated float weights and ``kept`` bool, (rows, columns) each; all float formats share this mask."""
     dense = W.T.clone()
     kept = prune_columns(dense, U, importance, sparsity)
     descend_kept(W.T, H, dense, kept, rounds)

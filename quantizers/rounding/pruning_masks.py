@@ -1,7 +1,8 @@
-"""Which weights to prune: the OBS mask rule, unstructured and n:m (Frantar & Alistarh 2023, sections 3.2 and 3.3).
+"""This module selects the weights to prune by the OBS rule, unstructured and n:m.
 
-Removing w_j and making up for it with the columns after it costs w_j^2 / [H^-1]_jj, the inverse that of the columns
-j and later, which is (w_j / U_jj)^2. The cheapest weights go. Legend: W transposed (columns, R), R rows.
+Source: Frantar & Alistarh 2023, sections 3.2 and 3.3. Removing w_j and compensating with the columns after it costs
+w_j^2 / [H^-1]_jj, where H is restricted to columns j and later; this is (w_j / U_jj)^2. The cheapest weights are
+pruned. Legend: W transposed (columns, R), R rows.
 """
 
 from collections.abc import Sequence
@@ -15,26 +16,29 @@ MASK_BLOCK = 128  # columns whose unstructured mask is chosen at once, over all 
 
 
 def unstructured_mask(scores: Tensor, fraction: float) -> Tensor:
-    """The lowest ``fraction`` of all ``scores`` (columns, R), bool; among equals, those of the first columns."""
+    """Return a bool mask of the lowest ``fraction`` of all ``scores`` (columns, R); of equals the first are taken."""
     pruned = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     pruned[scores.flatten().argsort(stable=True)[: round(fraction * scores.numel())]] = True
     return pruned.view_as(scores)
 
 
 def group_mask(scores: Tensor, zeros: int, group: int) -> Tensor:
-    """The ``zeros`` lowest of every ``group`` scores of each row, (columns, R) bool; among equals the first ones."""
+    """Return a bool mask (columns, R) of the ``zeros`` lowest in every ``group`` neighbouring scores of each row.
+
+    ``scores`` are (columns, R), columns a multiple of ``group``; of equal scores the first are taken.
+    """
     groups = scores.unflatten(0, (-1, group))
     lowest = groups.argsort(dim=1, stable=True)[:, :zeros]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True).view_as(scores)
 
 
 class ColumnMasks:
-    """The masks of a stack W (columns, R) while the column loop compensates it in place.
+    """Holds the masks of a stack W (columns, R) and updates them while the column loop compensates W in place.
 
-    ``importance`` (columns,) is 1 / U_jj^2 up to a factor, 0 or nearly so in dead columns; ``rules`` say which rows
-    are pruned how, those of one tensor together. ``kept`` (columns, R), bool, holds the choice for the columns that
-    the loop has reached, and for the rest of the scale blocks begun the choice that the present weights suggest, so
-    that their scales can be fitted.
+    ``importance`` (columns,) is 1 / U_jj^2 up to a factor, and 0 or nearly 0 in dead columns. ``rules`` give the
+    sparsity of ranges of rows; the rows of one tensor are one range, pruned together. ``kept``, bool (columns, R), is
+    final for the columns that the loop has reached. For the rest of the scale blocks it has started, ``kept`` is the
+    choice by the current weights, so that their scales can be fitted.
     """
 
     def __init__(self, W: Tensor, importance: Tensor, rules: Sequence[tuple[slice, Sparsity]]):
@@ -44,9 +48,9 @@ class ColumnMasks:
         self.kept = torch.ones(W.shape, dtype=torch.bool, device=W.device)
 
     def begin_panel(self, start: int, stop: int) -> None:
-        """Choose, as far as the present weights tell, the masks of ``start:stop``, the rest of a scale block.
+        """Choose the masks of columns ``start:stop``, the rest of a scale block, by the current weights.
 
-        An unstructured mask is final where a mask block begins, and later calls within that block leave it.
+        An unstructured mask is final once ``start`` is the first column of its mask block; later calls leave it alone.
         """
         for rows, sparsity in self.rules:
             if sparsity.group:
@@ -56,7 +60,7 @@ class ColumnMasks:
                     self._choose(rows, sparsity, slice(first, min(first + MASK_BLOCK, stop)))
 
     def begin_column(self, column: int) -> None:
-        """Choose the n:m groups that begin at ``column``, whose weights are compensated up to here."""
+        """Choose the masks of n:m groups that start at ``column``, for all of which earlier errors have been spread."""
         for rows, sparsity in self.rules:
             if sparsity.group and column % sparsity.group == 0:
                 self._choose(rows, sparsity, slice(column, column + sparsity.group))
@@ -71,9 +75,10 @@ class ColumnMasks:
 
 
 def prune_columns(W: Tensor, U: Tensor, importance: Tensor, sparsity: Sparsity) -> Tensor:
-    """SparseGPT without quantization: W (columns, R) is overwritten with the compensated weights that are kept.
+    """Prune W (columns, R) by SparseGPT without quantization, in place, and return ``kept``, bool (columns, R).
 
-    Returns ``kept``, bool (columns, R); the pruned weights are exactly 0. U upper with U^T U = H_damped^-1.
+    W then holds the compensated weights, and exactly 0 where pruned. U (columns, columns) is upper with
+    U^T U = H_damped^-1; ``importance`` (columns,) is as for ``ColumnMasks``.
     """
     masks = ColumnMasks(W, importance, [(slice(None), sparsity)])
     for start in range(0, len(W), MASK_BLOCK):

@@ -1,13 +1,13 @@
-"""Scales of block formats that minimize the importance-weighted squared error sum(w * (x - decoded)^2).
+"""This module fits scales of block formats to minimize the importance-weighted error sum(w * (x - decoded)^2).
 
-Three stages: (1) for every sub-block alone, a grid of inverse steps, each with its closed-form step and offset; (2)
-fp16 d, dmin and integer codes for the whole block; (3) coordinate descent on the true error: neighbouring codes, then
-d and dmin in closed form. Stages 1 and 2 follow ``make_qx_quants``, ``make_qkx3_quants`` and ``make_qp_quants`` of
-ggml-quants.c, except that ggml weights by importance * sqrt(sigma^2 + x^2), never tries the other sign of a step, and
-has no stage 3.
+It has three stages: (1) for each sub-block alone, try several inverse steps, each with its closed-form step and offset;
+(2) choose fp16 d and dmin and integer codes for the whole block; (3) coordinate descent on the true error: neighbouring
+codes, then d and dmin in closed form. Stages 1 and 2 follow ``make_qx_quants``, ``make_qkx3_quants`` and
+``make_qp_quants`` of ggml-quants.c, except that ggml weights by importance * sqrt(sigma^2 + x^2), never tries the other
+sign of a step, and has no stage 3.
 
-Shapes as in quantizers.formats.grids: x (B, S, T, N), w (B, S, T, 1); per sub-block (B, S, 1, N); per block
-(B, 1, 1, N).
+Shapes are as in quantizers.formats.grids: x (B, S, T, N), w (B, S, T, 1); values of a sub-block (B, S, 1, N), of a
+block (B, 1, 1, N).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ from torch import Tensor
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, round_to_grid, safe_inverse
 
 T_DIM, S_DIM = 2, 1
-TARGETS_BELOW, TARGETS_ABOVE = 10, 6  # candidates on both sides of each end of the integer range
+TARGETS_BELOW, TARGETS_ABOVE = 10, 6  # candidates below and above each end of the integer range
 ROUNDS = 2
 TINY = 1e-30  # keeps 0 / 0 at 0
-FLAT = 1e-6  # integers of less variance, relative to their square, are all alike up to float32 rounding
+FLAT = 1e-6  # integers whose variance is less, relative to their sum of squares, are equal up to float32 rounding
 
 
 def fit(grid: Grid, x: Tensor, w: Tensor) -> Scales:
-    """Scales for finite x (B, S, T, N) and positive importance w (B, S, T, 1)."""
+    """Return the scales for finite weights x (B, S, T, N) and positive importance w (B, S, T, 1)."""
     if grid.has_offset:
         step, offset = search_affine(x, w, grid.high, nonnegative_offset=grid.is_nested)
     else:
@@ -44,12 +44,11 @@ def fit(grid: Grid, x: Tensor, w: Tensor) -> Scales:
 
 
 def targets(end: int, spacing: float = 1.0) -> list[float]:
-    """What the largest magnitude is mapped to: ``end`` of the integer range itself and values about it.
+    """Return the values to try mapping the largest magnitude to: ``end`` of the integer range and values around it.
 
-    ``spacing`` is the distance of neighbouring integers.
-
-    The finer the grid, the wider the range: neighbouring steps then differ enough to round many weights differently.
-    Found by trying ranges on the embedded model for every format.
+    ``spacing`` is the distance between neighbouring integers. The finer the grid, the wider the range of values, so
+    that neighbouring candidates differ enough to round many weights differently. The range was found by trials on the
+    embedded model for every format.
     """
     steps = abs(end) / spacing
     reach = steps**0.5 - 0.9
@@ -68,11 +67,11 @@ def search_symmetric(
     *,
     positive: bool = False,
 ) -> Tensor:
-    """Step s along ``dim`` for x ~ s * q, q among the integers of ``span``: the inverse step whose q explain most.
+    """Return the step s along ``dim``, kept with size 1, that minimizes sum(w (x - s q)^2), q integers within ``span``.
 
-    ``nearest`` rounds in place, by default to all integers of ``span``, which lie ``spacing`` apart. With ``positive``
-    only steps above 0 are tried.
-    For given q the best s is sum(w x q) / sum(w q^2), and lowers the error by sum(w x q)^2 / sum(w q^2).
+    Of several inverse steps it takes the one whose q lower the error most: for given q the best s is
+    sum(w x q) / sum(w q^2), and lowers the error by sum(w x q)^2 / sum(w q^2). ``nearest`` rounds in place, by default
+    to all integers of ``span``; they lie ``spacing`` apart. With ``positive`` only steps above 0 are tried.
     """
     low, high = span
     largest, smallest = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
@@ -96,10 +95,10 @@ def search_symmetric(
 
 
 def search_affine(x: Tensor, w: Tensor, high: int, nonnegative_offset: bool) -> tuple[Tensor, Tensor]:
-    """Step and offset of each sub-block for x ~ step * q - offset, q in 0..high.
+    """Return the step and offset, (B, S, 1, N) each, for x ~ step * q - offset with q in 0..high.
 
-    For given q both follow from the weighted 2 x 2 normal equations, around the weighted mean of x to keep float32
-    exact.
+    For given q both follow from the weighted 2 x 2 normal equations, with x centred on its weighted mean to keep
+    float32 accurate.
     """
     floor = x.amin(T_DIM, keepdim=True)
     if nonnegative_offset:
@@ -140,7 +139,7 @@ def _affine_fit(
     offset = step * q_mean - mean
     gain = covariance * step
     if nonnegative_offset:
-        through_zero = offset < 0  # then the best line passes through zero
+        through_zero = offset < 0  # if so, the best line passes through zero
         free_projection = covariance + mean * total * q_mean
         zero_step = free_projection / square.clamp_(min=TINY)
         step = torch.where(through_zero, zero_step, step)
@@ -150,7 +149,7 @@ def _affine_fit(
 
 
 def _snap(grid: Grid, x: Tensor, w: Tensor, step: Tensor, offset: Tensor) -> Scales:
-    """Stored scales near the ideal ``step`` and ``offset``; a step matters by sum(w q^2), an offset by sum(w)."""
+    """Return storable scales near the ideal ``step``, weighted by sum(w q^2), and ``offset``, weighted by sum(w)."""
     if not grid.is_nested:
         d = nearest_fp16(step)
         ones = torch.ones_like(d)
@@ -170,7 +169,7 @@ def _snap_codes(values: Tensor, weight: Tensor, codes: tuple[int, int]) -> tuple
 
 
 def _error(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> Tensor:
-    """Weighted squared error of each sub-block, (B, S, 1, N), as the decoder will see it."""
+    """Return the weighted squared error of each sub-block, (B, S, 1, N), of the weights as they will be decoded."""
     step, offset = scales.step, scales.offset
     residual = round_to_grid(grid, x, offset, safe_inverse(step)).mul_(step)
     if grid.has_offset:
@@ -179,7 +178,7 @@ def _error(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> Tensor:
 
 
 def _neighbours(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> Iterator[Scales]:
-    """Scales with other codes; a changed step brings the offset that suits it."""
+    """Yield scales with neighbouring codes; where the step changes, the offset is refitted to it."""
     for delta in (-1, 1):
         scale = (scales.scale + delta).clamp_(*grid.scale_codes)
         minimum = scales.min
@@ -210,7 +209,7 @@ def _try_neighbours(grid: Grid, x: Tensor, w: Tensor, scales: Scales, error: Ten
 
 
 class _Sums(NamedTuple):
-    """Weighted sums over a block of a = scale * q, b = min and x, each (B, 1, 1, N)."""
+    """Holds weighted sums over a block of products of a = scale * q, b = min and x, (B, 1, 1, N) each."""
 
     aa: Tensor
     ab: Tensor
@@ -231,7 +230,7 @@ def _sums(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> _Sums:
 
 
 def _refit(grid: Grid, x: Tensor, w: Tensor, scales: Scales, error: Tensor) -> tuple[Scales, Tensor]:
-    """d and dmin in closed form for the present integers and codes, kept for the blocks that gain."""
+    """Return scales with d and dmin in closed form for the current integers and codes, in blocks that gain by it."""
     s = _sums(grid, x, w, scales)
     determinant = s.aa * s.bb - s.ab.square()
     inverse = torch.where(determinant > FLAT * s.aa * s.bb, safe_inverse(determinant), 0.0)

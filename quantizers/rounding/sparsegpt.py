@@ -1,8 +1,9 @@
-"""SparseGPT/GPTQ compensation onto GGUF's grids (Frantar & Alistarh 2022, 2023), all levels in one column loop.
+"""This module quantizes onto GGUF's grids with SparseGPT/GPTQ compensation (Frantar & Alistarh 2022, 2023).
 
 Columns are rounded in order, and each column's error is spread over the columns after it so that the output changes
-least. Where a row's scale block begins, its scales are fitted to the already compensated weights and frozen. Rows are
-independent, so every format of every tensor that reads the same input is just more rows, under one factorization.
+least. At the start of each scale block, its scales are fitted to the compensated weights and frozen. Rows are
+independent, so all tensors that read the same input, in all their formats, are stacked as rows under one factorization
+of H. All scalar formats share one column loop.
 
 Legend: H (columns, columns), U upper with U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors
 and formats.
@@ -28,13 +29,13 @@ from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
 DEFAULTS = CompensationSettings()
-BATCH_ROWS = 1024  # of all tensors together, each in all its formats: a CPU's cache holds them
-ACCELERATOR_BATCHES = 16  # times as many where every column is a kernel to launch
+BATCH_ROWS = 1024  # of all tensors together, each in all its formats; they fit a CPU's cache
+ACCELERATOR_BATCHES = 16  # times as many rows on an accelerator, where every column launches kernels
 
 
 @dataclass(frozen=True)
 class Compensated:
-    """A packed tensor with its error tr(dW H dW^T), and the same relative to tr(W H W^T)."""
+    """Holds a packed tensor, its error tr(dW H dW^T), and that error relative to tr(W H W^T)."""
 
     packed: PackedTensor
     error: float
@@ -48,13 +49,14 @@ def compensate(
     settings: CompensationSettings = DEFAULTS,
     importance: Tensor | None = None,
 ) -> dict[str, dict[str, Compensated]]:
-    """Tensor name -> format name -> bytes and errors.
+    """Quantize each tensor to its formats with compensation; return bytes and errors by tensor name and format name.
 
-    ``weights`` float (rows, columns) that multiply the same input, ``formats`` wanted of each, H (columns, columns)
-    of that input; ``importance`` (columns,) is what scales are fitted under in the column loop, by default
-    ``conditional_importance``. Each row is the better, by its tr(dW H dW^T), of the compensated one and plain rounding
-    with importance diag(H), so none is worse than ``quantize``.
-    Columns with H_jj = 0 are rounded plainly; float formats are copied.
+    ``weights`` are float (rows, columns) and read the same input, whose Hessian is H (columns, columns); ``formats``
+    lists the formats wanted of each. ``importance`` (columns,) weights the fit of scales in the column loop, by default
+    ``conditional_importance``. Each row is the better, by its tr(dW H dW^T), of the compensated row and plain rounding
+    with importance diag(H), so none is worse than ``quantize``. Columns with H_jj = 0 are rounded plainly; float
+    formats are only converted.
+
     Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
     """
     columns = len(H)
@@ -79,10 +81,11 @@ def compensate(
 
 
 def conditional_importance(U: Tensor, H: Tensor) -> Tensor:
-    """1 / U_jj^2, float32 (columns,), mean 1: what an error in column j costs once all later columns make up for it.
+    """Return 1 / U_jj^2, float32 (columns,) of mean 1: the cost of an error in column j, compensated by later columns.
 
-    In place of diag(H) for fitting scales it lowers tr(dW H dW^T) by about 1 % (measured on a trained model, all
-    formats). Dead columns (H_jj = 0) do not count.
+    For fitting scales it lowers tr(dW H dW^T) by about 1 % compared with diag(H) (measured on a trained model, all
+    formats). U and H are (columns, columns); dead columns (H_jj = 0) count only the minimum of
+    ``normalized_importance``.
     """
     cost = U.diagonal().square().reciprocal()
     return normalized_importance(torch.where(H.diagonal() == 0, 0.0, cost), len(H), H.device)
@@ -96,7 +99,11 @@ def compensate_stack(
     rounds: int,
     importance: Tensor | None = None,
 ) -> dict[tuple[str, str], Tensor]:
-    """(tensor, format) -> compensated bytes (rows, row_bytes), for all block formats; arguments as ``compensate``."""
+    """Return compensated bytes uint8 (rows, row_bytes) by (tensor, format), for all block formats.
+
+    Arguments are as for ``compensate``; ``damping`` is relative to the mean diagonal of H, ``rounds`` are of coordinate
+    descent. Raises ValueError for an H that is not positive semidefinite and for an importance that does not fit.
+    """
     wanted = sorted({f.name for choices in formats.values() for f in choices if not f.is_float})
     if not wanted:
         return {}
@@ -122,16 +129,18 @@ def compensate_stack(
 
 @dataclass(frozen=True)
 class Factored:
-    """A Hessian (columns, columns) made ready for compensation."""
+    """Holds a Hessian (columns, columns) with what compensation needs of it."""
 
     H: Tensor  # damped, float32
     U: Tensor  # float32, upper, U^T U = H^-1
-    importance: Tensor  # (columns,), under which scales are fitted
+    importance: Tensor  # (columns,), weights the fit of scales
 
 
 def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice]]:
-    """Slices of neighbouring rows of the tensors, at most ``limit`` rows together: they stay in cache, and the memory
-    beside weights and Hessian does not grow with the tensors. Rows are independent, so the bytes are the same.
+    """Yield batches of at most ``limit`` rows: slices of rows by tensor name, given the tensors' numbers of rows.
+
+    Batches stay in cache, and memory beyond weights and Hessian does not grow with the tensors. Rows are independent,
+    so the bytes do not depend on the batches.
     """
     batch: dict[str, slice] = {}
     room = limit
@@ -153,14 +162,14 @@ Members = Mapping[str, Sequence[str]]  # format name -> names of the tensors tha
 
 
 def _stack(weights: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """(columns, N) of the tensors' rows one below the other."""
+    """Return the rows of the named tensors stacked in order and transposed, float32 (columns, N)."""
     return torch.cat([weights[name].float() for name in names]).T
 
 
 def _scalar_formats(
     weights: Mapping[str, Tensor], members: Members, factored: Factored, rounds: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Format name and bytes of its members' rows, all formats with integers in one column loop."""
+    """Yield each scalar format with the bytes of its members' rows; all formats share one column loop."""
     members = {fmt: names for fmt, names in members.items() if fmt in GRIDS and names}
     if not members:
         return
@@ -174,7 +183,7 @@ def _scalar_formats(
 def _codebook_formats(
     weights: Mapping[str, Tensor], members: Members, factored: Factored, rounds: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Format name and bytes of its members' rows, each codebook in a loop of its own."""
+    """Yield each codebook format with the bytes of its members' rows; each format has its own column loop."""
     for fmt, names in members.items():
         if fmt not in CODEBOOK_GRIDS or not names:
             continue
@@ -194,7 +203,10 @@ def _segments(weights: Mapping[str, Tensor], members: Members) -> Iterator[Segme
 
 
 def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:
-    """Row by row the better of plain and compensated bytes (rows, row_bytes) of W (rows, columns)."""
+    """Return, row by row, the plain or compensated bytes uint8 (rows, row_bytes), whichever has the lower error.
+
+    W (rows, columns) are the original weights, H is (columns, columns); compensated None takes the plain bytes.
+    """
     data = plain
     errors = row_errors(W - dequantize(fmt, data), H)
     if compensated is not None:
@@ -207,5 +219,5 @@ def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor 
 
 
 def row_errors(dW: Tensor, H: Tensor) -> Tensor:
-    """diag(dW H dW^T), float64 (rows,)."""
+    """Return diag(dW H dW^T), float64 (rows,), for dW (rows, columns) and H (columns, columns)."""
     return ((dW @ H.float()) * dW).sum(1, dtype=torch.float64)

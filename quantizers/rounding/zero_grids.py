@@ -1,8 +1,8 @@
-"""For every block format a grid that holds 0 exactly, so that pruned weights are zeros in the file.
+"""This module gives block formats a grid with an exact 0, so that pruned weights are zeros in the file.
 
-Symmetric formats (Q3_K, Q6_K, Q8_0, Q4_0, Q5_0) have integer 0 already. An affine format decodes d * scale * q -
-dmin * min, and integer z is 0 exactly where the two products agree. That holds in all sub-blocks at once if dmin is
-a fixed multiple of d and min follows from scale:
+Symmetric formats (Q3_K, Q6_K, Q8_0, Q4_0, Q5_0) have integer 0 already. An affine format decodes to d * scale * q -
+dmin * min, so integer z decodes to exactly 0 where the two products are equal for q = z. That holds in all sub-blocks
+at once if dmin is a fixed multiple of d and min follows from scale:
 
     Q4_K  dmin = 8 d   min = scale           weights d * scale * (q - 8)
     Q5_K  dmin = 16 d  min = scale           weights d * scale * (q - 16)
@@ -10,14 +10,14 @@ a fixed multiple of d and min follows from scale:
                     or min = 2 scale         weights d * scale * (q - 2), scale at most 7
     Q4_1, Q5_1         m = -8 d, m = -16 d   weights d * (q - 8), d * (q - 16)
 
-Factors are powers of two or small integers, so every product is exact in fp16 and float32. Each is then a symmetric
-format with a zero, and is searched and refined as such (Q2_K's second form is a negative scale); the offset's freedom
-is what it costs, and the size stays. Measured with half of the weights of a trained block pruned
+Factors are powers of two or small integers, so every product is exact in fp16 and float32. Each format is then a
+symmetric one with a zero, and is searched and refined as such (Q2_K's second form stores a negative scale). The price
+is a fixed offset; the size is the same. Measured with half of the weights of a trained block pruned
 (``benchmarks/pruning.py``): on an affine format's own grid 7 % of the pruned weights decode to 0 (Q2_K 11 %), here all
 of them, at 7 % more error for Q2_K, 1 % for Q4_K and Q4_1, none for Q5_K and Q5_1.
 
-The codebook types have no exact zero (IQ4_NL and IQ4_XS come as near as 1 of 127 steps, IQ2 and IQ3 less) and are not
-here.
+Codebook types have no exact zero and are not included: the nearest value to 0 is 1 step (of 127) in IQ4_NL and IQ4_XS,
+and further off in IQ2 and IQ3.
 """
 
 import torch
@@ -38,12 +38,12 @@ _SHIFTED = (
 ZERO_GRIDS: dict[str, Grid] = {
     grid.format.name: grid for grid in (*_SHIFTED, *(GRIDS[name] for name in ("Q3_K", "Q6_K", "Q8_0", "Q4_0", "Q5_0")))
 }
-# dmin over d; min = |scale| * zero integer / factor. A negative factor goes with min = -1, which the file adds.
+# dmin / d; min = |scale| * zero integer / factor. A negative factor goes with min = -1: files store m, which is added.
 _DMIN_FACTORS = {"Q2_K": 1, "Q4_K": 8, "Q5_K": 16, "Q4_1": -8, "Q5_1": -16}
 
 
 def pack_with_zero(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
-    """Bytes uint8 (N, row_bytes) of ``scales`` and ``integers`` int8 (columns, N) on a grid of ``ZERO_GRIDS``."""
+    """Return bytes uint8 (N, row_bytes) of scales and integers int8 (columns, N) on a grid of ``ZERO_GRIDS``."""
     name = grid.format.name
     if name not in _DMIN_FACTORS:
         return pack(grid, scales, integers)
@@ -57,9 +57,10 @@ def pack_with_zero(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
 
 
 def quantize_with_zero(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> Tensor:
-    """``quantize`` onto the format's grid with a zero: the zeros of W (rows, columns) decode to 0.
+    """Return bytes uint8 (rows, row_bytes) of W (rows, columns) on the grid with an exact 0: its zeros decode to 0.
 
-    Raises KeyError for a format without such a grid.
+    ``importance`` (columns,) is as for ``quantize``. Raises KeyError for a format without such a grid, and ValueError
+    as ``normalized_importance``.
     """
     grid, parts = ZERO_GRIDS[fmt.name], []
     importance = normalized_importance(importance, W.shape[1], W.device)

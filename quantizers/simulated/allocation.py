@@ -1,6 +1,6 @@
-"""Bits for each input channel from a score of its importance: by threshold, by quantile, or to an exact average.
+"""This module allocates bits to input channels by importance score: by threshold, by quantile, or to an exact average.
 
-Shapes: C channels, K levels. Scores are not negative; equal scores are served in channel order.
+Shapes: C channels, K levels, G groups. Scores are not negative; among equal scores the first channels come first.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import numpy as np
 MOST_BITS = 8
 THREE_LEVELS = (2, 4, 8)
 FIVE_LEVELS = (2, 3, 4, 6, 8)
-ERROR_FALL = 4.0  # a uniform quantizer's squared error falls so with each bit
+ERROR_FALL = 4.0  # factor by which each bit lowers a uniform quantizer's squared error
 WINDOW = 24  # channels around the greedy boundary among which the last bits are placed exactly
-ROUNDING = 1e-9  # forgives the float rounding of "average x channels"
+ROUNDING = 1e-9  # bits per channel; absorbs the float rounding of target * channels
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
-    """``levels`` if they can serve. Raises ValueError unless they are two or more rising whole numbers in 1..8."""
+    """Return ``levels`` as a tuple. Raises ValueError unless they are two or more rising whole numbers in 1..8."""
     valid = all(isinstance(bits, int) and 1 <= bits <= MOST_BITS for bits in levels)
     if not valid or len(levels) < 2 or any(a >= b for a, b in pairwise(levels)):
         raise ValueError(
@@ -30,7 +30,7 @@ def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_score(score: np.ndarray) -> np.ndarray:
-    """float64 (C,). Raises ValueError unless it is a vector of finite values that are not negative."""
+    """Return ``score`` as float64 (C,). Raises ValueError unless it is a vector of finite, non-negative values."""
     if score.ndim != 1 or not len(score) or not np.isfinite(score).all() or (score < 0).any():
         raise ValueError("expected one finite score for each channel, none negative")
     return score.astype(np.float64)
@@ -39,9 +39,10 @@ def check_score(score: np.ndarray) -> np.ndarray:
 def threshold_bits(
     score: np.ndarray, levels: Sequence[int] = THREE_LEVELS, low: float = 0.5, high: float = 1.2
 ) -> np.ndarray:
-    """int64 (C,): the largest of three levels where score over its mean is above ``high``, the smallest below ``low``.
+    """Return bits int64 (C,), one of three levels for each channel, by its score relative to the mean score.
 
-    Raises ValueError unless there are three levels and 0 <= low <= high.
+    Channels above ``high`` get the largest level, channels below ``low`` the smallest, the others the middle one.
+    Raises ValueError unless there are three levels and 0 <= low <= high, and as ``check_levels`` and ``check_score``.
     """
     if len(check_levels(levels)) != 3:
         raise ValueError(f"expected three levels for thresholds, found {', '.join(map(str, levels))}")
@@ -53,7 +54,11 @@ def threshold_bits(
 
 
 def quantile_bits(score: np.ndarray, levels: Sequence[int] = FIVE_LEVELS) -> np.ndarray:
-    """int64 (C,): levels in equal parts of the score's own distribution; 2, 3, 4, 6, 8 cut at 20/40/60/80 % of it."""
+    """Return bits int64 (C,) that give each level to an equal share of the channels, in order of score.
+
+    Levels 2, 3, 4, 6, 8 change at the 20, 40, 60 and 80 % quantiles. Raises ValueError as ``check_levels`` and
+    ``check_score``.
+    """
     chosen = np.array(check_levels(levels), dtype=np.int64)
     rank = np.empty(len(check_score(score)), dtype=np.int64)
     rank[np.argsort(score, kind="stable")] = np.arange(len(score))
@@ -62,11 +67,11 @@ def quantile_bits(score: np.ndarray, levels: Sequence[int] = FIVE_LEVELS) -> np.
 
 
 def budget_bits(score: np.ndarray, target: float, levels: Sequence[int] = FIVE_LEVELS) -> np.ndarray:
-    """int64 (C,) whose sum is the largest that the levels can represent within ``target`` bits a channel.
+    """Return bits int64 (C,) whose sum is the largest that the levels can represent within ``target`` bits per channel.
 
-    Greedy: the upgrade to the next level that lowers sum(score * 4^-bits) most a bit comes first, O(C K log(C K));
-    the last bits, which no single upgrade fits, are placed by an exact search over the channels next in line.
-    Raises ValueError for levels that cannot serve and a target outside of them.
+    Greedy: the upgrade to the next level that lowers sum(score * 4^-bits) most per bit comes first, O(C K log(C K)).
+    The last bits, which no single upgrade fits, are placed by an exact search over the channels next in the order.
+    Raises ValueError for a target outside of the levels, and as ``check_levels`` and ``check_score``.
     """
     levels = check_levels(levels)
     if not (isfinite(target) and levels[0] - ROUNDING <= target <= levels[-1] + ROUNDING):
@@ -84,26 +89,26 @@ def budget_bits(score: np.ndarray, target: float, levels: Sequence[int] = FIVE_L
     bits = np.array(levels)[choice]
     if rest := total - int(bits.sum()):
         _place_rest(bits, rest, values, levels, channel[order], taken)
-        bits[np.argsort(-values, kind="stable")] = -np.sort(-bits)  # the same bits, the most to the most important
+        bits[np.argsort(-values, kind="stable")] = -np.sort(-bits)  # same bits, sorted: the most important get the most
     return bits
 
 
 def representable_total(channels: int, target: float, levels: Sequence[int]) -> int:
-    """The largest sum of ``channels`` levels within ``target`` bits a channel."""
+    """Return the largest sum, in bits, of one level for each of ``channels``, within ``target`` bits per channel."""
     coins = [bits - levels[0] for bits in levels[1:]]
     amount = floor(target * channels + ROUNDING * channels) - channels * levels[0]
     fewest = _fewest_coins(coins)
     unit, largest = reduce(gcd, coins), coins[-1]
     amount = min(amount - amount % unit, channels * largest)
     while True:
-        whole = max(0, (amount - largest**2) // largest)  # beyond the largest coin's square only it is added
+        whole = max(0, (amount - largest**2) // largest)  # above the largest coin's square, only that coin is used
         if whole + fewest[amount - whole * largest] <= channels:
             return channels * levels[0] + amount
         amount -= unit
 
 
 def _fewest_coins(coins: Sequence[int]) -> list[float]:
-    """Coins needed for each amount up to the square of the largest coin and one more of it."""
+    """Return the fewest coins for each amount from 0 to c^2 + c, c the largest coin; infinite where there are none."""
     fewest = [0.0]
     for amount in range(1, coins[-1] ** 2 + coins[-1] + 1):
         fewest.append(1 + min((fewest[amount - coin] for coin in coins if coin <= amount), default=np.inf))
@@ -113,7 +118,10 @@ def _fewest_coins(coins: Sequence[int]) -> list[float]:
 def _place_rest(
     bits: np.ndarray, rest: int, score: np.ndarray, levels: tuple[int, ...], queue: np.ndarray, taken: int
 ) -> None:
-    """Add ``rest`` bits in place: the channels of the last and next upgrades in ``queue`` are chosen anew, exactly."""
+    """Add ``rest`` bits to ``bits`` in place.
+
+    An exact search reallocates the channels around position ``taken`` of ``queue``, the channels in order of upgrade.
+    """
     window = WINDOW
     while True:
         near = np.unique(queue[max(0, taken - window) : taken + window])
@@ -125,7 +133,7 @@ def _place_rest(
 
 
 def _exact_bits(score: np.ndarray, total: int, levels: tuple[int, ...]) -> np.ndarray | None:
-    """Levels of least sum(score * 4^-bits) that sum to ``total``, by dynamic programming; None if none do."""
+    """Return levels of least sum(score * 4^-bits) that sum to ``total``, by dynamic programming; None if none do."""
     rest = total - len(score) * levels[0]
     coins = [bits - levels[0] for bits in levels]
     best = np.full(rest + 1, np.inf)
@@ -148,10 +156,11 @@ def _exact_bits(score: np.ndarray, total: int, levels: tuple[int, ...]) -> np.nd
 
 
 def group_bits(score: np.ndarray, sizes: np.ndarray, target: float, levels: Sequence[int]) -> np.ndarray:
-    """int64 (G,) bits of whole groups with an average over ``sizes`` of at most ``target``.
+    """Return bits int64 (G,) of whole groups, whose average weighted by ``sizes`` is at most ``target``.
 
-    Greedy as ``budget_bits``, but a group moves as a whole: an upgrade that does not fit is left out with all later
-    ones of its group, and the average may stay below the target by less than a group. ``score`` (G,), ``sizes`` (G,).
+    ``score`` is (G,), ``sizes`` (G,) in channels. Greedy as ``budget_bits``, but all channels of a group are upgraded
+    together. An upgrade that does not fit is left out with all later ones of its group, so the average may stay below
+    the target, by less than one group's upgrade. Raises ValueError as ``budget_bits``.
     """
     levels = check_levels(levels)
     if not levels[0] - ROUNDING <= target <= levels[-1] + ROUNDING:

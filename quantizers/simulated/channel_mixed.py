@@ -1,16 +1,18 @@
-"""Simulated quantization with a bit width for each input channel, which no GGUF type can hold.
+"""This module simulates quantization with a bit width for each input channel, which no GGUF type can store.
 
-Grids are affine and uniform: a weight is step * (q - zero) with q in 0 .. 2^bits - 1 and a range that holds 0. What
-shares a range:
+Grids are affine and uniform: a weight is step * (q - zero) with q in 0 .. 2^bits - 1 and a range that includes 0. The
+weights that share a range are one of:
 
-    channel   every weight of an input channel (a column), as the published enhancement of SparseGPT does
-    group     the weights of ``group_size`` neighbouring columns of one row, as GPTQ does; steps differ by bits alone
-    labels    every weight of all columns with the same label
+    channel   all weights of an input channel (a column), as in the published enhancement of SparseGPT
+    group     the weights of ``group_size`` neighbouring columns of one row, as in GPTQ; steps differ only by bits
+    labels    all weights of all columns with the same label
 
-Columns are rounded in order. With U each column's error is spread over the columns after it (Frantar & Alistarh 2022,
-algorithm 1), and ranges are fitted to the compensated weights where they begin; those by labels to the original ones.
+Columns are rounded in order. With U, each column's error is spread over the columns after it (Frantar & Alistarh 2022,
+algorithm 1). A range is fitted to the compensated weights when the loop reaches its first column; ranges by label are
+fitted to the original weights.
 
-Shapes: W (rows, columns); bits (columns,) whole numbers from 1.
+Shapes: W (rows, columns); bits (columns,), whole numbers from 1; U (columns, columns), upper triangular, with
+U^T U = H_damped^-1.
 """
 
 from dataclasses import dataclass
@@ -19,14 +21,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PANEL = 64  # columns between updates of all later ones
-SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # parts of the full range tried by ``mse``: 1 to 0.4
-RANGE_BITS = 32  # two half floats, scale and zero, stored for each range
+PANEL = 64  # columns between updates of all later columns
+SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # fractions of the full range that ``mse`` tries: 1 to 0.4
+RANGE_BITS = 32  # stored for each range: scale and zero, each in fp16
 
 
 @dataclass(frozen=True)
 class GridSettings:
-    """``fit`` is the full range, or the part of it of least squared error. Raises ValueError for no group size."""
+    """Settings of the uniform grids: which weights share a range, and how it is fitted.
+
+    ``fit`` minmax takes the full range, mse the fraction of it with the least squared error. ``group_size`` is in
+    columns; raises ValueError if it is below 1.
+    """
 
     share: Literal["channel", "group"] = "group"
     group_size: int = 64
@@ -39,7 +45,7 @@ class GridSettings:
 
 @dataclass(frozen=True)
 class ChannelMixed:
-    """Simulated weights float32 (rows, columns), the channels' bits (columns,), and the ranges that are stored."""
+    """Holds simulated weights float32 (rows, columns), the channels' bits (columns,), and the number of ranges."""
 
     weights: Tensor
     bits: Tensor
@@ -47,21 +53,22 @@ class ChannelMixed:
 
     @property
     def average_bits(self) -> float:
-        """Of the integers alone."""
+        """Average bits per weight of the integers alone."""
         return float(self.bits.double().mean())
 
     @property
     def stored_bits(self) -> float:
-        """Bits a weight with scales and zeros, as if packed without loss."""
+        """Bits per weight with scales and zeros, if all were packed without padding."""
         return self.average_bits + RANGE_BITS * self.ranges / self.weights.numel()
 
 
 def simulate(
     W: Tensor, bits: Tensor, grid: GridSettings, U: Tensor | None = None, labels: Tensor | None = None
 ) -> ChannelMixed:
-    """W rounded onto its channels' grids; with U (columns, columns) compensated, with ``labels`` (columns,) shared.
+    """Return W rounded onto its channels' grids.
 
-    Raises ValueError for shapes that do not fit, weights that are not finite and bits below 1.
+    With U (columns, columns) errors are compensated. With ``labels`` (columns,), integers, columns of equal label share
+    a range. Raises ValueError for shapes that do not fit, weights that are not finite and bits below 1.
     """
     columns = W.shape[1]
     if bits.shape != (columns,) or (bits < 1).any():
@@ -74,7 +81,7 @@ def simulate(
 
 
 def _column_loop(W: Tensor, top: Tensor, ranges: "_Ranges", U: Tensor | None) -> Tensor:
-    """Decoded weights (rows, columns)."""
+    """Return the decoded weights (rows, columns); ``top`` (columns,) are the largest integers."""
     left = W.T.contiguous()  # (columns, rows)
     decoded = torch.empty_like(left)
     U = None if U is None else U.float()
@@ -93,7 +100,7 @@ def _column_loop(W: Tensor, top: Tensor, ranges: "_Ranges", U: Tensor | None) ->
 
 
 class _Ranges:
-    """The range of every column, fitted where it begins."""
+    """Provides the range of every column, fitted when the column loop reaches the first column that uses it."""
 
     def __init__(self, W: Tensor, top: Tensor, grid: GridSettings, labels: Tensor | None):
         self.grid, self.top = grid, top
@@ -109,7 +116,7 @@ class _Ranges:
             self.count = columns if grid.share == "channel" else rows * -(-columns // grid.group_size)
 
     def at(self, j: int, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Low and high (rows or 1,) for column j of ``left`` (columns, rows), the weights still to be rounded."""
+        """Return low and high, (rows,) or (1,), for column j of ``left`` (columns, rows), the compensated weights."""
         if self.labels is not None:
             return self.by_label[self.labels[j]]
         size = 1 if self.grid.share == "channel" else self.grid.group_size
@@ -120,7 +127,10 @@ class _Ranges:
 
 
 def fit_range(x: Tensor, top: Tensor, fit: str, *, per_row: bool) -> tuple[Tensor, Tensor]:
-    """Low <= 0 <= high, each (rows,) or (1,), for x (columns, rows) with largest integers ``top`` (columns,)."""
+    """Return the range of x (columns, rows), low <= 0 <= high: (rows,) each if ``per_row``, else (1,).
+
+    ``top`` (columns,) are the largest integers; ``fit`` is minmax or mse, as in ``GridSettings``.
+    """
     dims = (0,) if per_row else (0, 1)
     low, high = x.amin(dims).clamp(max=0).view(-1), x.amax(dims).clamp(min=0).view(-1)
     if fit == "minmax":
@@ -133,7 +143,7 @@ def fit_range(x: Tensor, top: Tensor, fit: str, *, per_row: bool) -> tuple[Tenso
 
 
 def round_affine(x: Tensor, low: Tensor, high: Tensor, top: Tensor) -> Tensor:
-    """The nearest of the ``top`` + 1 values between low and high, of which 0 is one; all broadcast."""
+    """Return x rounded to the nearest of ``top`` + 1 values from low to high, one of them 0; arguments broadcast."""
     step = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
     zero = (-low / step).round()
     return ((x / step).round().add_(zero).clamp_(min=0).minimum(top) - zero) * step

@@ -1,4 +1,4 @@
-"""Settings that differ by layer: targets in bits by the kind of a tensor and by its half of the model."""
+"""This module defines rules that set the target bits of tensors by name and by half of the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LayerRule:
-    """``bits`` for tensors whose name contains ``match``, in the given half of the blocks."""
+    """A LayerRule sets target ``bits`` for tensors whose name contains ``match``, in the given half of the blocks."""
 
     bits: float
     match: str = ""
     half: Literal["first", "second", "both"] = "both"
 
     def fits(self, tensor: str, block: int, blocks: int) -> bool:
-        """Whether the rule is for ``tensor``; one outside of the blocks (block < 0 or >= blocks) is in no half."""
+        """Return whether the rule applies to ``tensor`` of block number ``block``, from 0, of ``blocks``.
+
+        A tensor outside of the blocks (block < 0 or >= blocks) is in neither half.
+        """
         if self.match not in tensor:
             return False
         if self.half == "both":
@@ -23,5 +26,5 @@ class LayerRule:
 
 
 def target_bits(rules: Sequence[LayerRule], tensor: str, block: int, blocks: int, otherwise: float) -> float:
-    """Bits of the first rule that fits, else ``otherwise``."""
+    """Return the bits of the first rule that applies to ``tensor``, else ``otherwise``."""
     return next((rule.bits for rule in rules if rule.fits(tensor, block, blocks)), otherwise)

@@ -1,6 +1,7 @@
-"""Channels or layers in K groups by an affinity matrix, and how redundant each group is.
+"""This module clusters channels or layers into K groups by affinity, and measures each group's redundancy.
 
-Shapes: affinity (C, C), symmetric, not negative; labels (C,) whole numbers 0 .. K - 1, numbered by first member.
+Shapes: affinity (C, C), symmetric, not negative; labels (C,), whole numbers 0 .. K - 1 in the order of the groups'
+first members.
 """
 
 import warnings
@@ -15,10 +16,11 @@ Clustering = Literal["spectral", "hierarchical"]
 
 
 def group(affinity: np.ndarray, count: int, clustering: Clustering = "spectral") -> np.ndarray:
-    """Labels of exactly ``count`` groups, the same for the same affinity.
+    """Return the labels int64 (C,) of exactly ``count`` groups; the result is deterministic.
 
-    Spectral clustering with QR assignment (Damle et al. 2019) may leave a cluster empty: the largest is then divided
-    by average linkage. Raises ValueError for a count outside of 1 .. C and an affinity that is not one.
+    Spectral clustering with QR assignment (Damle et al. 2019) may leave a cluster empty: the largest is then split
+    by average linkage. Raises ValueError for a count outside of 1 .. C, and for an affinity that is not square, finite
+    and non-negative.
     """
     C = len(affinity)
     if affinity.shape != (C, C) or not np.isfinite(affinity).all() or (affinity < 0).any():
@@ -39,13 +41,13 @@ def group(affinity: np.ndarray, count: int, clustering: Clustering = "spectral")
 def _spectral(affinity: np.ndarray, count: int) -> np.ndarray:
     clustering = SpectralClustering(count, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Graph is not fully connected")  # channels that share nothing are no mistake
+        warnings.filterwarnings("ignore", "Graph is not fully connected")  # channels may well share nothing
         labels: np.ndarray = clustering.fit_predict(affinity)
     return labels.astype(np.int64)
 
 
 def _linked(affinity: np.ndarray, count: int) -> np.ndarray:
-    """Average linkage on the distance from the largest affinity."""
+    """Return labels by average linkage, where distance is the largest affinity less the affinity."""
     if len(affinity) == 1:
         return np.zeros(1, dtype=np.int64)
     distance = affinity.max() - affinity
@@ -56,14 +58,14 @@ def _linked(affinity: np.ndarray, count: int) -> np.ndarray:
 
 
 def renumbered(labels: np.ndarray) -> np.ndarray:
-    """The same groups, numbered in the order of their first members."""
+    """Return labels (C,) of the same groups, numbered in the order of their first members."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     result: np.ndarray = np.argsort(np.argsort(first))[inverse]
     return result
 
 
 def redundancy(affinity: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """By group the mean affinity of its pairs, float64 (K,); 0 for a group of one."""
+    """Return the mean affinity between members of each group, float64 (K,); 0 for a group of one."""
     result = np.zeros(labels.max() + 1)
     for label in range(len(result)):
         members = np.flatnonzero(labels == label)

@@ -1,8 +1,8 @@
-"""The Hessian of a linear layer's squared output error with respect to its weights, and the factor of its inverse.
+"""This module computes the Hessian of a linear layer's squared output error, and the factor of its inverse.
 
 For ``y = W x`` over n inputs, mean |dW x|^2 = tr(dW H dW^T) with H = sum(x x^T) / n: half of the usual 2/n (Frantar &
-Alistarh 2022, equation 1), so that errors read directly as mean squared output errors. Factors of H cancel in every
-rounding decision.
+Alistarh 2022, equation 1), so that errors are directly mean squared output errors. A constant factor of H cancels in
+every rounding decision.
 """
 
 import logging
@@ -12,15 +12,15 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-DAMPING_STEP = 10.0  # factor between attempts
-FIRST_DAMPING = 1e-4  # second attempt after a damping of 0
+DAMPING_STEP = 10.0  # factor between attempts at a factorization
+FIRST_DAMPING = 1e-4  # of the second attempt, after a damping of 0
 LAST_DAMPING = 100.0
 INVERSE_BLOCK = 512  # columns of a triangular matrix inverted at once
-SMALLEST_PIVOT = 1e-12  # of the mean diagonal; below it a float64 factor is noise
+SMALLEST_PIVOT = 1e-12  # relative to the mean diagonal; below it a float64 factor is noise
 
 
 class HessianAccumulator:
-    """Running sum of x x^T for inputs of ``columns`` features.
+    """Accumulates the sum of x x^T over input vectors x of ``columns`` features.
 
     Each ``add`` multiplies in float32 (relative accuracy about 1e-6 of the diagonal) and accumulates in float64.
     """
@@ -31,7 +31,7 @@ class HessianAccumulator:
         self._sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Count the vectors of x (..., columns). Raises ValueError for another width."""
+        """Add the vectors of x (..., columns) to the sum. Raises ValueError for another number of features."""
         if x.shape[-1] != self.columns:
             raise ValueError(f"expected inputs of {self.columns} features, got {x.shape[-1]}")
         vectors = x.detach().reshape(-1, self.columns).float()
@@ -39,18 +39,21 @@ class HessianAccumulator:
         self.count += len(vectors)
 
     def matrix(self) -> Tensor:
-        """H float32 (columns, columns), symmetric. Raises ValueError before the first input."""
+        """Return H float32 (columns, columns), symmetric. Raises ValueError before the first input."""
         if self.count == 0:
             raise ValueError("the Hessian has seen no input")
         return (self._sum / self.count).float()
 
     def importance(self) -> Tensor:
-        """diag(H), float32 (columns,): the mean square of each feature, llama.cpp's importance."""
+        """Return diag(H), float32 (columns,): the mean square of each feature, the values of llama.cpp's imatrix.
+
+        Raises ValueError before the first input.
+        """
         return self.matrix().diagonal()
 
 
 def check_hessian(H: Tensor, columns: int) -> None:
-    """Raises ValueError unless H is a finite (columns, columns) matrix with a non-negative, not all-zero diagonal."""
+    """Raise ValueError unless H is a finite (columns, columns) matrix with a non-negative, not all-zero diagonal."""
     if H.shape != (columns, columns):
         raise ValueError(f"expected a Hessian of shape ({columns}, {columns}), got {tuple(H.shape)}")
     if not H.isfinite().all():
@@ -66,7 +69,10 @@ def check_hessian(H: Tensor, columns: int) -> None:
 
 
 def damped(H: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) * I, float64; dead columns (H_jj = 0) are cut off from the others and get the mean."""
+    """Return H + damping * mean(diag H) * I, float64 (columns, columns).
+
+    Dead columns (H_jj = 0) are decoupled: their other entries become 0, and the mean is added to their diagonal too.
+    """
     H = H.double().clone()
     diagonal = H.diagonal()
     mean = diagonal.mean()
@@ -78,7 +84,7 @@ def damped(H: Tensor, damping: float) -> Tensor:
 
 
 def invert_upper(R: Tensor) -> None:
-    """Replace upper triangular R (columns, columns) by its inverse, block column by block column."""
+    """Replace upper triangular R (columns, columns) by its inverse, in place, one block of columns after the other."""
     for start in range(0, len(R), INVERSE_BLOCK):
         block = slice(start, start + INVERSE_BLOCK)
         identity = torch.eye(len(R[block]), dtype=R.dtype, device=R.device)
@@ -87,17 +93,18 @@ def invert_upper(R: Tensor) -> None:
 
 
 def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper triangular U float64 (columns, columns) with U^T U = damped(H)^-1, and the damping that it took.
+    """Return U float64 (columns, columns), upper triangular with U^T U = damped(H)^-1, and the damping used.
 
-    H = R R^T with R upper (Cholesky from the far corner) and U = R^-1: one factorization, no explicit inverse of H.
-    A factorization that fails is repeated with ten times the damping, with a warning; ValueError if none works.
+    H = R R^T with R upper (Cholesky from the last row and column) and U = R^-1: one factorization, no explicit inverse
+    of H. ``damping`` is relative to the mean diagonal. A factorization that fails is repeated with ten times the
+    damping, with a warning. Raises ValueError if none works up to LAST_DAMPING.
     """
     attempt = damping
     while attempt <= LAST_DAMPING:
         regular = damped(H, attempt).flip(0, 1)
         smallest = SMALLEST_PIVOT * regular.diagonal().mean()
         L, info = torch.linalg.cholesky_ex(regular)
-        del regular  # of a wide layer, each of these is gigabytes
+        del regular  # in a wide layer, each of these matrices takes gigabytes
         if not info.any() and L.diagonal().square().min() > smallest:
             U = L.flip(0, 1)
             del L

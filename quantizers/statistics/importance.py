@@ -1,12 +1,12 @@
-"""Five-dimensional importance of a matrix's input channels, after the activation-aware enhancement of SparseGPT.
+"""This module scores input channels in five dimensions, after the activation-aware enhancement of SparseGPT.
 
-Each dimension is divided by its mean over the channels, so that it has no unit and a mean of 1; the score is their
-weighted mean. Channel j of W (rows, columns), whose inputs are x:
+Each dimension is divided by its mean over the channels, so it has no unit and a mean of 1; the score is the weighted
+mean of the dimensions. For channel j of W (rows, columns) with inputs x:
 
     activation    mean |x_j|
-    hessian       1 / [H^-1]_jj, H damped: the squared output error of a change in column j that the others make up for
+    hessian       1 / [H^-1]_jj, H damped: squared output error of a change in column j, compensated by the others
     weight        mean |W_ij| over rows i
-    sensitivity   sum_i sqrt(W_ij^2 * mean x_j^2), what the channel adds to the outputs
+    sensitivity   sum_i sqrt(W_ij^2 * mean x_j^2), what the channel contributes to the outputs
     stability     variance of x_j
 """
 
@@ -25,8 +25,9 @@ DIMENSIONS = ("activation", "hessian", "weight", "sensitivity", "stability")
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """How much each dimension counts; they are divided by their sum. Raises ValueError unless one is positive, none
-    negative and all finite.
+    """Weights of the five dimensions in the score, relative to their sum.
+
+    Raises ValueError unless all are finite, none is negative and at least one is positive.
     """
 
     activation: float = 0.25
@@ -45,13 +46,16 @@ class ImportanceWeights:
             )
 
     def shares(self) -> dict[str, float]:
-        """By dimension, of sum 1."""
+        """Return the weight of each dimension divided by their sum, by name."""
         values = asdict(self)
         total = sum(values.values())
         return {name: values[name] / total for name in DIMENSIONS}
 
     def without(self, dimension: str) -> "ImportanceWeights":
-        """The others alone, for an ablation. Raises ValueError for a dimension that does not exist."""
+        """Return weights with ``dimension`` set to 0, for an ablation.
+
+        Raises ValueError for an unknown dimension, and if no positive weight is left.
+        """
         if dimension not in DIMENSIONS:
             raise ValueError(f"expected a dimension among {', '.join(DIMENSIONS)}, found {dimension!r}")
         return replace(self, **{dimension: 0.0})
@@ -60,10 +64,11 @@ class ImportanceWeights:
 def channel_dimensions(
     W: Tensor, H: Tensor, statistics: InputStatistics, damping: float = 0.01, *, U: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """By name the five raw dimensions, float64 (columns,), in the units of W and x.
+    """Return the five raw dimensions by name, float64 (columns,) each, in the units of W and x.
 
-    W (rows, columns), H (columns, columns). ``U`` with U^T U = damped(H)^-1 saves its computation. Raises ValueError
-    for shapes that do not fit and values that are not finite.
+    W (rows, columns), H (columns, columns). ``U`` (columns, columns) with U^T U = damped(H)^-1 can be passed to save
+    its computation. Raises ValueError for shapes that do not fit, for values that are not finite, and for an H that is
+    not positive semidefinite.
     """
     check_hessian(H, W.shape[1])
     if not W.isfinite().all():
@@ -80,12 +85,15 @@ def channel_dimensions(
 
 
 def inverse_diagonal(U: Tensor) -> Tensor:
-    """diag(H^-1) float64 (columns,) of U upper with U^T U = H^-1."""
+    """Return diag(H^-1), float64 (columns,), from upper triangular U (columns, columns) with U^T U = H^-1."""
     return U.double().square().sum(0)
 
 
 def combined_importance(dimensions: Mapping[str, Tensor], weights: ImportanceWeights | None = None) -> Tensor:
-    """float64 (columns,): weighted mean of the dimensions, each over its own mean; a dimension of zeros adds none."""
+    """Return the score float64 (columns,): the weighted mean of the dimensions, each divided by its own mean.
+
+    ``dimensions`` are (columns,) each, by name; one that is all zeros adds nothing.
+    """
     parts = [
         share * dimensions[name] / dimensions[name].mean().clamp(min=torch.finfo(torch.float64).tiny)
         for name, share in (weights or ImportanceWeights()).shares().items()
@@ -94,7 +102,10 @@ def combined_importance(dimensions: Mapping[str, Tensor], weights: ImportanceWei
 
 
 def channel_contribution(W: Tensor, statistics: InputStatistics) -> Tensor:
-    """Mean |W_ij| * mean |x_j| over its mean over the channels, float64 (columns,): the three-level variant's score."""
+    """Return mean |W_ij| * mean |x_j| divided by its mean over the channels, float64 (columns,).
+
+    This is the score of the three-level variant. W is (rows, columns); the result is ones where all are zero.
+    """
     contribution = W.double().abs().mean(0) * statistics.mean_abs.double()
     mean = contribution.mean()
     return contribution / mean if mean > 0 else torch.ones_like(contribution)

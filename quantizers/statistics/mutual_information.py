@@ -1,11 +1,11 @@
-"""Mutual information of every pair of channels from samples of their activations.
+"""This module estimates the mutual information of every pair of channels from samples of their activations.
 
-I(x; y) = H(x) + H(y) - H(x, y), in nats; normalized it is 2 I / (H(x) + H(y)). Two estimates:
+I(x; y) = H(x) + H(y) - H(x, y), in nats; its normalized form is 2 I / (H(x) + H(y)). There are two estimates:
 
-    histogram   each channel in bins of equal count; all joint histograms are products of one-hot matrices
-    gaussian    I = -1/2 log(1 - rho^2) of the correlation rho; entropies are those of channels of variance 1
+    histogram   channels in bins of equal count; all joint histograms are products of one-hot matrices
+    gaussian    I = -1/2 log(1 - rho^2) from the correlation rho; entropies as for channels of variance 1
 
-A histogram of B bins a side overestimates by about (B - 1)^2 / (2 n) for n samples (Miller 1955).
+A joint histogram of B x B bins overestimates by about (B - 1)^2 / (2 n) for n samples (Miller 1955).
 
 Shapes: samples X (n, C), matrices (C, C).
 """
@@ -20,27 +20,33 @@ from torch.nn import functional
 
 Estimate = Literal["histogram", "gaussian"]
 DEFAULT_BINS = 8
-CHUNK_CELLS = 1 << 24  # cells of joint histograms in memory at once: 64 MiB
+CHUNK_CELLS = 1 << 24  # cells of joint histograms in memory at once: 64 MiB of float32 counts
 STANDARD_ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of a Gaussian of variance 1
-LARGEST_CORRELATION = 1 - 1e-12  # squared; a channel and its copy would share infinitely much
+LARGEST_CORRELATION = 1 - 1e-12  # of rho^2; at 1, for a channel and its copy, I would be infinite
 
 
 @dataclass(frozen=True)
 class PairwiseInformation:
-    """Mutual information of every pair, float64 (C, C), and entropies (C,); the diagonal holds the entropies."""
+    """Holds the mutual information of every pair of channels, float64 (C, C), and entropies, float64 (C,), in nats.
+
+    The diagonal of ``information`` holds the entropies.
+    """
 
     information: Tensor
     entropy: Tensor
 
     def normalized(self) -> Tensor:
-        """2 I / (H(x) + H(y)), float64 (C, C) from 0 to 1; a channel with itself has 1, constants share nothing."""
+        """Return 2 I / (H(x) + H(y)), float64 (C, C) in 0..1: 1 on the diagonal, 0 between constant channels."""
         total = self.entropy[:, None] + self.entropy
         ratio = torch.where(total > 0, 2 * self.information / total, 0.0).clamp_(0, 1)
         return ratio.fill_diagonal_(1.0)
 
 
 def pairwise_information(X: Tensor, estimate: Estimate = "histogram", bins: int = DEFAULT_BINS) -> PairwiseInformation:
-    """Of the channels of X. Raises ValueError for fewer than two samples or bins and values that are not finite."""
+    """Return the mutual information of all pairs of channels of X (n, C), in nats; ``bins`` is for histograms alone.
+
+    Raises ValueError for fewer than two samples or bins, and for values that are not finite.
+    """
     if X.ndim != 2 or len(X) < 2:
         raise ValueError(f"expected samples (n, channels) with n of at least 2, found shape {tuple(X.shape)}")
     if not X.isfinite().all():
@@ -49,7 +55,10 @@ def pairwise_information(X: Tensor, estimate: Estimate = "histogram", bins: int 
 
 
 def bin_codes(X: Tensor, bins: int) -> Tensor:
-    """int64 (n, C): each channel's samples by rank in ``bins`` of equal count; equal values are in one bin."""
+    """Return bin numbers int64 (n, C) of X (n, C): each channel's samples by rank, in ``bins`` bins of equal count.
+
+    Equal values share a bin. Raises ValueError for fewer than 2 bins.
+    """
     if bins < 2:
         raise ValueError(f"expected at least 2 bins, found {bins}")
     columns = X.T.contiguous()
@@ -74,7 +83,7 @@ def _histogram(codes: Tensor, bins: int) -> PairwiseInformation:
 
 
 def _plogp(n: int, device: torch.device) -> Tensor:
-    """p log p for p = 0/n, 1/n ... n/n, float64 (n + 1,)."""
+    """Return p log p, in nats, for p = 0/n, 1/n ... n/n, float64 (n + 1,)."""
     p = torch.arange(n + 1, dtype=torch.float64, device=device) / n
     return torch.xlogy(p, p)
 
@@ -91,5 +100,5 @@ def _gaussian(X: Tensor) -> PairwiseInformation:
 
 
 def _mirrored(upper: Tensor) -> Tensor:
-    """Symmetric to the bit, by the part above the diagonal."""
+    """Return an exactly symmetric matrix, from the diagonal and the part above it."""
     return torch.triu(upper) + torch.triu(upper, 1).T

@@ -19,7 +19,8 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from bitgenome.batch.batch import BatchOrder, begin, is_child, run_batch
+from bitgenome.batch.batch import BatchOrder, begin, run_batch
+from bitgenome.batch.children import is_child
 from bitgenome.batch.config import load_batch
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError

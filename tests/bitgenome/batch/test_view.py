@@ -64,7 +64,7 @@ def test_what_an_earlier_process_had_come_to_is_not_where_a_run_stands(states: l
     state = states[0]
     directory = RunDirectory.create(state.run.config)
     directory.record["stage"] = {"name": "search", "since": time.time() - 60, "evaluations": 0}
-    directory.save()
+    directory.record.save()
     state.begin()
     assert not state.refresh() and state.stage is Stage.PREPARING
     with directory.stage("search"):

@@ -41,7 +41,7 @@ def run(runs: Runs, request: pytest.FixtureRequest) -> RunDirectory:
     name = request.node.name.replace("_", "-")
     directory = RunDirectory.create(load_config(runs.write(name, workers={"ray": "off"})))
     directory.record |= {"weights": 4000, "expected_evaluations": 24}
-    directory.save()
+    directory.record.save()
     return directory
 
 
@@ -117,7 +117,7 @@ def test_the_time_left_follows_the_rate_of_this_attempt(run: RunDirectory) -> No
         reader = RunReader(run.path)
         assert reader.read().seconds_left is None
         run.record["stage"]["since"] = time.time() - 10
-        run.save()
+        run.record.save()
         append(log, *(evaluation(n, 1.0) for n in range(8, 12)))
         found = reader.read()
         assert found.seconds_left == pytest.approx(12 * 10 / 4, rel=0.1)

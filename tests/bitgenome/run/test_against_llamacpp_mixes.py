@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.llamacpp_mixes import export_mix, importances
-from bitgenome.run.prepare import WINDOWS_FILE
+from bitgenome.common import layout
 from bitgenome.run.proof import prove
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
@@ -23,7 +23,7 @@ def test_a_file_loses_at_least_forty_percent_less_than_llama_cpps_mix_of_its_siz
     assert runs.call("run", runs.write("calibrated", **changes)).returncode == 0
     (calibration,) = set(calibrations.iterdir()) - before
     folder = ModelFolder(EMBEDDED)
-    windows = TokenWindows.load(runs.storage / "calibrated" / WINDOWS_FILE).windows["test"]
+    windows = TokenWindows.load(runs.storage / "calibrated" / layout.WINDOWS).windows["test"]
     theirs = runs.storage / f"{MIX}.gguf"
     size = export_mix(folder, MIX, importances(calibration), theirs)
     done = runs.call("run", runs.write(f"against-{MIX}", **changes, budget={"file_size": size}))
