@@ -1,4 +1,7 @@
-"""A budget is an exact integer of file bytes; every other unit lives only at its constructors."""
+"""Budgets as an exact number of file bytes, made from bits per weight, a compression ratio or a size.
+
+A budget is always an integer of bytes; the other units occur only in its constructors.
+"""
 
 import math
 import re
@@ -20,35 +23,45 @@ SIZE_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest file allowed, in bytes.
+    """A budget is the largest GGUF file allowed, in bytes.
 
-    Build one with a ``from_`` constructor: they refuse, with a ValueError that gives both bounds in the unit asked
-    for, a budget below the smallest or above the largest file of the space.
+    Build one with a ``from_`` constructor. They raise ValueError, with both bounds in the unit asked for, if the budget
+    is below the smallest or above the largest file of the space.
     """
 
     file_bytes: int
 
     @classmethod
     def from_bits_per_weight(cls, space: SearchSpace, bits: float) -> "Budget":
-        """``bits`` of the whole file over all weights, as SearchSpace.bits_per_weight counts them."""
+        """Return the budget of ``bits`` bits per weight: bits of the whole file over all weights of the model.
+
+        SearchSpace.bits_per_weight counts in the same way. Raises ValueError if ``bits`` is not finite or cannot be
+        met.
+        """
         scale = space.weights / 8
         return _checked(space, _floor(bits * scale), f"{bits:g} bits per weight", scale, "{:.4f} bits per weight")
 
     @classmethod
     def from_compression(cls, space: SearchSpace, ratio: float) -> "Budget":
-        """``ratio`` of file bytes to the bytes of the same weights at F16; 0.25 is four bits per weight."""
+        """Return the budget of ``ratio``: file bytes over the bytes of the same weights at F16.
+
+        A ratio of 0.25 is four bits per weight. Raises ValueError if ``ratio`` is not finite or cannot be met.
+        """
         scale = F16_BYTES * space.weights
         return _checked(space, _floor(ratio * scale), f"compression {ratio:g}", scale, "compression {:.4f}")
 
     @classmethod
     def from_size(cls, space: SearchSpace, size: int | str) -> "Budget":
-        """``size`` in bytes, or words such as "3.2 MiB", "4.5GB" (decimal) and "2GiB" (binary)."""
+        """Return the budget of ``size``: bytes, or a string such as "3.2 MiB", "2GiB" (binary) or "4.5GB" (decimal).
+
+        Raises ValueError if ``size`` is not a size or cannot be met.
+        """
         unit, suffix = _unit_of(size)
         return _checked(space, parse_size(size), f"size {size}", unit, "{:.4f} " + suffix if suffix else "{:.0f} bytes")
 
 
 def parse_size(size: int | str) -> int:
-    """Whole bytes of ``size``, rounded down. Raises ValueError if it is no size."""
+    """Return ``size`` in whole bytes, rounded down. Raises ValueError for a string that is not a size."""
     if isinstance(size, int):
         return size
     unit, _ = _unit_of(size)
@@ -58,7 +71,7 @@ def parse_size(size: int | str) -> int:
 
 
 def _unit_of(size: int | str) -> tuple[int, str]:
-    """Bytes of the unit of ``size`` and the unit as the user wrote it."""
+    """Return the bytes of the unit of ``size``, and the unit as the user wrote it ("" for bytes)."""
     if isinstance(size, int):
         return 1, ""
     match = SIZE_PATTERN.fullmatch(size)
@@ -70,13 +83,18 @@ def _unit_of(size: int | str) -> tuple[int, str]:
 
 
 def _floor(size: float) -> int:
+    """Round ``size`` down to whole bytes. Raises ValueError if it is not finite."""
     if not math.isfinite(size):
         raise ValueError(f"budget must be a finite number, found {size}")
     return math.floor(size + ROUNDING_BYTES)
 
 
 def _checked(space: SearchSpace, file_bytes: int, asked: str, scale: float, words: str) -> Budget:
-    """The budget, if the space can meet it. ``words`` renders bytes / ``scale``, the unit the user spoke in."""
+    """Return the budget of ``file_bytes``; raise ValueError if the space cannot meet it.
+
+    ``asked`` is the request in the user's words. For the message, ``words`` formats bytes / ``scale``, a figure in the
+    user's unit.
+    """
     smallest, largest = space.file_bytes(space.smallest()), space.file_bytes(space.largest())
     if smallest <= file_bytes <= largest:
         return Budget(file_bytes)
@@ -88,5 +106,5 @@ def _checked(space: SearchSpace, file_bytes: int, asked: str, scale: float, word
 
 
 def _rounded(value: float, direction: Callable[[float], int]) -> float:
-    """``value`` to four decimals, inwards, so that a bound that was printed is a bound that is accepted."""
+    """Round ``value`` to four decimals in ``direction``, inwards: a bound printed in a message is itself accepted."""
     return direction(value * 10**4) / 10**4

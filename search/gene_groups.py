@@ -1,4 +1,4 @@
-"""Genes tied by group: tensors of one group take the same format, and the chromosome is shorter."""
+"""Groups of genes: tensors of one group share a gene and take the same format, which makes the genome shorter."""
 
 import re
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ BLOCK = re.compile(r"^(.*?\.\d+)\.(.*)$")  # "model.layers.3", "mlp.up_proj.weig
 
 
 def kind_labels(space: SearchSpace) -> dict[str, str]:
-    """By tensor its name without the block: all ``mlp.up_proj`` of a model move together."""
+    """Map each tensor of a block to its name without the block: all ``mlp.up_proj`` of a model form one group."""
     return {t: match[2].removesuffix(".weight") for t in _tensors(space) if (match := BLOCK.match(t))}
 
 
 def layer_labels(space: SearchSpace) -> dict[str, str]:
-    """By tensor its block: a whole layer moves together."""
+    """Map each tensor of a block to the name of the block: all tensors of a layer form one group."""
     return {t: match[1] for t in _tensors(space) if (match := BLOCK.match(t))}
 
 
 def tied_genes(space: SearchSpace, labels: Mapping[str, str]) -> tuple[Gene, ...]:
-    """One gene for each label, in the order of first members; tensors without a label stay alone.
+    """Return one gene per label, in the order of their first members; a tensor without a label keeps its own gene.
 
-    Formats must be legal for all of a gene's tensors, so members of other formats (rows that 256 does not divide) make
-    a gene of their own.
+    ``labels`` maps tensor names to labels. The formats of a gene must be legal for all of its tensors, so members of a
+    group that have other formats (rows that 256 does not divide) form a gene of their own.
     """
     members: dict[tuple[str, tuple[str, ...]], list[Gene]] = {}
     for gene in space.genes:
@@ -36,6 +36,7 @@ def tied_genes(space: SearchSpace, labels: Mapping[str, str]) -> tuple[Gene, ...
 
 
 def _joined(genes: list[Gene], name: str) -> Gene:
+    """Return one gene of this name for all tensors of ``genes``, or the gene itself if there is only one."""
     if len(genes) == 1:
         return genes[0]
     tensors = tuple(tensor for gene in genes for tensor in gene.tensors)

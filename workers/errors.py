@@ -1,14 +1,14 @@
-"""What can go wrong where tasks run."""
+"""Errors of pools, clusters and jobs."""
 
 from bitgenome.common.errors import UserError
 
 
 class ClusterError(UserError):
-    """The Ray cluster cannot serve."""
+    """Raised if the Ray cluster cannot serve."""
 
 
 class TaskError(RuntimeError):
-    """A task failed by itself: running it again would fail again."""
+    """Raised if a task failed by itself: running it again would fail again."""
 
     def __init__(self, label: str, reason: str):
         super().__init__(f"{label} failed: {reason}")
@@ -20,8 +20,8 @@ class TaskError(RuntimeError):
 
 
 class WorkersLostError(RuntimeError):
-    """A task's worker was lost more often than the pool retries."""
+    """Raised if a task's worker was lost more often than the pool retries."""
 
 
 class JobError(UserError):
-    """A job of the cluster is not there, not in the state that was asked for, or not accepted."""
+    """Raised if a job of the cluster is not there, not in the state that was asked for, or not accepted."""

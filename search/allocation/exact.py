@@ -1,7 +1,7 @@
-"""Solvers over an additive table.
+"""Solvers of the allocation problem over an additive sensitivity table.
 
-The problem is the multiple-choice knapsack: for each gene one choice, the least total loss within the budget. A genetic
-search can at best tie these on the table itself; what it may earn beyond them is what the table does not know.
+The problem is the multiple-choice knapsack: one choice per gene, with the least total loss within the budget. A genetic
+search can at best equal these solvers on the table itself; it can gain only what the table does not know.
 """
 
 import logging
@@ -20,15 +20,18 @@ from search.types import Genome, SearchSpace
 
 logger = logging.getLogger(__name__)
 
-NODE_LIMIT = 20_000  # branch-and-bound nodes: meant to be met first, for it is the same on every machine
-TIME_LIMIT = 60.0  # seconds: a last resort, for it is not
+NODE_LIMIT = 20_000  # branch-and-bound nodes: meant to be reached first, because it is the same on every machine
+TIME_LIMIT = 60.0  # seconds: a last resort, because it is not
 OPTIMAL_GAP = 1e-6  # relative, below which a solution counts as optimal
 SOLVER_LOSS = 10.0  # total loss that HiGHS sees, far above its absolute tolerances of 1e-6
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A feasible genome, its additive loss, and how far above the proven lower bound that is (0.0: optimal)."""
+    """A solution is a feasible genome, its additive loss, and how far that is above the proven lower bound.
+
+    ``gap`` is relative to the loss of the Lagrangian genome; 0.0 is optimal.
+    """
 
     genome: Genome
     loss: float
@@ -36,16 +39,20 @@ class Solution:
 
 
 def greedy(space: SearchSpace, budget: Budget, table: SensitivityTable) -> Genome:
-    """From the smallest genome, the upgrade that gains most a byte, until nothing fits."""
+    """Return the genome reached from the smallest by the upgrades that gain most per byte, until nothing fits.
+
+    Raises ValueError if not even the smallest genome fits.
+    """
     return Repair(space, budget, table).fill(space.smallest())
 
 
 def lagrangian(space: SearchSpace, budget: Budget, table: SensitivityTable) -> Genome:
-    """Minimum of loss + multiplier * bytes for the least multiplier whose genome fits, then filled greedily.
+    """Return the minimum of loss + multiplier * bytes for the least multiplier whose genome fits, then filled greedily.
 
     Only the vertices of a gene's lower convex hull are minima for some multiplier, and the answer changes only at the
-    hulls' slopes. So the steps between vertices, steepest first, are all multipliers worth trying, and bisection over
-    their cumulated bytes finds the least that fits.
+    slopes of the hulls. The steps between vertices, steepest first, are therefore all multipliers worth trying, and
+    bisection over their cumulated bytes finds the least that fits. Raises ValueError if not even the smallest genome
+    fits.
     """
     repair = Repair(space, budget, table)
     start, steps = _hulls(repair.moves)
@@ -65,10 +72,11 @@ def exact(
     time_limit: float = TIME_LIMIT,
     node_limit: int = NODE_LIMIT,
 ) -> Solution:
-    """The optimum of the table within the budget, by mixed-integer programming (HiGHS).
+    """Return the optimum of the table within the budget, by mixed-integer programming (HiGHS).
 
-    Where a limit stops the proof, the better of the solver's best and the Lagrangian genome comes back with its gap,
-    and a warning says so.
+    ``time_limit`` is in seconds, ``node_limit`` in branch-and-bound nodes. If a limit stops the proof, the better of
+    the solver's best and the Lagrangian genome is returned with its gap, and a warning is logged. Raises ValueError if
+    not even the smallest genome fits.
     """
     moves = Repair(space, budget, table).moves
     fallback = lagrangian(space, budget, table)
@@ -88,7 +96,7 @@ def exact(
 
 
 def _hulls(moves: Moves) -> tuple[Genome, list[tuple[float, int, int, int]]]:
-    """The genome of least bytes, and every step (slope, bytes, gene, choice) along the genes' lower convex hulls."""
+    """Return the genome of least bytes, and every step (slope, bytes, gene, choice) along the lower convex hulls."""
     start, steps = [], []
     for gene, (size, loss) in enumerate(
         zip(np.split(moves.size, moves.offset[1:]), np.split(moves.loss, moves.offset[1:]), strict=True)
@@ -100,7 +108,7 @@ def _hulls(moves: Moves) -> tuple[Genome, list[tuple[float, int, int, int]]]:
             if not len(larger):
                 break
             slopes = (loss[larger] - loss[here]) / (size[larger] - size[here])
-            nearest = larger[np.lexsort((-size[larger], slopes))[0]]  # the farthest of equally steep ones
+            nearest = larger[np.lexsort((-size[larger], slopes))[0]]  # the farthest of equally steep vertices
             steps.append((float(slopes.min()), int(size[nearest] - size[here]), gene, int(nearest)))
             here = int(nearest)
     return tuple(start), steps
@@ -109,9 +117,12 @@ def _hulls(moves: Moves) -> tuple[Genome, list[tuple[float, int, int, int]]]:
 def _solve(
     space: SearchSpace, budget: Budget, moves: Moves, loss_unit: float, *, time_limit: float, node_limit: int
 ) -> OptimizeResult:
-    """min loss . x / loss_unit with one choice a gene and bytes in the budget; one binary x for each (gene, choice)."""
+    """Minimize loss . x / loss_unit with one choice per gene and bytes within the budget.
+
+    x holds one binary value for each (gene, choice). ``time_limit`` is in seconds.
+    """
     steps = moves.size - np.minimum.reduceat(moves.size, moves.offset)[moves.gene]
-    unit = gcd(*steps.tolist()) or 1  # integers as small as they can be
+    unit = gcd(*steps.tolist()) or 1  # makes the integers as small as possible
     room = (budget.file_bytes - moves.fixed_bytes - int((moves.size - steps)[moves.offset].sum())) // unit
     pairs = len(moves.gene)
     one_choice = csr_array((np.ones(pairs), (moves.gene, np.arange(pairs))), shape=(len(space.genes), pairs))

@@ -1,6 +1,6 @@
-"""Every (gene, choice) of a space in flat vectors, and the greedy step over them.
+"""Every (gene, choice) pair of a space in flat vectors, and the greedy steps over them.
 
-Shapes: G genes; P = all (gene, choice) pairs, in gene order.
+Shapes: G genes; P (gene, choice) pairs in all, in gene order.
 """
 
 import random
@@ -11,23 +11,24 @@ import numpy as np
 from search.allocation.sensitivity import SensitivityTable
 from search.types import Genome, SearchSpace
 
-LEAST_GAIN = 1e-9  # of the table's mean loss: lets bytes decide between moves that the table calls equal
+LEAST_GAIN = 1e-9  # share of the table's mean loss: lets bytes decide between moves that the table calls equal
 
 
 class _At(NamedTuple):
-    """Where a genome stands, for every pair: what it costs to look up for thousands of genomes a generation."""
+    """Holds, for every pair, where a genome stands: what is costly to look up for thousands of genomes a generation."""
 
     genome: Genome
-    here: np.ndarray  # (P,) pair that the pair's gene is at
-    added: np.ndarray  # (P,) bytes of the move
+    here: np.ndarray  # (P,) pair that the gene of each pair is at
+    added: np.ndarray  # (P,) bytes that each move adds
     file_bytes: int
 
 
 class Moves:
-    """Sizes and losses of all moves, where a move sets one gene to one choice.
+    """Holds the sizes and losses of all moves, where a move sets one gene to one choice.
 
-    Without a table every byte is worth the same, so that only chance and fit decide. Of the last two genomes it keeps
-    what it worked out: a genome is mostly asked about again, or moved on.
+    Without a table every byte is worth the same, so that only chance and fit decide. The results for the last two
+    genomes are cached, because a genome is mostly asked about again, or moved on. Raises ValueError if the table does
+    not fit the space.
     """
 
     def __init__(self, space: SearchSpace, table: SensitivityTable | None = None) -> None:
@@ -47,7 +48,7 @@ class Moves:
         self._least_gain = LEAST_GAIN * float(np.abs(self.loss).mean()) or LEAST_GAIN
 
     def pairs(self, genome: Genome) -> np.ndarray:
-        """(G,) pair that each gene of ``genome`` is at."""
+        """Return the pair that each gene of ``genome`` is at, (G,)."""
         return self.offset + np.asarray(genome)
 
     def _at(self, genome: Genome) -> _At:
@@ -64,35 +65,40 @@ class Moves:
         return found
 
     def file_bytes(self, genome: Genome) -> int:
+        """Return the size of the file of ``genome`` in bytes."""
         return self._at(genome).file_bytes
 
     def steps(self, genome: Genome) -> np.ndarray:
-        """(P,) choices that each move is up or down from ``genome``."""
+        """Return how many choices up or down from ``genome`` each move goes, (P,)."""
         steps: np.ndarray = self._pairs - self._at(genome).here
         return steps
 
     def predict(self, genome: Genome) -> float:
+        """Return the additive loss of ``genome``."""
         return float(self.loss[self.pairs(genome)].sum())
 
     def bytes_added(self, genome: Genome) -> np.ndarray:
-        """(P,) bytes that each move adds to ``genome``; not to be changed."""
+        """Return the bytes that each move adds to ``genome``, (P,); do not modify the array."""
         return self._at(genome).added
 
     def deltas(self, genome: Genome) -> tuple[np.ndarray, np.ndarray]:
-        """(P,) bytes and (P,) loss that each move adds to ``genome``; not to be changed."""
+        """Return the bytes and the loss that each move adds to ``genome``, both (P,); do not modify the bytes."""
         found = self._at(genome)
         return found.added, self.loss - self.loss[found.here]
 
     def noise(self, rng: random.Random | None, temperature: float) -> np.ndarray | float:
-        """(P,) log-normal factors around 1 that perturb a ranking; exactly 1 without ``rng``."""
+        """Return log-normal factors (P,) around 1 that perturb a ranking; exactly 1 without ``rng``.
+
+        ``temperature`` is the standard deviation of their logarithm.
+        """
         if rng is None:
             return 1.0
         return np.exp(temperature * np.random.default_rng(rng.getrandbits(64)).standard_normal(len(self.gene)))
 
     def downgrade(self, genome: Genome, excess: int, noise: np.ndarray | float) -> Genome:
-        """``genome`` after the smaller choice that loses least for each byte of ``excess`` (> 0) that it saves.
+        """Return ``genome`` after the smaller choice that loses least for each byte of ``excess`` (> 0) that it saves.
 
-        Bytes saved beyond the excess count for nothing, which keeps repairs small.
+        Bytes saved beyond the excess count for nothing, which keeps repairs small. ``noise`` multiplies the costs.
         """
         _, here, added, _ = self._at(genome)
         smaller = (added < 0).nonzero()[0]
@@ -102,7 +108,10 @@ class Moves:
         return self.apply(genome, int(smaller[np.argmin(cost)]))
 
     def upgrade(self, genome: Genome, slack: int, noise: np.ndarray | float) -> Genome | None:
-        """``genome`` after the larger choice within ``slack`` bytes that gains most a byte; None if none fits."""
+        """Return ``genome`` after the larger choice within ``slack`` bytes that gains most per byte; None if none fits.
+
+        ``noise`` multiplies the gains.
+        """
         _, here, added, _ = self._at(genome)
         fits = ((added > 0) & (added <= slack)).nonzero()[0]
         if not len(fits):
@@ -113,7 +122,7 @@ class Moves:
         return self.apply(genome, int(fits[np.argmax(gain)]))
 
     def apply(self, genome: Genome, pair: int) -> Genome:
-        """``genome`` with the gene of ``pair`` at its choice."""
+        """Return ``genome`` with the gene of ``pair`` set to the choice of ``pair``."""
         gene = int(self.gene[pair])
         moved = (*genome[:gene], int(self.choice[pair]), *genome[gene + 1 :])
         before = self._at(genome)

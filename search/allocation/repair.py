@@ -1,7 +1,7 @@
-"""Repair: the nearest good genome that keeps the budget and fills it.
+"""Repair of genomes: it finds the nearest good genome that keeps the budget and fills it.
 
-Four steps, each only where the one before was not enough: downgrade until the file fits, upgrade while something fits,
-exchange one upgrade for one downgrade, and at last the exact subset sum over all genes.
+There are four steps, each only where the one before was not enough: downgrade until the file fits, upgrade while
+something fits, exchange one upgrade for one downgrade, and finally the exact subset sum over all genes.
 """
 
 import random
@@ -14,12 +14,12 @@ from search.allocation.subset_sum import ReachableSizes
 from search.budget import Budget
 from search.types import Genome, SearchSpace
 
-TOLERANCE = 0.005  # of the budget: how far under it a genome may stay
-TEMPERATURE = 0.3  # of the log-normal noise on losses per byte; keeps equal proposals from one equal repair
+TOLERANCE = 0.005  # share of the budget by which a genome may stay below it
+TEMPERATURE = 0.3  # of the log-normal noise on losses per byte; lets equal proposals get different repairs
 
 
 class Repair:
-    """Makes any genome of ``space`` feasible: never over ``budget``, within 0.5 % under it if any genome is.
+    """A repair makes any genome of ``space`` feasible: never over ``budget``, within 0.5 % under it if any genome is.
 
     ``table`` decides what to give up and what to gain; without it every byte is worth the same. Raises ValueError if
     not even the smallest genome fits.
@@ -37,15 +37,18 @@ class Repair:
         self._reachable: ReachableSizes | None = None
 
     def slack(self, genome: Genome) -> int:
-        """Bytes left under the budget; negative if over it."""
+        """Return the bytes left under the budget; negative if ``genome`` is over it."""
         return self.budget.file_bytes - self.moves.file_bytes(genome)
 
     def is_tight(self, genome: Genome) -> bool:
-        """Whether ``genome`` keeps the budget and is within 0.5 % under it."""
+        """Return whether ``genome`` keeps the budget and is within 0.5 % under it."""
         return 0 <= self.slack(genome) <= self._slack_allowed
 
     def __call__(self, genome: Genome, rng: random.Random) -> Genome:
-        """A feasible genome close to ``genome``, which itself comes back if it is feasible and tight."""
+        """Return a feasible genome close to ``genome``, or ``genome`` itself if it is feasible and tight.
+
+        Raises ValueError if it does not belong to the space.
+        """
         values = np.asarray(genome)
         if values.shape != self._most.shape or ((values < 0) | (values > self._most)).any():
             self.space.check(genome)
@@ -62,14 +65,14 @@ class Repair:
         return genome
 
     def fill(self, genome: Genome, rng: random.Random | None = None) -> Genome:
-        """A feasible ``genome``, upgraded until nothing fits any more; deterministic without ``rng``."""
+        """Return a feasible ``genome``, upgraded until nothing more fits; deterministic without ``rng``."""
         noise = self.moves.noise(rng, TEMPERATURE)
         while (larger := self.moves.upgrade(genome, self.slack(genome), noise)) is not None:
             genome = larger
         return genome
 
     def _exchange(self, genome: Genome, rng: random.Random) -> Genome | None:
-        """``genome`` made tight by one upgrade and one downgrade of different genes, if two such are found."""
+        """Return ``genome`` made tight by one upgrade and one downgrade of different genes; None if none are found."""
         added, loss = self.moves.deltas(genome)
         slack = self.slack(genome)
         ups, downs = np.flatnonzero(added > 0), np.flatnonzero(added < 0)
@@ -88,7 +91,7 @@ class Repair:
         return self.moves.apply(self.moves.apply(genome, int(up[best])), int(partner[best]))
 
     def _subset_sum(self, genome: Genome, rng: random.Random) -> Genome | None:
-        """A tight genome by the exact subset sum; None if the space has none."""
+        """Return a tight genome found by the exact subset sum; None if the space has none."""
         capacity = self.budget.file_bytes - self.moves.fixed_bytes
         if self._reachable is None:
             self._reachable = ReachableSizes(self.space.sizes(), capacity)

@@ -1,4 +1,4 @@
-"""The genomes a search starts from, and is never allowed to end worse than."""
+"""Seed genomes, which a search starts from and is never allowed to end worse than."""
 
 from collections.abc import Sequence
 
@@ -11,29 +11,35 @@ from search.types import Gene, Genome, SearchSpace
 
 
 def pure_uniform(space: SearchSpace, budget: Budget) -> dict[str, Genome]:
-    """By level ("W3"), smallest first: every gene at that level, where the file is not over the budget.
+    """Return the genomes with every gene at one level, by level ("W3"), smallest first, that are within the budget.
 
-    A gene without the level takes its next larger one, as llama.cpp does for rows that do not divide into blocks, or
-    its largest. These may leave much of the budget unused.
+    A gene without the level takes its next larger format, as llama.cpp does for rows that do not divide into blocks, or
+    else its largest. These genomes may leave much of the budget unused.
     """
     genomes = _all_uniform(space)
     return {level: genome for level, genome in genomes.items() if space.file_bytes(genome) <= budget.file_bytes}
 
 
 def nearest_uniform(space: SearchSpace, budget: Budget) -> Genome:
-    """The genome with every gene at one level, as in pure_uniform, whose file is nearest to the budget, or over it."""
+    """Return the genome with every gene at one level, as in pure_uniform, whose file is nearest to the budget.
+
+    The file may be over the budget.
+    """
     return min(_all_uniform(space).values(), key=lambda genome: abs(space.file_bytes(genome) - budget.file_bytes))
 
 
 def uniform(space: SearchSpace, budget: Budget, table: SensitivityTable | None = None) -> Genome:
-    """The largest uniform level that fits, filled to the budget: by gain a byte in ``table``, or in gene order."""
+    """Return the largest uniform level that fits, filled to the budget.
+
+    It is filled by gain per byte in ``table``, or in gene order without one.
+    """
     levels = pure_uniform(space, budget)
     base = list(levels.values())[-1] if levels else space.smallest()
     return Repair(space, budget, table).fill(base)
 
 
 def seed_genomes(space: SearchSpace, budget: Budget, tables: Sequence[SensitivityTable] = ()) -> dict[str, Genome]:
-    """Named full genomes for the first generation: uniform, then greedy, Lagrangian and exact by each table.
+    """Return named genomes for the first generation: exact, Lagrangian and greedy by each table, then uniform.
 
     Different names may hold the same genome. The exact one of the first table is the strongest known start.
     """
@@ -44,23 +50,24 @@ def seed_genomes(space: SearchSpace, budget: Budget, tables: Sequence[Sensitivit
 
 
 def reference_genomes(space: SearchSpace, budget: Budget, seeds: dict[str, Genome]) -> dict[str, Genome]:
-    """``seeds`` and the pure uniform genomes that fit: what choose_winner holds the winner against."""
+    """Return ``seeds`` and the pure uniform genomes that fit, with which choose_winner compares the winner."""
     return seeds | {f"uniform {level}": genome for level, genome in pure_uniform(space, budget).items()}
 
 
 def _all_uniform(space: SearchSpace) -> dict[str, Genome]:
+    """Return the genome of every level in the space, by level, smallest first."""
     found = {quant_format.level for gene in space.genes for quant_format in gene.formats}
     levels = sorted(found, key=lambda level: (_bits(level), level))
     return {level: tuple(_choice_at(gene, level) for gene in space.genes) for level in levels}
 
 
 def _bits(level: str) -> float:
-    """Bits per weight of the level's own type."""
+    """Return the bits per weight of the level's own type."""
     return FORMATS[LEVEL_FORMATS[level]].bits_per_weight
 
 
 def _choice_at(gene: Gene, level: str) -> int:
-    """The choice of ``gene`` at ``level``, else the first with at least its bits, else the largest."""
+    """Return the choice of ``gene`` at ``level``, else the first with at least its bits, else the largest."""
     if level in (levels := [quant_format.level for quant_format in gene.formats]):
         return levels.index(level)
     enough = (c for c, quant_format in enumerate(gene.formats) if quant_format.bits_per_weight >= _bits(level))

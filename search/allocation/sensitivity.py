@@ -1,4 +1,4 @@
-"""Sensitivities: what each gene costs at each choice while every other gene stays at full precision.
+"""Sensitivity tables: what each gene costs at each choice while every other gene stays at full precision.
 
 The sum over genes predicts a whole genome well (rank correlation 0.99 with the true KL at 2.5 bits and more), so these
 tables seed the search, guide its repairs and give the exact solvers their objective.
@@ -18,7 +18,7 @@ PLACE_FIELDS = ("gene", "choice", "format")
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Additive loss: ``loss[g][c]`` is what gene g at choice c adds, in the unit of ``measure``."""
+    """A table holds additive losses: ``loss[g][c]`` is what gene g at choice c adds, in the unit of ``measure``."""
 
     measure: str
     loss: tuple[np.ndarray, ...]  # by gene: float64 (choices,)
@@ -27,12 +27,13 @@ class SensitivityTable:
     def from_records(
         cls, space: SearchSpace, records: Iterable[Mapping[str, Any]], measure: str = "kl", smooth: bool = True
     ) -> "SensitivityTable":
-        """The table of one ``measure`` out of records with the fields PLACE_FIELDS and measures.
+        """Build the table of one ``measure`` from records with the fields PLACE_FIELDS and measures.
 
-        A pandas DataFrame goes in as ``frame.to_dict("records")``. ``smooth`` replaces each gene's losses by their
+        A pandas DataFrame is passed as ``frame.to_dict("records")``. ``smooth`` replaces each gene's losses by their
         non-increasing least-squares fit (isotonic regression) over sizes: a larger type of a tensor does not lose more
-        than a smaller one, except by the noise of little text, and an allocator would chase exactly that noise. Where a
-        larger type truly is worse the fit makes the two equal, and every solver then takes the smaller.
+        than a smaller one, except by the noise of a short text, and an allocator would chase exactly that noise. Where
+        a larger type truly is worse, the fit makes the two equal, and every solver then takes the smaller.
+
         Raises ValueError for unknown measures, genes or formats, and for records missing, repeated or not finite.
         """
         records = list(records)
@@ -54,15 +55,15 @@ class SensitivityTable:
         return cls(measure, tuple(loss))
 
     def predict(self, genome: Genome) -> float:
-        """Loss of ``genome`` if the genes did not interact."""
+        """Return the loss that ``genome`` would have if genes did not interact."""
         return float(sum(values[choice] for values, choice in zip(self.loss, genome, strict=True)))
 
     def from_least(self) -> "SensitivityTable":
-        """Every gene's losses counted from its least: the same order of genomes, and no loss below 0."""
+        """Return the table with each gene's losses counted from its least: same order of genomes, no loss below 0."""
         return SensitivityTable(self.measure, tuple(values - values.min() for values in self.loss))
 
     def check(self, space: SearchSpace) -> None:
-        """Raises ValueError unless the table has one loss for every gene and choice of ``space``."""
+        """Raise ValueError unless the table has one loss for every gene and choice of ``space``."""
         found, expected = [len(v) for v in self.loss], [len(g.formats) for g in space.genes]
         if found != expected:
             raise ValueError(
@@ -72,7 +73,7 @@ class SensitivityTable:
 
 
 def _locate(space: SearchSpace, position: Mapping[str, int], record: Mapping[str, Any]) -> tuple[int, int]:
-    """Gene and choice of a record. Raises ValueError if the space has no such choice."""
+    """Return the gene and choice of a record. Raises ValueError if the space has no such choice."""
     name, choice = record["gene"], int(record["choice"])
     if name not in position:
         raise ValueError(f"sensitivity of gene {name!r}, which the space does not have")
@@ -84,5 +85,6 @@ def _locate(space: SearchSpace, position: Mapping[str, int], record: Mapping[str
 
 
 def _non_increasing(values: np.ndarray) -> np.ndarray:
+    """Return the non-increasing least-squares fit of ``values`` (choices,)."""
     fitted: np.ndarray = isotonic_regression(values, increasing=False).x
     return fitted

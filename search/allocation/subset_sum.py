@@ -1,4 +1,4 @@
-"""Which file sizes a space can reach: the multiple-choice subset sum, as bits of one big integer."""
+"""The file sizes that a space can reach: a multiple-choice subset sum, kept as bits of one big integer."""
 
 import random
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ import numpy as np
 
 from search.types import Genome
 
-MAX_BITS = 1 << 18  # units of the largest size kept apart; milliseconds and some 20 MB for 600 genes
+MAX_BITS = 1 << 18  # most units that the capacity is counted in; milliseconds and some 20 MB for 600 genes
 
 
 class ReachableSizes:
-    """Sizes that some genome has, up to ``capacity`` bytes.
+    """Holds the sizes, up to ``capacity`` bytes, that some genome has.
 
-    ``sizes`` holds bytes by gene and choice. Counting is in units of the greatest common divisor of all steps, hence
-    exact, unless that gives more than MAX_BITS units; then steps are rounded up to coarser units, so that what is found
-    still fits, but a size within (genes x unit) of a window's end may be missed.
+    ``sizes`` holds the bytes of each gene at each choice. Sizes are counted in units of the greatest common divisor of
+    all steps, hence exactly, unless that gives more than MAX_BITS units. Steps are then rounded up to coarser units:
+    what is found still fits, but a size within (genes x unit) of the end of a window may be missed.
     """
 
     def __init__(self, sizes: Sequence[np.ndarray], capacity: int) -> None:
@@ -35,7 +35,10 @@ class ReachableSizes:
             self._prefix.append(reached & mask)
 
     def find(self, low: int, near: Genome, rng: random.Random) -> Genome | None:
-        """A genome of ``low`` bytes to the capacity, the largest there, that keeps genes of ``near`` where it can."""
+        """Return the largest genome from ``low`` bytes to the capacity; None if there is none.
+
+        It keeps the choices of ``near`` where it can; ``rng`` breaks ties.
+        """
         target = self._prefix[-1].bit_length() - 1
         if target * self._unit < low - self._base:
             return None

@@ -1,7 +1,7 @@
-"""evaluations.jsonl: every evaluation of a run, one line each, appended and never rewritten.
+"""The archive of a run, evaluations.jsonl: one line per evaluation, appended and never rewritten.
 
-In memory there is only where each of them stands, and the best: a search of 100,000 evaluations needs hardly more than
-one of a hundred.
+Only the offset of each evaluation and the best ones are kept in memory: a search of 100,000 evaluations needs hardly
+more than one of a hundred.
 """
 
 import json
@@ -15,29 +15,29 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import cut_torn_tail, disk_errors, sync_folder
 from search.types import Evaluation, Fidelity, Genome, fingerprint, rank
 
-MOST_BEST = 16  # evaluations of a fidelity that are kept in order
+MOST_BEST = 16  # best evaluations of each fidelity that are kept in memory, in order
 
 
 class EvaluationLog:
-    """The archive of evaluations, found by (genome, fidelity), on disk in the order they came.
+    """An evaluation log keeps evaluations on disk in the order they came, and finds them by (genome, fidelity).
 
-    ``before_write`` is called in front of every line, and keeps it from being written by raising.
+    ``before_write`` is called before every line, and prevents the write by raising.
 
-    Opening repairs a torn last line (what a killed process or a power cut leaves) by cutting it off, and raises
+    Opening repairs a torn last line (as a killed process or a power cut leaves it) by cutting it off, and raises
     ValueError for any other line that is no evaluation. ``answered`` counts genomes that needed no evaluation because
-    they were here: whoever looks up before evaluating adds to it.
+    they were in the log; callers that look up before evaluating add to it.
     """
 
     def __init__(self, path: Path | str, before_write: Callable[[], None] = lambda: None) -> None:
         self.path = Path(path)
         self.answered = 0
         self._before_write = before_write
-        self._places: dict[Fidelity, dict[bytes, int]] = defaultdict(dict)  # byte of the file, by fingerprint
+        self._places: dict[Fidelity, dict[bytes, int]] = defaultdict(dict)  # byte offset in the file, by fingerprint
         self._best: dict[Fidelity, list[Evaluation]] = defaultdict(list)
         self._genomes: dict[str, set[bytes]] = defaultdict(set)  # fingerprints by split
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_tail(self.path)
-        self._stream = self.path.open("ab", buffering=0)  # a line that found no room is not tried again
+        self._stream = self.path.open("ab", buffering=0)  # a line that a full disk refused is not retried
         self._reader = self.path.open("rb")
         self._load()
         sync_folder(self.path.parent)
@@ -46,7 +46,7 @@ class EvaluationLog:
         return sum(map(len, self._places.values()))
 
     def __iter__(self) -> Iterator[Evaluation]:
-        """Evaluations, oldest first, read from the file."""
+        """Yield the evaluations, oldest first, read from the file."""
         for _, line in self._lines():
             yield Evaluation.from_json(json.loads(line))
 
@@ -55,6 +55,7 @@ class EvaluationLog:
         return fidelity in self._places and fingerprint(genome) in self._places[fidelity]
 
     def get(self, genome: Genome, fidelity: Fidelity) -> Evaluation | None:
+        """Return the evaluation of ``genome`` at ``fidelity``, read from the file; None if there is none."""
         if (genome, fidelity) not in self:
             return None
         self._reader.seek(self._places[fidelity][fingerprint(genome)])
@@ -62,25 +63,25 @@ class EvaluationLog:
 
     @property
     def fidelities(self) -> list[Fidelity]:
-        """In the order of their first evaluations."""
+        """Fidelities in the log, in the order of their first evaluations."""
         return list(self._places)
 
     def at(self, fidelity: Fidelity) -> Iterator[Evaluation]:
-        """Every evaluation of ``fidelity``, oldest first, read from the file."""
+        """Yield all evaluations of ``fidelity``, oldest first, read from the file."""
         return (evaluation for evaluation in self if evaluation.fidelity == fidelity)
 
     def best(self, fidelity: Fidelity, count: int) -> list[Evaluation]:
-        """The ``count`` best of ``fidelity``, at most MOST_BEST, best first."""
+        """Return the ``count`` best evaluations of ``fidelity``, at most MOST_BEST, best first."""
         return self._best[fidelity][: min(count, MOST_BEST)]
 
     def genomes(self, split: str) -> int:
-        """How many genomes have been evaluated on ``split``."""
+        """Return how many genomes have been evaluated on ``split``."""
         return len(self._genomes[split])
 
     def append(self, evaluation: Evaluation) -> None:
         """Write one line, which survives the death of this process; ``sync`` makes it survive a power cut.
 
-        Raises ValueError if the genome already has a line at this fidelity.
+        Raises ValueError if the genome already has a line at this fidelity, StorageError if the disk cannot take it.
         """
         if (evaluation.genome, evaluation.fidelity) in self:
             raise ValueError(f"genome {evaluation.genome} is already in {self.path} at {evaluation.fidelity}")
@@ -93,16 +94,17 @@ class EvaluationLog:
         self._take(evaluation, place)
 
     def sync(self) -> None:
-        """fsync what was appended, once a batch."""
+        """Flush appended lines to the disk with fsync; called once per batch. Raises StorageError if that fails."""
         with disk_errors(self.path):
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._stream.close()
         self._reader.close()
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines of the file, each with the byte that it begins at."""
+        """Yield the lines of the file, each with the offset of its first byte."""
         place = 0
         with self.path.open("rb") as stream:
             for line in stream:

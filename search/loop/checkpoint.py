@@ -1,7 +1,8 @@
-"""checkpoint.json: the state of a search, and the digest of the configuration that it belongs to.
+"""The checkpoint of a search, checkpoint.json: its state, and the digest of the configuration that it belongs to.
 
-What the strategy was told only grows: it stands in a file of its own, a line a batch, and the checkpoint says how much
-of it counts. Both are written as a search goes on, the checkpoint last, at a cost that does not grow with the search.
+What the strategy was told only grows. It is kept in a file of its own, one line per batch, and the checkpoint says how
+much of it counts. Both are written while a search goes on, the checkpoint last, at a cost that does not grow with the
+search.
 """
 
 import json
@@ -16,18 +17,21 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json, disk_errors, sync_folder
 
 SCHEMA_VERSION = 3
-READABLE_VERSIONS = (2, SCHEMA_VERSION)  # in 2, what was told stood in the checkpoint itself
+READABLE_VERSIONS = (2, SCHEMA_VERSION)  # version 2 keeps what was told in the checkpoint itself
 
 
 class ToldFile:
-    """Batches that a strategy was told, one JSON line each; what is behind ``bytes`` does not count."""
+    """Stores the batches that a strategy was told, one JSON line each; what follows the first ``bytes`` is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.batches = self.bytes = 0
 
     def extend(self, since: int, batches: list[Any]) -> None:
-        """Write ``batches`` behind the first ``since``, which must be all there are, or 0 to begin again."""
+        """Write ``batches`` after the first ``since``, which must be all there are, or 0 to start over.
+
+        Raises ValueError for another ``since``, and StorageError if the disk cannot be written.
+        """
         if since not in (0, self.batches):
             raise ValueError(f"expected batches from number {self.batches} on, found them from {since} on")
         self.batches, self.bytes = (since, self.bytes) if since else (0, 0)
@@ -44,7 +48,7 @@ class ToldFile:
         self.batches += len(batches)
 
     def read(self, batches: int, size: int) -> list[Any]:
-        """The first ``batches``, of ``size`` bytes. Raises UserError if they are not there."""
+        """Return the first ``batches`` batches, of ``size`` bytes together. Raises UserError if they are not there."""
         data = b""
         if self.path.is_file():
             with self.path.open("rb") as stream:
@@ -58,18 +62,20 @@ class ToldFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint file of one configuration, and the file beside it with what its strategy was told."""
+    """A checkpoint holds the state of one configuration's search, and a file beside it what its strategy was told."""
 
     path: Path
     digest: str  # of everything that decides the course of the search: configuration, bank, text
 
     @cached_property
     def told(self) -> ToldFile:
+        """The file of the batches that the strategy was told."""
         return ToldFile(self.path.with_name(f"{self.path.stem}-told.jsonl"))
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the file atomically. ``state`` is JSON-serializable; its ``strategy`` holds, of what was told, the
-        batches that are not in the file yet, or all.
+        """Replace the checkpoint file atomically by ``state``, which is JSON-serializable.
+
+        Its ``strategy`` holds, of the batches told, those that are not in their file yet, or all.
         """
         state = dict(state)
         if strategy := state.get("strategy"):
@@ -80,9 +86,9 @@ class Checkpoint:
         atomic_write_json(self.path, record, indent=None)
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state; None where there is no file yet.
+        """Return the saved state; None if there is no file yet.
 
-        Raises ValueError for a file of another configuration or schema version, or that is no checkpoint.
+        Raises ValueError for a file of another configuration or schema version, or one that is no checkpoint.
         """
         if not self.path.exists():
             return None

@@ -1,8 +1,8 @@
-"""The text of a search: rungs of ever more of it, and all of it drawn anew as generations pass.
+"""The ladder of a search: rungs of ever more text, all of it drawn anew as generations pass.
 
-Successive halving (Jamieson and Talwalkar, arXiv 1502.07943; EvoPress, arXiv 2410.14649, uses it for genomes): all new
-genomes read little text, the better share of them more, and only who stands on the last rung can become a parent.
-Unlike both, a genome that the text so far cannot tell from the last one promoted is promoted too.
+This is successive halving (Jamieson and Talwalkar, arXiv 1502.07943; EvoPress, arXiv 2410.14649, uses it for genomes):
+all new genomes read little text, the better share of them reads more, and only those on the last rung can become
+parents. Unlike both, a genome that the text so far cannot distinguish from the last one promoted is promoted too.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,17 @@ import numpy as np
 from search.loop.paired import paired_difference
 from search.types import Evaluation, Fidelity, Genome, rank
 
-DOUBTFUL_SHARE = 0.25  # of those promoted by rank: the most that are promoted for doubt
+DOUBTFUL_SHARE = 0.25  # most genomes promoted because of doubt, as a share of those promoted by rank
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """``rungs`` in tokens, rising; a rung of 0 tokens ranks by the table of reconstruction errors and reads no text.
+    """A ladder says how much text each rung reads, and what share of the genomes goes on to the next rung.
 
-    ``promotion`` is the share that goes on to the next rung. Every ``refresh`` generations (0: never) the text of all
-    rungs is another random order of the split's windows, by ``seed``: two seeds read different text.
+    ``rungs`` are in tokens, rising; a rung of 0 tokens reads no text and ranks by the table of reconstruction errors.
+    ``promotion`` is the share that goes on. Every ``refresh`` generations (0: never) all rungs take another random
+    order of the split's windows, drawn with ``seed``: two seeds read different text. Raises ValueError for rungs that
+    do not rise, and for a promotion that is not between 0 and 1.
     """
 
     rungs: tuple[int, ...]
@@ -39,21 +41,23 @@ class Ladder:
             raise ValueError(f"expected a promotion between 0 and 1, found {self.promotion}")
 
     def fidelities(self, generation: int) -> tuple[Fidelity, ...]:
-        """One for each rung, all of one draw, so that each reads a part of what the next one does."""
+        """Return one fidelity per rung, all of one draw, so that each rung reads a prefix of the next one's text."""
         draw = self._draw(generation)
         return tuple(Fidelity(self.split, tokens, draw if tokens else 0) for tokens in self.rungs)
 
     def turns_to_new_text(self, generation: int) -> bool:
+        """Return whether ``generation`` reads another draw than the generation before it."""
         return generation > 0 and self._draw(generation) != self._draw(generation - 1)
 
     def counts(self, genomes: int) -> list[int]:
-        """Evaluations at each rung of so many genomes, without those promoted for doubt."""
+        """Return the evaluations at each rung for ``genomes`` new genomes, without those promoted because of doubt."""
         found = [genomes]
         for _ in self.rungs[1:]:
             found.append(ceil(self.promotion * found[-1]))
         return found
 
     def _draw(self, generation: int) -> int:
+        """Return the number of the draw that ``generation`` reads; 0 is the split's own order."""
         if not self.refresh:
             return 0
         words = np.random.SeedSequence([self.seed, generation // self.refresh]).generate_state(1)
@@ -61,10 +65,11 @@ class Ladder:
 
 
 def promoted(found: Sequence[Evaluation], share: float) -> list[Genome]:
-    """Who goes on to the next rung, in the order of ``found``, evaluations of one fidelity: at least one.
+    """Return the genomes that go on to the next rung, at least one, in the order of ``found``.
 
-    The best ``share``, and after it those whose KL exceeds that of the last of these by no more than its paired margin,
-    best first, up to a quarter as many again. A loss that is not finite stays where it is, unless all are.
+    ``found`` are evaluations of one fidelity. The best ``share`` goes on, and after it those whose KL exceeds that of
+    the last of these by no more than its paired margin, best first, up to a quarter as many again. A genome whose loss
+    is not finite does not go on, unless none has a finite loss.
     """
     ranked = sorted(found, key=rank)
     ranked = [evaluation for evaluation in ranked if isfinite(evaluation.loss)] or ranked[:1]
@@ -76,7 +81,7 @@ def promoted(found: Sequence[Evaluation], share: float) -> list[Genome]:
 
 
 def _in_doubt(evaluation: Evaluation, threshold: Evaluation) -> bool:
-    """Whether ``evaluation`` may be better than ``threshold``, as far as its text can tell. Without text: no."""
+    """Return whether ``evaluation`` may be better than ``threshold``, as far as its text can tell; no without text."""
     if not evaluation.tokens:
         return False
     difference = paired_difference(evaluation, threshold)

@@ -1,12 +1,13 @@
-"""How far a loss, or the difference of two, is known from the text it was read on.
+"""Standard errors of a KL, and of the difference of two, over the windows of text that they were measured on.
 
 A KL is a mean over n windows of text, x_1 .. x_n, and windows are nearly independent samples of all text:
 
     mean = sum_i x_i / n        standard error = sqrt(sum_i (x_i - mean)^2 / (n (n - 1)))
 
-Two genomes read on the same windows share what makes a window hard, so their difference is taken window by window,
-x_i = a_i - b_i, and is known many times better than either KL. Few windows also estimate their own spread badly: what
-is meant to hold in a given share of cases takes Student's t with n - 1 degrees of freedom in place of the normal.
+Two genomes measured on the same windows share what makes a window hard. Their difference is therefore taken window by
+window, x_i = a_i - b_i, and is known many times better than either KL. Few windows also estimate their own spread
+badly, so intervals that are meant to hold in a given share of cases use Student's t with n - 1 degrees of freedom
+instead of the normal.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ ONE_SIGMA = float(norm.cdf(1) - norm.cdf(-1))  # 0.683: the confidence of one st
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over windows of text, in nats per token, and its standard error: infinite for a single window."""
+    """An estimate is a mean over windows of text, in nats per token, with its standard error.
+
+    The standard error is infinite for a single window.
+    """
 
     mean: float
     standard_error: float
@@ -30,22 +34,26 @@ class Estimate:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Estimate":
-        """Mean of independent ``values`` (n,), at least one."""
+        """Return the mean of independent ``values`` (n,), at least one, with its standard error."""
         n = len(values)
         error = float(values.std(ddof=1)) / sqrt(n) if n > 1 else inf
         return cls(float(values.mean()), error, n)
 
     def margin(self, confidence: float = ONE_SIGMA) -> float:
-        """Half of the interval that holds the mean over all text with ``confidence``: t_{n-1} standard errors."""
+        """Return half of the interval that holds the mean over all text with ``confidence``: t_{n-1} standard errors.
+
+        It is infinite for fewer than two windows.
+        """
         if self.windows < 2:
             return inf
         return float(t.ppf((1 + confidence) / 2, self.windows - 1)) * self.standard_error
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
-    """KL of ``a`` less that of ``b`` over the windows that both have read: the shorter is a part of the longer.
+    """Return the KL of ``a`` less that of ``b`` over the windows that both have read.
 
-    Raises ValueError for evaluations of different text, or without KL by window.
+    The shorter text is a prefix of the longer. Raises ValueError for evaluations of different text, or without KL by
+    window.
     """
     if (a.split, a.draw) != (b.split, b.draw):
         raise ValueError(f"expected two evaluations of the same text, found {a.fidelity} and {b.fidelity}")
@@ -54,7 +62,7 @@ def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
 
 
 def _windows(evaluation: Evaluation) -> np.ndarray:
-    """(n,) KL by window."""
+    """Return the KL of each window, (n,). Raises ValueError if the evaluation has none."""
     if not evaluation.window_kl:
         raise ValueError(f"expected an evaluation with its KL by window, found none at {evaluation.fidelity}")
     return np.array(evaluation.window_kl)

@@ -1,8 +1,8 @@
 """The search loop: ask the strategy, evaluate up the ladder, tell the strategy, write a checkpoint.
 
-A run killed at any point and started again makes the same evaluations and ends the same: the checkpoint holds the
-strategy before or after a whole batch, so that it asks for the same genomes again, and the log holds what of them was
-already evaluated.
+A run that is killed at any point and started again makes the same evaluations and ends the same. The checkpoint holds
+the strategy before or after a whole batch, so that it asks for the same genomes again, and the log holds those of their
+evaluations that were already made.
 """
 
 import math
@@ -21,7 +21,7 @@ Evaluate = Callable[[Sequence[Genome], Fidelity], Iterator[Evaluation]]  # each 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search stands after a batch."""
+    """Says where a search stands after a batch."""
 
     generation: int  # batches told
     genomes: int  # in the log
@@ -40,9 +40,11 @@ def run_search(
     checkpoint: Checkpoint,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Run ``strategy`` to its end, from ``checkpoint`` where there is one; the best evaluation of the last text.
+    """Run ``strategy`` to its end and return the best evaluation of the last text.
 
-    ``on_progress`` hears of every batch before it is checkpointed: of one batch again if the run dies in between.
+    It continues from ``checkpoint`` if that has a state, and takes from ``log`` the evaluations that are already there.
+    ``on_progress`` is called after every batch, before it is checkpointed, so again for one batch if the run dies in
+    between.
 
     Raises ValueError if ``evaluate`` leaves out a genome or answers one twice, or if no genome has a finite loss.
     """
@@ -74,7 +76,7 @@ def climb(
     evaluate: Evaluate,
     log: EvaluationLog,
 ) -> dict[Genome, Evaluation]:
-    """Every genome with its evaluation on the highest rung it reached; incumbents go to the last at once."""
+    """Return each genome's evaluation on the highest rung it reached; incumbents go straight to the last rung."""
     *lower, last = ladder.fidelities(generation)
     found: list[Evaluation] = []
     standing = list(genomes)
@@ -87,7 +89,7 @@ def climb(
 
 
 def with_table_rung(evaluate: Evaluate, space: SearchSpace, table: SensitivityTable) -> Evaluate:
-    """``evaluate``, with fidelities of 0 tokens answered from ``table``: only the loss is known then."""
+    """Return ``evaluate`` with fidelities of 0 tokens answered from ``table``: those evaluations know only the loss."""
 
     def answer(genomes: Sequence[Genome], fidelity: Fidelity) -> Iterator[Evaluation]:
         if fidelity.tokens:
@@ -103,9 +105,10 @@ def with_table_rung(evaluate: Evaluate, space: SearchSpace, table: SensitivityTa
 def evaluate_missing(
     genomes: Sequence[Genome], fidelity: Fidelity, evaluate: Evaluate, log: EvaluationLog
 ) -> list[Evaluation]:
-    """Evaluations of ``genomes`` in their order, from ``log`` where it has them; the others are appended as they come.
+    """Return the evaluations of ``genomes`` in their order, from ``log`` if it has them.
 
-    Raises ValueError if ``evaluate`` leaves out a genome or answers one twice.
+    The others are appended to ``log`` as they come. Raises ValueError if ``evaluate`` leaves out a genome or answers
+    one twice.
     """
     known = {genome: log.get(genome, fidelity) for genome in genomes}
     missing = [genome for genome, evaluation in known.items() if evaluation is None]
@@ -125,7 +128,7 @@ def evaluate_missing(
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The lowest finite loss. Raises ValueError if none is finite."""
+    """Return the evaluation with the lowest finite loss. Raises ValueError if none is finite."""
     best = min(evaluations, key=rank, default=None)
     if best is None or not math.isfinite(best.loss):
         raise ValueError("none of the evaluated genomes has a finite loss: nothing can be chosen")

@@ -10,8 +10,10 @@ from search.strategies.settings import DEFAULTS, GeneticSettings
 
 
 class GeneGroups(Section):
-    """Tensors that take the same format: ``kind`` across layers, ``layer`` across kinds, or ``count`` groups of tensors
-    whose outputs share information. A shorter genome is searched faster, and less finely.
+    """Settings of which tensors take the same format; a shorter genome is searched faster, and less finely.
+
+    ``by`` groups by ``kind`` across layers, by ``layer`` across kinds, or into ``count`` groups of tensors whose
+    outputs share information.
     """
 
     by: Literal["none", "kind", "layer", "mutual_information"] = "none"
@@ -20,6 +22,7 @@ class GeneGroups(Section):
 
     @model_validator(mode="after")
     def complete(self) -> Self:
+        """Raise ValueError unless ``count`` is given exactly when grouping by mutual information."""
         if (self.by == "mutual_information") != (self.count is not None):
             raise ValueError(
                 f"expected count with by: mutual_information and with nothing else, found by: {self.by} and "
@@ -29,7 +32,7 @@ class GeneGroups(Section):
 
 
 class SearchSettings(GeneticSettings):
-    """``population * generations`` is the number of evaluations of every strategy but ``exact``."""
+    """Settings of a search; every strategy but ``exact`` makes ``population * generations`` evaluations."""
 
     population: Annotated[int, Field(ge=4)] = DEFAULTS.population
     strategy: Literal["genetic", "optuna", "exact", "random"] = "genetic"
@@ -46,6 +49,7 @@ class SearchSettings(GeneticSettings):
 
     @model_validator(mode="after")
     def one_text(self) -> Self:
+        """Raise ValueError for a ``refresh`` with Optuna, which ranks all its trials together."""
         if self.refresh and self.strategy == "optuna":
             raise ValueError(
                 f"expected refresh 0 with strategy optuna, which ranks all its trials together, found {self.refresh}"
@@ -53,9 +57,9 @@ class SearchSettings(GeneticSettings):
         return self
 
     def text_ladder(self, tokens: int, window: int) -> Ladder:
-        """Return the rungs in a pool of ``tokens`` tokens of text, read in windows of ``window``.
+        """Return the ladder in a pool of ``tokens`` tokens of text, read in windows of ``window`` tokens.
 
-        Raises ValueError for rungs that do not fit it.
+        Raises ValueError for rungs that do not fit the pool, or that leave ``refresh`` no other text to draw.
         """
         rungs = self.ladder or (tokens,)
         if self.ladder and (rungs[-1] > tokens or any(0 < rung < window for rung in rungs)):

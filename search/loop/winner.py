@@ -1,4 +1,4 @@
-"""The genome that ships, chosen on text that the search never saw, and the front of all that was evaluated."""
+"""Choice of the genome that ships, on text that the search never saw, and the Pareto front of all evaluations."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,10 +17,10 @@ PARETO_FIELDS = ("file_bytes", "loss", "split", "tokens", "draw", "genome")
 
 @dataclass(frozen=True)
 class Winner:
-    """The evaluation that ships, and all that it was chosen from, by validation loss, best first.
+    """A winner is the evaluation that ships, with all finalists it was chosen from, by validation loss, best first.
 
-    ``lead`` is its KL less that of ``reference``, the best of the references on validation text, if that is another
-    genome; ``ties`` counts the other finalists whose KL is within one standard error of the winner's, paired.
+    ``lead`` is its KL less that of ``reference``, the best of the references on validation text; None if that is the
+    winner itself. ``ties`` counts the other finalists whose KL is within one standard error of the winner's, paired.
     """
 
     evaluation: Evaluation
@@ -39,12 +39,12 @@ def choose_winner(
     references: Mapping[str, Genome],
     keep: int = 8,
 ) -> Winner:
-    """The lowest validation loss among the search's best (``search_best``) and all ``references``, at least one.
+    """Return the lowest validation loss among the search's best (``search_best``) and all ``references``, at least one.
 
-    With the seeds as references (search.allocation.seeds.reference_genomes) the winner is never worse on validation
-    text than uniform, greedy and exact genomes. Where finalists tie within the noise of that text the lowest mean is
-    still the best guess; ``ties`` tells how many do. Equal losses go to the smaller file. Raises ValueError if none is
-    finite.
+    ``validation`` is the text to compare them on; ``keep`` is passed to search_best. With the seeds as references
+    (search.allocation.seeds.reference_genomes) the winner is never worse on validation text than uniform, greedy and
+    exact genomes. If finalists tie within the noise of that text, the lowest mean is still the best guess; ``ties``
+    tells how many do. Equal losses go to the smaller file. Raises ValueError if no loss is finite.
     """
     genomes = list(dict.fromkeys([*search_best(log, ladder, keep), *references.values()]))
     finalists = sorted(evaluate_missing(genomes, validation, evaluate, log), key=rank)
@@ -56,17 +56,20 @@ def choose_winner(
 
 
 def search_best(log: EvaluationLog, ladder: Ladder, keep: int) -> list[Genome]:
-    """The ``keep`` best on the last rung's present text, and the best one of each of the ``keep`` texts before it."""
+    """Return the ``keep`` best genomes on the last rung's present text, and the best one of each earlier text.
+
+    Only the latest ``keep`` earlier texts count.
+    """
     *former, present = [f for f in log.fidelities if (f.split, f.tokens) == (ladder.split, ladder.rungs[-1])]
     best = nsmallest(keep, log.at(present), key=rank) + [log.best(text, 1)[0] for text in former[-keep:]]
     return list(dict.fromkeys(evaluation.genome for evaluation in best))
 
 
 def pareto_records(evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
-    """For pareto.json: the fields PARETO_FIELDS and ``front`` of every evaluation on text, smallest file first.
+    """Return the records of pareto.json: the fields PARETO_FIELDS and ``front`` for every evaluation on text.
 
-    ``front`` says that no evaluation of the same fidelity has a lower loss in as few bytes. Losses that are not finite
-    are left out.
+    They are sorted by file size, smallest first. ``front`` says that no evaluation of the same fidelity has a lower
+    loss in as few bytes. Losses that are not finite are left out.
     """
     finite = [evaluation for evaluation in evaluations if evaluation.tokens and math.isfinite(evaluation.loss)]
     least: dict[Fidelity, float] = {}
@@ -81,7 +84,7 @@ def pareto_records(evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _ties(evaluation: Evaluation, winner: Evaluation) -> bool:
-    """Whether validation text leaves open which of the two has the lower KL."""
+    """Return whether validation text leaves open which of the two has the lower KL."""
     if not math.isfinite(evaluation.loss):
         return False
     difference = paired_difference(evaluation, winner)

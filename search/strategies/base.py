@@ -1,4 +1,7 @@
-"""What every strategy shares: the ask/tell protocol, novelty and JSON state. A strategy adds only what to try next."""
+"""The base class of strategies: the ask/tell protocol, novelty and JSON state.
+
+A strategy adds only what to try next.
+"""
 
 import random
 from abc import ABC, abstractmethod
@@ -17,51 +20,51 @@ NOVELTY_TRIES = 40  # candidates drawn before the space counts as having no new 
 
 
 class BatchStrategy(ABC):
-    """Asks for one batch, waits for all its results, and never proposes a genome twice.
+    """A batch strategy asks for one batch, waits for all its results, and never proposes a genome twice.
 
-    The batch is made by the first ``ask`` and kept until ``tell``: asking again gives it again, and so does a strategy
-    restored from state_dict.
+    The first ``ask`` makes the batch, and later ones repeat it until ``tell``; so does a strategy restored from
+    state_dict.
     """
 
-    looks_back = 0  # evaluations with a loss on text, the latest, that proposals need
+    looks_back = 0  # number of latest evaluations with a loss on text that proposals need
 
     def __init__(self, repair: Repair, seed: int) -> None:
         self.repair = repair
         self.space = repair.space
         self.rng = random.Random(seed)
-        self.told: list[Batch] = []  # the latest; of earlier ones there are only numbers
-        self.batches = self.evaluations = 0  # told in all
+        self.told: list[Batch] = []  # the latest batches; of earlier ones only the counts below remain
+        self.batches = self.evaluations = 0  # counts of all that were told
         self._batch: list[Genome] | None = None
-        self._seen: set[bytes] = set()  # fingerprints, told or in the batch
+        self._seen: set[bytes] = set()  # fingerprints of all genomes told or in the batch
 
     @property
     @abstractmethod
     def expected_evaluations(self) -> int:
-        """Genomes that the whole run will ask for; fewer if the space runs out of new ones."""
+        """Number of genomes that the whole run will ask for; fewer if the space runs out of new ones."""
 
     @abstractmethod
     def _propose(self) -> list[Genome]:
-        """The next batch of new feasible genomes; [] to finish."""
+        """Return the next batch of new feasible genomes; [] to finish."""
 
     @abstractmethod
     def _learn(self, batch: Batch) -> None:
-        """Take in the losses of a batch. Called for every batch again when a state is loaded."""
+        """Take in the losses of a batch; when a state is loaded this is called again for every batch."""
 
     def ask(self) -> list[Genome]:
-        """Feasible genomes to evaluate next; [] when finished. The same ones again until ``tell``."""
+        """Return feasible genomes to evaluate next; [] when finished. Returns the same ones again until ``tell``."""
         if self._batch is None:
             self._batch = self._propose()
         return list(self._batch)
 
     @property
     def incumbents(self) -> list[Genome]:
-        """Told genomes that newcomers have to beat; [] for a strategy that compares none."""
+        """Genomes told before that new ones have to beat; [] for a strategy that compares none."""
         return []
 
     def tell(self, evaluations: Sequence[Evaluation], rescored: Sequence[Evaluation] = ()) -> None:
-        """Results for the last ``ask``, in its order; on new text also the incumbents', in theirs.
+        """Take in the results for the last ``ask``, in its order; on new text also those of the incumbents, in theirs.
 
-        Raises ValueError if nothing was asked, if these are other genomes, or if they did not read one text.
+        Raises ValueError if nothing was asked, if these are other genomes, or if they did not all read one text.
         """
         if not self._batch:
             raise ValueError("tell without a batch: ask first, and tell every batch once")
@@ -82,9 +85,9 @@ class BatchStrategy(ABC):
         return {}
 
     def state_dict(self, since: int = 0) -> dict[str, Any]:
-        """JSON-serializable state, with the random state; of what was told, only the batches from ``since`` on.
+        """Return the JSON-serializable state, random state included.
 
-        Raises ValueError if one of those was forgotten.
+        Of the batches told it holds only those from ``since`` on. Raises ValueError if one of those was forgotten.
         """
         forgotten = self.batches - len(self.told)
         if since < forgotten:
@@ -98,7 +101,7 @@ class BatchStrategy(ABC):
         }
 
     def forget(self, batches: int) -> None:
-        """Let go of the first ``batches`` told, which are on file; the last one and what proposals look at stay."""
+        """Drop the first ``batches`` told, which are on file, except the last one and those that proposals look at."""
         kept = looked_at = 0
         while kept < len(self.told) and (kept == 0 or looked_at < self.looks_back):
             kept += 1
@@ -107,7 +110,7 @@ class BatchStrategy(ABC):
         self.told = self.told[max(0, len(self.told) - kept) :]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where a whole ``state_dict`` was taken. Raises ValueError for another strategy's state."""
+        """Continue exactly where a complete ``state_dict`` was taken. Raises ValueError for one of another strategy."""
         self._check_name(state)
         self._reset()
         for batch in self._batches_of(state):
@@ -117,13 +120,14 @@ class BatchStrategy(ABC):
         self._mark(self._batch or ())
 
     def _reset(self) -> None:
-        """Forget everything told; the random state stays."""
+        """Forget everything told, but keep the random state."""
         self.told = []
         self.batches = self.evaluations = 0
         self._batch = None
         self._seen = set()
 
     def _take(self, batch: Batch) -> None:
+        """Record a batch of results and learn from it."""
         self.told.append(batch)
         self.batches += 1
         self.evaluations += len(batch)
@@ -140,6 +144,7 @@ class BatchStrategy(ABC):
         return [[Scored.from_json(record) for record in batch] for batch in state["told"]]
 
     def _check_text(self, found: Sequence[Fidelity], rescored: Sequence[Genome]) -> None:
+        """Raise ValueError unless all results read one text and ``rescored`` are the incumbents if that text is new."""
         texts = {(fidelity.split, fidelity.draw) for fidelity in found}
         if len(texts) != 1:
             raise ValueError(f"losses of different text are never ranked together: expected one text, found {texts}")
@@ -151,35 +156,35 @@ class BatchStrategy(ABC):
             )
 
     def _feasible(self, genome: Genome) -> Genome:
-        """``genome`` repaired to the budget, then filled to the brim."""
+        """Return ``genome`` repaired to the budget, then upgraded until nothing more fits."""
         return self.repair.fill(self.repair(genome, self.rng), self.rng)
 
     def _is_new(self, genome: Genome) -> bool:
-        """Whether ``genome`` was never proposed; from now on it is."""
+        """Return whether ``genome`` was never proposed before, and mark it as proposed."""
         if (key := fingerprint(genome)) in self._seen:
             return False
         self._seen.add(key)
         return True
 
     def _mark(self, genomes: Iterable[Genome]) -> None:
-        """From now on ``genomes`` are not new."""
+        """Mark ``genomes`` as proposed."""
         self._seen.update(map(fingerprint, genomes))
 
     def _unmark(self, genomes: Iterable[Genome]) -> None:
-        """``genomes`` may be proposed again."""
+        """Allow ``genomes`` to be proposed again."""
         self._seen.difference_update(map(fingerprint, genomes))
 
     def _new(self, make: Callable[[], Genome], tries: int = NOVELTY_TRIES) -> Genome | None:
-        """The first genome of ``make`` that was never proposed; None after ``tries``."""
+        """Return the first genome of ``make`` that was never proposed; None after ``tries`` calls."""
         return next((genome for genome in (make() for _ in range(tries)) if self._is_new(genome)), None)
 
     def _new_ones(self, make: Callable[[], Genome], count: int) -> list[Genome]:
-        """``count`` genomes of ``make`` never proposed before; fewer once it seems to have no more."""
+        """Return ``count`` genomes of ``make`` that were never proposed; fewer once it seems to have no more."""
         found: list[Genome] = []
         while len(found) < count and (genome := self._new(make)) is not None:
             found.append(genome)
         return found
 
     def _random(self) -> Genome:
-        """A feasible genome close to one with every gene drawn on its own."""
+        """Return a feasible genome close to one whose genes are drawn independently."""
         return self._feasible(tuple(self.rng.randrange(len(gene.formats)) for gene in self.space.genes))

@@ -1,4 +1,4 @@
-"""Strategies by the names that a configuration uses."""
+"""Construction of strategies by the names that a configuration uses."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ STRATEGIES: dict[str, Any] = {
     "optuna": OptunaSettings,
     "exact": SolverSettings,
     "random": RandomSettings,
-}  # the settings of each
+}  # name: class of its settings
 
 
 def make_strategy(
@@ -34,11 +34,14 @@ def make_strategy(
     journal: Path | None = None,
     prior: Sequence[float] | None = None,
 ) -> Strategy:
-    """The strategy ``name``: genetic, optuna, exact or random.
+    """Return the strategy called ``name``: genetic, optuna, exact or random.
 
-    ``tables`` are sensitivities, the most trusted first: it guides repairs. ``seeds`` default to seed_genomes of them.
-    ``settings`` is the strategy's own dataclass (its defaults if None); ``journal`` a file for optuna-dashboard;
-    ``prior`` (G,) biases the genetic strategy's swaps.
+    - ``tables`` are sensitivity tables, the most trusted first; the first one guides repairs.
+    - ``seeds`` are named genomes to start from, by default seed_genomes of the tables.
+    - ``settings`` are the strategy's own settings (its defaults if None).
+    - ``journal`` is a file for optuna-dashboard.
+    - ``prior`` (G,), one value per gene, biases the genetic strategy's swaps.
+
     Raises ValueError for an unknown name, or for settings of another strategy.
     """
     if name not in STRATEGIES:

@@ -1,9 +1,10 @@
-"""The genetic search, on DEAP's operators.
+"""The genetic search, built on DEAP's operators.
 
-What it may gain over its seeds lies close to them: the exact solutions are optimal but for noise and interactions, so
-most offspring are one to three swaps away from a good parent, at equal size (after EvoPress, arXiv 2410.14649).
+What it may gain over its seeds lies close to them: the exact solutions are optimal but for noise and interactions. Most
+offspring are therefore one to three swaps away from a good parent, at equal size (after EvoPress, arXiv 2410.14649).
 Unlike EvoPress it recombines: parents improved by different swaps often pass both on. Of several offspring bred for
-each place only the most promising is evaluated (screening.py), for an evaluation costs a thousand times more.
+each slot of a generation only the most promising is evaluated (screening.py), because an evaluation costs a thousand
+times more than breeding.
 """
 
 import random
@@ -26,9 +27,9 @@ from search.types import Genome, Scored
 
 MOST_SWAPS = 3  # swaps of one mutation, drawn from 1 to this
 MOST_MUTATED = 4  # genes of one random-gene mutation, drawn from 1 to this
-MOST_BIAS = 8.0  # no gene is more or less likely than this times the average: what a prior thinks can be wrong
-MOST_BRED = 1024  # offspring of a generation: breeding takes the driver's time, and the last thousands change little
-PARTNERS = 8  # partners of a swap looked at, of which the one that wastes least is taken
+MOST_BIAS = 8.0  # most that a prior may favour or disfavour a gene, as a factor of the average: a prior can be wrong
+MOST_BRED = 1024  # offspring bred per generation: breeding takes the driver's time, and thousands more change little
+PARTNERS = 8  # candidate partners of a swap, of which the one that wastes fewest bytes is taken
 CROSSOVERS: dict[str, Callable[..., Any]] = {
     "one_point": tools.cxOnePoint,
     "two_point": tools.cxTwoPoint,
@@ -37,11 +38,13 @@ CROSSOVERS: dict[str, Callable[..., Any]] = {
 
 
 class Fitness(base.Fitness):
+    """Ranks individuals for DEAP by the tokens of the rung they reached, then by their loss."""
+
     weights = (1.0, -1.0)  # the rung reached comes first; the loss is minimized
 
 
 class Individual(list[int]):
-    """A genome that DEAP's operators may change in place."""
+    """An individual is a genome that DEAP's operators may change in place."""
 
     def __init__(self, genome: Sequence[int], scored: Scored | None = None) -> None:
         super().__init__(genome)
@@ -50,7 +53,10 @@ class Individual(list[int]):
 
 @contextmanager
 def global_random(rng: random.Random) -> Iterator[random.Random]:
-    """DEAP draws from the global random, which is ``rng`` here; everybody else then gets their state back."""
+    """Make ``rng`` the global random generator, which DEAP draws from, and restore the global state at the end.
+
+    Yields the global generator; ``rng`` continues where it stopped.
+    """
     saved = random.getstate()
     random.setstate(rng.getstate())
     try:
@@ -61,7 +67,10 @@ def global_random(rng: random.Random) -> Iterator[random.Random]:
 
 
 class GeneticStrategy(BatchStrategy):
-    """Elites, tournament selection, crossover and size-preserving swaps; every child repaired, filled and new."""
+    """Breeds generations with elites, tournament selection, crossover and size-preserving swaps.
+
+    Every child is repaired to the budget, filled, and new.
+    """
 
     looks_back = MOST
 
@@ -73,8 +82,10 @@ class GeneticStrategy(BatchStrategy):
         settings: GeneticSettings | None = None,
         prior: Sequence[float] | None = None,
     ) -> None:
-        """``prior`` (G,), positive: how much likelier than others a gene is to be raised in a swap, and how much less
-        likely to be the one that pays.
+        """Set up the search from the genomes of ``seeds``.
+
+        ``prior`` (G,), positive, is how much likelier than others a gene is to be raised in a swap, and how much less
+        likely to be the one that pays. Raises ValueError for another shape or other values.
         """
         self.settings = settings or GeneticSettings()
         super().__init__(repair, self.settings.seed)
@@ -100,7 +111,10 @@ class GeneticStrategy(BatchStrategy):
 
     @property
     def diagnostics(self) -> dict[str, Any]:
-        """Rank correlation and coverage of the surrogate's predictions, and whether they chose the offspring."""
+        """Rank correlation and coverage of the surrogate's predictions, and whether they chose the offspring.
+
+        {} if the last batch was not predicted.
+        """
         score = self._screening.latest
         if score is None:
             return {}
@@ -119,13 +133,13 @@ class GeneticStrategy(BatchStrategy):
 
     @property
     def incumbents(self) -> list[Genome]:
-        """The elites."""
+        """The elites, best first."""
         return [tuple(parent) for parent in self._parents[: self.settings.elites]]
 
     def _learn(self, batch: Batch) -> None:
-        """Parents of the next generation: the elites of the run, then the best of this generation.
+        """Choose the parents of the next generation: the elites of the run, then the best of this generation.
 
-        Incumbents come in a batch again only on new text; parents without a loss on it are then forgotten.
+        A batch contains the incumbents only on new text; parents without a loss on that text are then forgotten.
         """
         self._screening.learn(batch)
         newcomers = [Individual(scored.genome, scored) for scored in batch]
@@ -141,7 +155,7 @@ class GeneticStrategy(BatchStrategy):
         return batch + self._new_ones(self._random, self.settings.population - len(batch))
 
     def _founders(self) -> list[Genome]:
-        """Seeds, then their swap neighbours in half of the places left; the rest is left to random genomes."""
+        """Return the seeds, and swap neighbours of them for half of the slots left; random genomes take the rest."""
         size = self.settings.population
         founders = list(dict.fromkeys(self.repair(seed, self.rng) for seed in self._seeds))[:size]
         self._mark(founders)
@@ -153,7 +167,7 @@ class GeneticStrategy(BatchStrategy):
         return founders
 
     def _generation(self) -> list[Genome]:
-        """Offspring for all places but the immigrants', the most promising of each brood."""
+        """Return offspring for all slots but the immigrants', the most promising ones of a larger brood."""
         places = self.settings.population - self.settings.immigrants
         with self._drawing_globally():
             brood = self._new_ones(self._breed, places * max(1, min(self.settings.brood, MOST_BRED // max(1, places))))
@@ -164,7 +178,7 @@ class GeneticStrategy(BatchStrategy):
 
     @contextmanager
     def _drawing_globally(self) -> Iterator[None]:
-        """Meanwhile ``rng`` is the global random, which DEAP's operators draw from."""
+        """Make ``self.rng`` the global random generator, which DEAP's operators draw from, while the context lasts."""
         own = self.rng
         try:
             with global_random(own) as self.rng:
@@ -173,9 +187,9 @@ class GeneticStrategy(BatchStrategy):
             self.rng = own
 
     def _breed(self) -> Genome:
-        """One offspring: parents by tournament, perhaps mated, then changed by at least one operator.
+        """Return one offspring: parents by tournament, perhaps crossed, then changed by at least one operator.
 
-        ``rng`` is the global random here, as DEAP's operators draw from that.
+        ``self.rng`` is the global random generator here, because DEAP's operators draw from that.
         """
         child, mate = (Individual(parent) for parent in self.toolbox.select(self._parents, 2))
         if mated := random.random() < self.settings.crossover_rate and child != mate:
@@ -188,17 +202,18 @@ class GeneticStrategy(BatchStrategy):
         return self._finish(child)
 
     def _finish(self, child: Sequence[int], change: Callable[[Genome], Genome] | None = None) -> Genome:
-        """``child``, changed, repaired to the budget and filled to the brim."""
+        """Return ``child`` after ``change``, repaired to the budget and upgraded until nothing more fits."""
         genome = tuple(child) if change is None else change(tuple(child))
         return self._feasible(genome)
 
     def _swap(self, genome: Genome) -> Genome:
-        """One to three times: a random gene a step up, and another a step down that pays for it."""
+        """Swap one to three times: raise a random gene a step, and lower another a step to pay for it."""
         for _ in range(self.rng.randint(1, MOST_SWAPS)):
             genome = self._swap_once(genome)
         return genome
 
     def _swap_once(self, genome: Genome) -> Genome:
+        """Swap once; return the genome unchanged if no gene can be raised."""
         moves = self.repair.moves
         steps = moves.steps(genome)
         ups = (steps == 1).nonzero()[0]
@@ -210,12 +225,12 @@ class GeneticStrategy(BatchStrategy):
         saved = -moves.bytes_added(genome)
         enough = ((steps == -1) & (saved >= excess) & (moves.gene != moves.gene[up])).nonzero()[0]
         if excess <= 0 or not len(enough):
-            return larger  # it fits, or takes more than one gene to pay for: repair's work
+            return larger  # either it fits, or one gene cannot pay for it: left to the repair
         partners = self._draw(enough.tolist(), min(PARTNERS, len(enough)), -1)
         return moves.apply(larger, min(partners, key=lambda pair: int(saved[pair])))
 
     def _draw(self, pairs: list[int], count: int, power: int) -> list[int]:
-        """``count`` different pairs; with a prior their chances go by its ``power`` (Efraimidis and Spirakis 2006)."""
+        """Draw ``count`` different pairs; with a prior, weighted by its ``power`` (Efraimidis and Spirakis 2006)."""
         if self._prior is None:
             return self.rng.sample(pairs, count)
         weights = self._prior[self.repair.moves.gene[pairs]] ** power
@@ -223,7 +238,7 @@ class GeneticStrategy(BatchStrategy):
         return [pairs[i] for i in sorted(range(len(pairs)), key=keys.__getitem__, reverse=True)[:count]]
 
     def _mutate(self, genome: Genome) -> Genome:
-        """One to four random genes to random choices."""
+        """Set one to four random genes to random choices."""
         changed = list(genome)
         for gene in self.rng.sample(range(len(genome)), min(self.rng.randint(1, MOST_MUTATED), len(genome))):
             changed[gene] = self.rng.randrange(len(self.space.genes[gene].formats))
@@ -231,7 +246,10 @@ class GeneticStrategy(BatchStrategy):
 
 
 def checked_prior(prior: Sequence[float] | None, genes: int) -> np.ndarray | None:
-    """(G,) or None. Raises ValueError unless there is one finite positive value for each gene."""
+    """Return ``prior`` (G,) scaled to a mean of 1 and clipped to MOST_BIAS in both directions; None for None.
+
+    Raises ValueError unless there is one finite positive value per gene.
+    """
     if prior is None:
         return None
     values = np.asarray(prior, dtype=np.float64)

@@ -1,8 +1,8 @@
-"""Optuna's tree-structured Parzen estimator as a baseline, by ask and tell.
+"""Optuna's tree-structured Parzen estimator (TPE) as a baseline, through ask and tell.
 
-TPE offers its random state only as a Python object, so the sampler works on a study in memory, which a resumed run
-rebuilds by replaying every batch from the seed (25 to 45 ms a trial). What was told is mirrored to a journal file,
-where optuna-dashboard finds it under the study's name.
+TPE offers its random state only as a Python object, so the sampler works on an in-memory study, which a resumed run
+rebuilds by replaying every batch from the seed (25 to 45 ms per trial). Results are also copied to a journal file,
+where optuna-dashboard finds them under the study's name.
 """
 
 import math
@@ -25,12 +25,14 @@ from search.strategies.settings import OptunaSettings
 from search.types import Fidelity, Genome
 
 STUDY_NAME = "bitgenome"
-PROPOSAL_TRIES = 5  # proposals whose repair is already known, before a random genome takes the place
+PROPOSAL_TRIES = 5  # proposals whose repaired genome is already known, before a random genome is used instead
 
 
 class OptunaStrategy(BatchStrategy):
-    """One integer for each gene. A proposal is repaired; its loss goes to the proposal's trial, which carries the
-    repaired genome as user attribute "genome"."""
+    """Samples one integer per gene with TPE, and repairs each proposal to the budget.
+
+    The loss goes to the trial of the proposal, which carries the repaired genome as user attribute "genome".
+    """
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class OptunaStrategy(BatchStrategy):
         settings: OptunaSettings | None = None,
         journal: Path | None = None,
     ) -> None:
+        """Start from the genomes of ``seeds``; copy trials to the file ``journal``, if there is one."""
         self.settings = settings or OptunaSettings()
         super().__init__(repair, self.settings.seed)
         self._seeds = tuple(dict.fromkeys(seeds.values()))
@@ -52,7 +55,7 @@ class OptunaStrategy(BatchStrategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Rebuild the sampler by asking and telling every batch again from the seed.
 
-        Raises ValueError if that does not give the genomes of ``state``: it belongs to another space, budget or seed.
+        Raises ValueError if that does not reproduce ``state``: it belongs to another strategy, space, budget or seed.
         """
         self._check_name(state)
         self._start()
@@ -65,7 +68,7 @@ class OptunaStrategy(BatchStrategy):
             raise ValueError("replaying the optuna search from its seed did not reach the saved random state")
 
     def _start(self) -> None:
-        """An empty study that holds the seeds in its queue."""
+        """Create an empty study with the seeds in its queue."""
         self._reset()
         self.rng = random.Random(self.settings.seed)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -74,11 +77,12 @@ class OptunaStrategy(BatchStrategy):
         self._distributions: dict[str, BaseDistribution] = {
             gene.name: IntDistribution(0, len(gene.formats) - 1) for gene in self.space.genes
         }
-        self._trials: list[Trial] = []  # of the batch, in its order
+        self._trials: list[Trial] = []  # trials of the batch, in its order
         for seed in self._seeds:
             self._study.enqueue_trial(self._params(seed))
 
     def _expect(self, genomes: list[Genome]) -> None:
+        """Raise ValueError unless the next ``ask`` returns ``genomes``."""
         if self.ask() != genomes:
             raise ValueError(
                 "replaying the optuna search from its seed gave other genomes than the saved state: "
@@ -92,7 +96,7 @@ class OptunaStrategy(BatchStrategy):
         return [genome for _, genome in asked]
 
     def _new_trial(self) -> tuple[Trial, Genome] | None:
-        """A trial and its repaired genome, never proposed before; None if the space has no new one."""
+        """Return a trial and its repaired genome, never proposed before; None if the space has no new one."""
         for _ in range(PROPOSAL_TRIES):
             trial = self._study.ask(self._distributions)
             genome = self._feasible(tuple(trial.params[gene.name] for gene in self.space.genes))
@@ -110,13 +114,17 @@ class OptunaStrategy(BatchStrategy):
         return trial, genome
 
     def _check_text(self, found: Sequence[Fidelity], rescored: Sequence[Genome]) -> None:
+        """Raise ValueError as the base class does, and for another draw of text than before."""
         super()._check_text(found, rescored)
         first = next((s.fidelity for batch in self.told[-1:] for s in batch if s.fidelity.tokens), found[0])
         if found[0].draw != first.draw:
             raise ValueError(f"the estimator ranks all trials together: expected draw {first.draw}, found {found[0]}")
 
     def _learn(self, batch: Batch) -> None:
-        """A genome that did not reach the last rung is a pruned trial: TPE ranks it by its rung, then by its loss."""
+        """Tell the study the losses; a genome that did not reach the last rung is a pruned trial.
+
+        TPE ranks pruned trials by their rung, then by their loss.
+        """
         last = max(scored.fidelity.tokens for scored in batch)
         for trial, scored in zip(self._trials, batch, strict=True):
             if not math.isfinite(scored.loss):
@@ -130,7 +138,7 @@ class OptunaStrategy(BatchStrategy):
             self._mirror(self._journal)
 
     def _mirror(self, journal: Path) -> None:
-        """Add to the study on disk the trials that it does not have yet."""
+        """Append to the study on disk the trials that it does not have yet."""
         cut_torn_tail(journal)
         study = optuna.create_study(
             study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(journal))), load_if_exists=True

@@ -1,4 +1,4 @@
-"""Repaired random genomes: the baseline that a search has to beat."""
+"""Random search over repaired genomes, the baseline that every other search has to beat."""
 
 from search.allocation.repair import Repair
 from search.strategies.base import Batch, BatchStrategy
@@ -7,7 +7,7 @@ from search.types import Genome
 
 
 class RandomStrategy(BatchStrategy):
-    """Draws every gene on its own, then repairs."""
+    """Draws every gene independently, then repairs the genome to the budget."""
 
     def __init__(self, repair: Repair, settings: RandomSettings | None = None) -> None:
         self.settings = settings or RandomSettings()
@@ -18,7 +18,7 @@ class RandomStrategy(BatchStrategy):
         return self.settings.evaluations
 
     def _learn(self, batch: Batch) -> None:
-        """Nothing: what is asked does not depend on losses."""
+        """Do nothing: what is asked does not depend on losses."""
 
     def _propose(self) -> list[Genome]:
         count = min(self.settings.batch_size, self.settings.evaluations - self.evaluations)

@@ -1,4 +1,4 @@
-"""Settings of the strategies."""
+"""Settings of the search strategies."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -11,8 +11,9 @@ from bitgenome.common.section import Section
 class GeneticSettings(Section):
     """Settings of the genetic strategy: every generation proposes ``population`` new genomes.
 
-    Rates are probabilities for one offspring; a child that no operator changed is swapped. ``elites`` are the best of
-    the whole run, kept as parents; ``immigrants`` are places of each generation for repaired random genomes.
+    Rates are probabilities per offspring; a child that no operator changed is swapped. ``elites`` is the number of best
+    genomes of the whole run that are kept as parents. ``immigrants`` is the number of repaired random genomes in each
+    generation.
     """
 
     population: int = Field(20, ge=1)
@@ -31,13 +32,14 @@ class GeneticSettings(Section):
 
     @model_validator(mode="after")
     def room(self) -> Self:
+        """Raise ValueError unless there are fewer immigrants than the population."""
         if self.immigrants >= self.population:
             raise ValueError(f"expected immigrants below population ({self.population}), found {self.immigrants}")
         return self
 
     @property
     def evaluations(self) -> int:
-        """Genomes that the whole search asks for."""
+        """Number of genomes that the whole search asks for."""
         return self.population * self.generations
 
 
@@ -46,7 +48,7 @@ DEFAULTS = GeneticSettings()
 
 @dataclass(frozen=True)
 class RandomSettings:
-    """Settings of the random strategy; batches do not depend on how many workers evaluate them."""
+    """Settings of the random strategy; its batches do not depend on how many workers evaluate them."""
 
     evaluations: int = DEFAULTS.evaluations
     batch_size: int = DEFAULTS.population
@@ -55,15 +57,16 @@ class RandomSettings:
 
 @dataclass(frozen=True)
 class OptunaSettings(RandomSettings):
-    """Settings of Optuna's estimator, which takes over from random draws after ``startup`` trials."""
+    """Settings of Optuna's TPE, which takes over from random draws after ``startup`` trials."""
 
     startup: int = 20
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """Settings of the exact strategy: ``alternatives`` genomes solve tables perturbed by log-normal noise of
-    ``spread``.
+    """Settings of the exact strategy: how many alternatives to solve for, and how far from the tables.
+
+    Each of the ``alternatives`` genomes solves a table perturbed by log-normal noise of ``spread``.
     """
 
     alternatives: int = 8

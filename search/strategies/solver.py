@@ -1,4 +1,4 @@
-"""No search: the solvers' genomes, and near-optimal alternatives around them."""
+"""A strategy without a search: the solvers' genomes, and near-optimal alternatives around them."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,10 +14,10 @@ from search.types import Genome
 
 
 class SolverStrategy(BatchStrategy):
-    """One batch: the seeds (uniform, greedy, Lagrangian and exact by each table), then the alternatives.
+    """Proposes one batch: the seeds (uniform, greedy, Lagrangian and exact by each table), then the alternatives.
 
-    The truth near the optimum differs from an additive table by noise and interactions; the optima of perturbed tables
-    are the genomes that such a difference could make better. Raises ValueError without seeds.
+    Near the optimum the true loss differs from an additive table by noise and interactions. The optima of perturbed
+    tables are the genomes that such a difference could make better. Raises ValueError without seeds.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SolverStrategy(BatchStrategy):
         return len(self._seeds) + (self.settings.alternatives if self._tables else 0)
 
     def _learn(self, batch: Batch) -> None:
-        """Nothing: what is asked does not depend on losses."""
+        """Do nothing: what is asked does not depend on losses."""
 
     def _propose(self) -> list[Genome]:
         if self.told:
@@ -50,6 +50,7 @@ class SolverStrategy(BatchStrategy):
         return [*seeds, *(genome for genome in found if genome is not None)]
 
     def _alternative(self, index: int) -> Genome:
+        """Return the repaired Lagrangian genome of a noisy copy of table ``index``."""
         table = self._tables[index]
         noise = np.random.default_rng(self.rng.getrandbits(64))
         loss = tuple(v * np.exp(self.settings.spread * noise.standard_normal(len(v))) for v in table.loss)

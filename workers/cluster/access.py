@@ -1,7 +1,8 @@
-"""Who may use which cluster: whoever reaches an open one runs code there, so one of another machine wants a token.
+"""Access to Ray clusters: which token to show, and which clusters may be joined without one.
 
-Ray's token stands in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token, and nowhere
-in a configuration, on a command line or in a record.
+Whoever reaches an open cluster runs code there, so a cluster of another machine must ask for a token. Ray's token is in
+RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token, and nowhere in a configuration, on
+a command line or in a record.
 """
 
 import ipaddress
@@ -20,7 +21,10 @@ ASK_CLIENT_SERVER = "/ray.rpc.RayletDriver/ClusterInfo"  # of ray://; answers an
 
 
 def auth_token() -> str | None:
-    """The token of this user's clusters, in the order in which Ray looks for it. Raises ClusterError."""
+    """Return the token of this user's clusters, looked up in the order that Ray uses; None if there is none.
+
+    Raises ClusterError if the file that RAY_AUTH_TOKEN_PATH names cannot be read.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -34,7 +38,7 @@ def auth_token() -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` can be nothing but this machine; names other than localhost may be anything."""
+    """Return whether ``host`` can be nothing but this machine; names other than localhost may be anything."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -42,10 +46,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_protection(address: str, host: str, protected: bool, insecure: bool, remedy: str) -> str | None:
-    """The token to show at ``address``, None where nobody asks for one.
+    """Return the token to show at ``address``; None if its cluster asks for none.
 
-    Raises ClusterError if there is none to show, and for an open cluster of another machine unless ``insecure``;
-    ``remedy`` says how a user allows that.
+    ``protected`` says whether it does. Raises ClusterError if there is no token to show, and for an open cluster of
+    another machine unless ``insecure``; ``remedy`` tells the user how to allow that.
     """
     if not protected:
         if insecure or is_loopback(host):
@@ -61,11 +65,11 @@ def check_protection(address: str, host: str, protected: bool, insecure: bool, r
 
 
 def admitted_address(address: str, insecure: bool = False) -> str:
-    """``address`` as ray.init takes it, once its cluster has answered and let this user in; "local" starts one.
+    """Return ``address`` as ray.init takes it, once its cluster has answered and let this user in.
 
-    "auto" is the cluster that RAY_ADDRESS names, if it does. Raises ClusterError within ``TIMEOUT_S`` if nobody is
-    at the address, if the token is missing or wrong, or if the cluster is open, another machine's, and not said to be
-    ``insecure``.
+    "local" starts a cluster; "auto" is the cluster that RAY_ADDRESS names, else "local". Raises ClusterError within
+    ``TIMEOUT_S`` seconds if nobody is at the address, if the token is missing or wrong, or if the cluster is open,
+    another machine's, and not said to be ``insecure``.
     """
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "local"
@@ -90,14 +94,17 @@ def admitted_address(address: str, insecure: bool = False) -> str:
 
 
 def use_token() -> None:
-    """Make Ray in this process and its children show the token, and clusters that they start ask for it."""
+    """Make Ray in this process and its children show the token, and make clusters that they start ask for it."""
     os.environ["RAY_AUTH_MODE"] = "token"
-    if ray := sys.modules.get("ray"):  # it has read the environment already; ray.init itself makes it read again so
+    if ray := sys.modules.get("ray"):  # it has already read the environment; ray.init makes it read again in this way
         ray._raylet.Config.initialize("")
 
 
 def _let_in(channel: grpc.Channel, address: str, token: str | None) -> bool:
-    """Whether the cluster at ``address`` answers a client with this token. Raises ClusterError if there is none."""
+    """Return whether the cluster at ``address`` accepts a client with this token.
+
+    Raises ClusterError if there is no cluster.
+    """
     call = channel.unary_unary(ASK_CLIENT_SERVER if address.startswith("ray://") else ASK_HEAD)
     try:
         call(b"", timeout=TIMEOUT_S / 2, metadata=[("authorization", f"Bearer {token}")] if token else [])

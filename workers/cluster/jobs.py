@@ -1,6 +1,7 @@
-"""Runs as jobs of a Ray cluster: an attempt is a submission ``<run>-attempt<N>`` that is stopped, read and followed.
+"""Runs as jobs of a Ray cluster, which are submitted, found, followed and stopped.
 
-The dashboard is asked over HTTP; a job's files and processes are the cluster's own.
+An attempt of a run is the submission ``<run>-attempt<N>``. The dashboard is asked over HTTP; a job's files and
+processes are the cluster's own.
 """
 
 import asyncio
@@ -28,8 +29,8 @@ from workers.errors import ClusterError, JobError
 CONFIG_VARIABLE = "BITGENOME_CONFIG"
 ENTRYPOINT = f'printf %s "${CONFIG_VARIABLE}" | python -m bitgenome.cli run -'
 ATTEMPT = "-attempt"
-READ_TIMEOUT_S = 60.0  # of one answer
-SILENCE_S = 20.0  # of a log, after which the cluster is asked whether it is still there
+READ_TIMEOUT_S = 60.0  # for one answer
+SILENCE_S = 20.0  # without a line of the log, after which the cluster is asked whether it is still there
 END_TIMEOUT_S = 120.0  # from a stop, or from the end of a log, to the end of the job
 POLL_S = 0.3
 
@@ -38,7 +39,10 @@ logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
 @dataclass(frozen=True)
 class Submission:
-    """What a cluster is asked to run: ``settings`` are a configuration as JSON; nothing here is a secret."""
+    """A submission says what a cluster is asked to run.
+
+    ``settings`` are a configuration as JSON; nothing here is a secret.
+    """
 
     run: str
     settings: str
@@ -50,27 +54,28 @@ class Submission:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """``runtime_env`` with the settings in a variable.
+        """``runtime_env`` with the settings in an environment variable.
 
-        Ray replaces $NAME in variables by the cluster's own; in JSON a $ can only stand inside a string.
+        Ray replaces $NAME in variables by the cluster's own, so every $ is escaped; in JSON it can only stand inside a
+        string.
         """
         variables = self.runtime_env.get("env_vars", {}) | {CONFIG_VARIABLE: self.settings.replace("$", r"\u0024")}
         return {**self.runtime_env, "env_vars": variables}
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client, whose requests have no timeout of their own."""
+    """Gives the requests of Ray's client a timeout, which they do not have by themselves."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         return super()._do_request(method, endpoint, timeout=(TIMEOUT_S, READ_TIMEOUT_S), **options)
 
 
 class Jobs:
-    """The jobs of the cluster whose dashboard is at ``address`` (http://HOST:PORT).
+    """Submits and follows the jobs of the cluster whose dashboard is at ``address`` (http://HOST:PORT).
 
-    Every method raises ClusterError if the cluster is gone or refuses, JobError if the job is not as it would have to
-    be; making one raises ClusterError within ``TIMEOUT_S`` if nobody is there, for a missing or wrong token, and for an
-    open cluster of another machine unless it is said to be ``insecure``.
+    Every method raises ClusterError if the cluster is gone or refuses, and JobError if the state of the job does not
+    allow the call. The constructor raises ClusterError within ``TIMEOUT_S`` seconds if nobody is there, for a missing
+    or wrong token, and for an open cluster of another machine unless it is said to be ``insecure``.
     """
 
     def __init__(self, address: str, insecure: bool = False):
@@ -86,7 +91,7 @@ class Jobs:
             self._client = _Client(self.address, headers=headers)
 
     def submit(self, submission: Submission) -> str:
-        """Id of the new attempt. Raises JobError if the last one has not ended."""
+        """Submit a new attempt and return its id. Raises JobError if the last one has not ended."""
         attempts = self._attempts(submission.run)
         number, last = max(attempts.items(), default=(0, None))
         if last and not last.status.is_terminal():
@@ -108,7 +113,7 @@ class Jobs:
             )
 
     def find(self, run: str) -> str:
-        """Id of the last attempt of ``run``, or ``run`` itself if it is an id."""
+        """Return the id of the last attempt of ``run``, or ``run`` itself if it is an id. Raises JobError otherwise."""
         attempts = self._attempts(run)
         if attempts:
             return str(attempts[max(attempts)].submission_id)
@@ -118,12 +123,12 @@ class Jobs:
         raise JobError(f"expected a job of the run {run} at {self.address}, found none")
 
     def logs(self, job: str) -> str:
-        """All that the job has written."""
+        """Return all that the job has written."""
         with self._asked():
             return str(self._client.get_job_logs(job))
 
     def follow(self, job: str) -> Iterator[str]:
-        """What the job writes, as it comes, until it ends."""
+        """Yield what the job writes, as it comes, until it ends."""
         loop = asyncio.new_event_loop()
         pieces = self._client.tail_job_logs(job)
         piece = loop.create_task(anext(pieces, None))
@@ -139,24 +144,24 @@ class Jobs:
                 yield text
                 piece = loop.create_task(anext(pieces, None))
         finally:
-            piece.cancel()  # a generator at work cannot be closed
+            piece.cancel()  # a running generator cannot be closed
             loop.run_until_complete(asyncio.wait({piece}))
             loop.run_until_complete(pieces.aclose())
             loop.close()
 
     def exit_code(self, job: str) -> int:
-        """Of a job whose log has ended; 130 for one that was stopped. Waits for its end."""
+        """Wait for the end of a job whose log has ended, and return its exit code; 130 for one that was stopped."""
         details = self._end(job)
         if details.status is JobStatus.STOPPED:
             return 130
         return details.driver_exit_code if details.driver_exit_code is not None else 1
 
     def message(self, job: str) -> str:
-        """What Ray says of the state of the job, in one line."""
+        """Return what Ray says of the state of the job, in one line."""
         return " ".join((self._details(job).message or "").split())
 
     def stop(self, job: str) -> str:
-        """Stop the job, wait for its end and return its last state. Raises JobError if it has ended before."""
+        """Stop the job, wait for its end and return its last state. Raises JobError if it had already ended."""
         details = self._details(job)
         if details.status.is_terminal():
             raise JobError(f"expected a running job, found {job} to have {details.status.value.lower()}")
@@ -165,7 +170,7 @@ class Jobs:
         return str(self._end(job).status.value.lower())
 
     def _attempts(self, run: str) -> dict[int, JobDetails]:
-        """Jobs of the run by the numbers of their attempts."""
+        """Return the jobs of the run by the numbers of their attempts."""
         with self._asked():
             jobs = self._client.list_jobs()
         found = ((re.fullmatch(rf"{re.escape(run)}{ATTEMPT}(\d+)", job.submission_id or ""), job) for job in jobs)
@@ -176,6 +181,7 @@ class Jobs:
             return self._client.get_job_info(job)
 
     def _end(self, job: str) -> JobDetails:
+        """Wait for the end of the job and return its details. Raises JobError after END_TIMEOUT_S seconds."""
         deadline = time.monotonic() + END_TIMEOUT_S
         while not (details := self._details(job)).status.is_terminal():
             if time.monotonic() > deadline:
@@ -186,7 +192,7 @@ class Jobs:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Ray's errors, several lines of HTML or traceback some of them, as one sentence."""
+        """Turn Ray's errors, some of them several lines of HTML or traceback, into one sentence."""
         try:
             yield
         except AuthenticationError:
@@ -205,7 +211,7 @@ class Jobs:
 
 
 def _authentication_mode(address: str) -> str:
-    """ "token" or "disabled", as the dashboard says to everybody. Raises ClusterError if there is none."""
+    """Return "token" or "disabled", as the dashboard says to everybody. Raises ClusterError if there is none."""
     try:
         with urllib.request.urlopen(f"{address}/api/authentication_mode", timeout=TIMEOUT_S) as answer:
             return str(json.load(answer)["authentication_mode"])

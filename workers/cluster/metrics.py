@@ -1,7 +1,7 @@
-"""A run's figures for Prometheus, by way of Ray; the only place that knows ray.util.metrics.
+"""Metrics of a run for Prometheus, reported through Ray; only this module uses ray.util.metrics.
 
-Ray prefixes every name with ``ray_`` and counters' with ``_total`` behind it. A record costs about 2 microseconds here;
-Ray's own threads carry it on every RAY_metrics_report_interval_ms (10 s by default).
+Ray prefixes every name with ``ray_`` and appends ``_total`` to counters. A record costs about 2 microseconds here;
+Ray's own threads pass it on every RAY_metrics_report_interval_ms (10 s by default).
 """
 
 import sys
@@ -28,11 +28,11 @@ COUNTERS = {
 }
 SECONDS = "bitgenome_evaluation_seconds"
 BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
-NOTHING = sys.float_info.min  # Ray's counters refuse 0, and a series that is not there is no zero to Prometheus
+NOTHING = sys.float_info.min  # Ray's counters refuse 0, and to Prometheus a missing series is not zero
 
 
 class RunMetrics:
-    """All metrics of one run, under ``tags``: a value for each of TAGS. Needs a connected Ray."""
+    """Reports all metrics of one run under ``tags``, a value for each of TAGS; needs a connected Ray."""
 
     def __init__(self, tags: Mapping[str, str]):
         self._gauges = {name: Gauge(name, text, TAGS) for name, text in GAUGES.items()}
@@ -44,14 +44,14 @@ class RunMetrics:
             counter.inc(NOTHING)
 
     def set(self, name: str, value: float) -> None:
-        """A gauge's present value."""
+        """Set the gauge ``name`` to its present ``value``."""
         self._gauges[name].set(value)
 
     def add(self, name: str, amount: float) -> None:
-        """What a counter has risen by, 0 or more."""
+        """Increase the counter ``name`` by ``amount``, 0 or more."""
         if amount:
             self._counters[name].inc(amount)
 
     def observe(self, seconds: float) -> None:
-        """One evaluated genome."""
+        """Record one evaluated genome, which took ``seconds`` of a worker."""
         self._seconds.observe(seconds)

@@ -1,4 +1,4 @@
-"""The pool that a configuration asks for."""
+"""Functions that open the pool that a configuration asks for, and join or leave its cluster."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 def open_pool(settings: WorkerSettings, run: str = "pool") -> Pool:
-    """Workers are named after ``run``. Raises ClusterError (one sentence) if the cluster is not there or too small."""
+    """Return the pool of ``settings``, whose workers are named after ``run``.
+
+    Raises ClusterError (one sentence) if the cluster is not there or too small.
+    """
     if settings.ray == "off":
         return SerialPool(settings.cpus_per_worker)
     join_cluster(settings)
@@ -22,7 +25,7 @@ def open_pool(settings: WorkerSettings, run: str = "pool") -> Pool:
 
 
 def join_cluster(settings: WorkerSettings) -> None:
-    """Join the cluster of ``settings``, or start one. Raises ClusterError if it is not there or does not let us in."""
+    """Join the cluster of ``settings``, or start one. Raises ClusterError if it is not there or refuses this user."""
     address = admitted_address(settings.ray, settings.insecure)
     from workers.cluster.ray_cluster import connect  # noqa: PLC0415 - only now, see admitted_address
 
@@ -30,7 +33,7 @@ def join_cluster(settings: WorkerSettings) -> None:
 
 
 def placement_of(settings: WorkerSettings) -> "Placement":
-    """What a worker takes of the cluster that was joined."""
+    """Return what a worker takes of the cluster that was joined."""
     from workers.cluster.ray_cluster import Placement, has_accelerators  # noqa: PLC0415
 
     gpus = settings.gpus_per_worker

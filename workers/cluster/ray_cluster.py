@@ -1,4 +1,4 @@
-"""The Ray cluster: joining one or starting one, and what there is room for."""
+"""Functions that join or start a Ray cluster, and find out how many workers there is room for."""
 
 import logging
 import os
@@ -17,7 +17,8 @@ from workers.errors import ClusterError
 def connect(address: str) -> None:
     """Join the Ray cluster at ``address``, or start one on this machine for "local".
 
-    ``workers.cluster.access`` has found it to be there and to let this user in. Raises ClusterError if Ray cannot.
+    ``workers.cluster.access`` has made sure before that it is there and lets this user in. Raises ClusterError if Ray
+    cannot join or start it.
     """
     if ray.is_initialized():
         return
@@ -34,22 +35,25 @@ def connect(address: str) -> None:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a worker takes of a node."""
+    """A placement says what one worker takes of a node."""
 
     cpus: float = 1
     gpus: float = 0
     resources: Mapping[str, float] = field(default_factory=dict)
 
     def amounts(self) -> dict[str, float]:
-        """By Ray's names, without those it does not need."""
+        """Return the amounts by Ray's names, without those that a worker does not need."""
         return {name: n for name, n in {"CPU": self.cpus, "GPU": self.gpus, **self.resources}.items() if n}
 
     def options(self) -> dict[str, object]:
-        """For an actor."""
+        """Return the same amounts as options of a Ray actor."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": dict(self.resources)}
 
     def room(self, nodes: Iterable[Mapping[str, float]]) -> int | None:
-        """How many fit on ``nodes``, amounts by Ray's names, whoever uses them now; None if it takes nothing."""
+        """Return how many workers fit on ``nodes``, whether or not these are in use; None if a worker takes nothing.
+
+        ``nodes`` are amounts by Ray's names.
+        """
         amounts = self.amounts()
         if not amounts:
             return None
@@ -60,12 +64,12 @@ class Placement:
 
 
 def nodes() -> list[dict[str, float]]:
-    """Resources of the nodes that are alive."""
+    """Return the resources of the nodes that are alive, by Ray's names."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def check_own_node() -> None:
-    """Raise ClusterError if the node that this driver is connected through is gone: it can start nothing any more."""
+    """Raise ClusterError if the node that this driver is connected through is gone: nothing can be started then."""
     own = ray.get_runtime_context().get_node_id()
     if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
         raise ClusterError(
@@ -74,11 +78,12 @@ def check_own_node() -> None:
 
 
 def has_accelerators() -> bool:
+    """Return whether any node that is alive has a GPU."""
     return any(node.get("GPU") for node in nodes())
 
 
 def check_room(placement: Placement, workers: int) -> None:
-    """Raise ClusterError, with what there is and what would do, unless so many workers fit on the cluster."""
+    """Raise ClusterError, with what there is and what would help, unless so many workers fit on the cluster."""
     there = nodes()
     room = placement.room(there)
     if room is None or room >= workers:

@@ -1,4 +1,4 @@
-"""The Ray pool: the dispatcher over one warm actor a worker."""
+"""The Ray pool: a dispatcher whose workers are long-lived Ray actors, one each."""
 
 import logging
 from functools import partial
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class RayBackend:
-    """Actors named ``bitgenome:<run>:worker-<number>``, in a namespace of their own.
+    """Holds actors named ``bitgenome:<run>:worker-<number>``, in a namespace of their own.
 
     Starting one raises ClusterError if the driver's own node is gone.
     """
@@ -86,9 +86,9 @@ class RayBackend:
 
 
 class RayPool(Dispatcher):
-    """Workers of ``placement`` that compute with ``threads`` threads each; ``run`` names them.
+    """Runs tasks on workers of ``placement`` that compute with ``threads`` threads each; ``run`` names them.
 
-    Raises ClusterError if the cluster has not the room for ``elasticity.minimum`` of them.
+    Raises ClusterError if the cluster has no room for ``elasticity.minimum`` of them.
     """
 
     def __init__(
@@ -106,11 +106,12 @@ class RayPool(Dispatcher):
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return f"{error}".strip().partition("\n")[0] or type(error).__name__
 
 
 def task_error(label: str, error: RayTaskError) -> TaskError | UserError:
-    """The error that the worker raised, without Ray's wrapping."""
+    """Return the error that the worker raised, without Ray's wrapping."""
     if isinstance(error.cause, TaskError | UserError):
         return error.cause
     return TaskError(label, f"{error}".strip().rpartition("\n")[2])

@@ -1,4 +1,4 @@
-"""The process that runs tasks on a Ray cluster."""
+"""The actor that runs tasks on a Ray cluster."""
 
 import time
 from typing import Any
@@ -7,7 +7,10 @@ from workers.pool.base import Task, peak_memory_bytes, run_task, set_threads
 
 
 class Worker:
-    """Keeps its tasks' state warm. It computes with ``threads`` threads; with 0 it never loads what computes."""
+    """A worker runs tasks and keeps their state warm.
+
+    It computes with ``threads`` threads; with 0 it does not load PyTorch by itself.
+    """
 
     def __init__(self, threads: int) -> None:
         if threads:
@@ -15,7 +18,7 @@ class Worker:
         self._state: dict[Any, Any] = {}
 
     def run(self, task: Task) -> tuple[Any, float, int]:
-        """The task's result, the seconds it took, and the most bytes this worker has held."""
+        """Return the task's result, the seconds it took, and the most bytes that this worker has held."""
         started = time.perf_counter()
         result = run_task(task, self._state)
         return result, time.perf_counter() - started, peak_memory_bytes()

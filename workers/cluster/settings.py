@@ -1,4 +1,4 @@
-"""Settings of the workers: where a run computes. Nothing here changes its result."""
+"""Settings of the workers, which say where a run computes and never change its result."""
 
 from typing import Annotated, Any, Self
 
@@ -11,9 +11,10 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class WorkerSettings(Section):
-    """``ray``: auto, local, HOST:PORT, or off for one process.
+    """Settings of the cluster and its workers.
 
-    The cluster holds ``count`` workers, or from ``min`` to ``max`` of them, as many as there is work for.
+    ``ray`` is auto, local, HOST:PORT, or off for one process. The cluster holds ``count`` workers, or from ``min`` to
+    ``max`` of them, as many as there is work for.
     """
 
     ray: str = "auto"
@@ -53,6 +54,7 @@ class WorkerSettings(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
+        """Raise ValueError for settings that contradict each other."""
         if self.count is not None and (self.min is not None or self.max is not None):
             raise ValueError(f"expected count, or min and max, found count {self.count} with them")
         if self.max is not None and (self.min or 0) > self.max:

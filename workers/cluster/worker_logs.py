@@ -1,6 +1,7 @@
-"""Workers' logs as JSON objects, a line each, where the driver's are: in the log files that Ray keeps of workers.
+"""Logs of workers as JSON objects, one per line, in the log files that Ray keeps of workers.
 
-Beside the message they carry Ray's ids, the actor's name and the task's, which says generation and part.
+Workers log so if the driver does. Beside the message the objects carry Ray's ids, the actor's name and the task's name,
+which says generation and part.
 """
 
 import os
@@ -13,7 +14,10 @@ LOG_JSON = "BITGENOME_LOG_JSON"  # environment variable that asks for it
 
 
 def worker_logs() -> "JobConfig | None":
-    """What ``ray.init`` is to be told; the driver's own logging is its own affair, hence no ``logging_config``."""
+    """Return the job configuration for ``ray.init``; None if no JSON logs are asked for.
+
+    The driver configures its own logging, hence no ``logging_config``.
+    """
     if not os.environ.get(LOG_JSON):
         return None
     from ray import LoggingConfig  # noqa: PLC0415 - the command line reads LOG_JSON above without Ray

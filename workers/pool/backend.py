@@ -1,4 +1,4 @@
-"""What a dispatcher needs of the machinery that holds its workers, and the events that this tells it."""
+"""The interface of a backend, which holds the workers of a dispatcher, and the events that it reports."""
 
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -9,25 +9,25 @@ from workers.pool.base import Task
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker answered: it can take tasks."""
+    """Says that a worker answered: it can take tasks."""
 
     worker: int
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A call came to its end: ``result``, or the ``error`` that its task raised by itself."""
+    """Says that a call ended: with ``result``, or with the ``error`` that its task raised by itself."""
 
     call: int
     result: Any = None
     error: Exception | None = None
-    seconds: float = 0.0  # that the task took in its worker
-    peak_memory_bytes: int = 0  # of the worker so far
+    seconds: float = 0.0  # time that the task took in its worker
+    peak_memory_bytes: int = 0  # largest memory of the worker so far
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker is gone, with whatever it ran: its process, its node or its memory."""
+    """Says that a worker is gone, with whatever it ran: its process, its node or its memory failed."""
 
     worker: int
     reason: str
@@ -37,7 +37,7 @@ Event = Ready | Finished | Lost
 
 
 def waiting_events(events: "SimpleQueue[Event]", timeout: float) -> list[Event]:
-    """All that ``events`` holds, once it holds any; [] after ``timeout`` seconds without."""
+    """Return all events that ``events`` holds, as soon as it holds any; [] after ``timeout`` seconds without one."""
     try:
         found = [events.get(timeout=timeout)]
     except Empty:
@@ -48,28 +48,28 @@ def waiting_events(events: "SimpleQueue[Event]", timeout: float) -> list[Event]:
 
 
 class Backend(Protocol):
-    """Holds workers by number; a number is never used again. Nothing but ``wait`` takes long."""
+    """A backend holds workers by number, and never uses a number again; nothing but ``wait`` takes long."""
 
     def start(self, worker: int) -> None:
-        """Begin to start it: Ready or Lost follows, once there is room for it."""
+        """Begin to start a worker: Ready or Lost follows, once there is room for it."""
 
     def check(self, worker: int) -> None:
-        """Ask whether it is still there: Ready or Lost follows."""
+        """Ask whether a worker is still there: Ready or Lost follows."""
 
     def submit(self, worker: int, call: int, task: Task) -> None:
-        """Run ``task`` behind what the worker already has: Finished or Lost follows."""
+        """Run ``task`` after what the worker already has: Finished or Lost follows."""
 
     def wait(self, timeout: float) -> list[Event]:
-        """What happened since the last time; [] after ``timeout`` seconds without any event."""
+        """Return the events since the last call; [] after ``timeout`` seconds without any."""
 
     def stop(self, worker: int) -> None:
-        """End it, whatever it does. Its events may still come, and say nothing."""
+        """End a worker, whatever it does. Events of it may still come, and mean nothing."""
 
     def capacity(self) -> int | None:
-        """How many workers there is room for, those there are included; None: unknown."""
+        """Return how many workers there is room for, including those that are there; None if unknown."""
 
     def close(self) -> None:
         """End all workers."""
 
     def needs(self) -> str:
-        """What a worker needs, for messages."""
+        """Return what a worker needs, for messages."""

@@ -1,8 +1,8 @@
-"""Where tasks run: the contract that every pool keeps, and the serial pool.
+"""The contract that every pool of workers keeps, and the serial pool.
 
-A task is a small picklable object with a ``label`` and ``run(state)``; ``state`` is its worker's own dict, in which
-tasks keep what is worth keeping warm (a loaded model, a mapped bank). One that writes files names them, or their
-folder, in ``makes``; every other path in its fields is of what it reads (see workers.storage.staging).
+A task is a small picklable object with a ``label`` and ``run(state)``. ``state`` is its worker's own dict, in which
+tasks keep what is worth reusing (a loaded model, a memory-mapped bank). A task that writes files names them, or their
+directory, in ``makes``; every other path in its fields is something that it reads (see workers.storage.staging).
 """
 
 import sys
@@ -19,24 +19,31 @@ from workers.errors import TaskError
 
 
 class Task(Protocol):
-    """One that differs from the others of its map says how many units of ``work`` it holds; the others hold 1."""
+    """A task is one piece of work for a worker.
+
+    A task that differs in size from the others of its map says in an attribute ``work`` how many units it holds; the
+    default is 1.
+    """
 
     @property
     def label(self) -> str:
         """Short name for progress, dashboards and errors."""
 
     def run(self, state: dict[Any, Any]) -> Any:
-        """The work; must not depend on what other tasks left in ``state``, except for speed."""
+        """Do the work and return its result, which must not depend on what other tasks left in ``state``.
+
+        What they left may only make it faster.
+        """
 
 
 def work_of(task: Task) -> float:
-    """By which the times of a map's tasks are compared."""
+    """Return the units of work of ``task``, by which the times of a map's tasks are compared."""
     return float(getattr(task, "work", 1))
 
 
 @dataclass
 class PoolStatistics:
-    """What a pool is doing; it writes these numbers, others only read them."""
+    """Says what a pool is doing; only the pool writes these numbers, others read them."""
 
     workers: int = 0  # alive now
     starting: int = 0
@@ -50,14 +57,15 @@ class PoolStatistics:
 
 
 def no_limit() -> int | None:
+    """Return None: a pool may hold as many workers as it likes."""
     return None
 
 
 class Pool(ABC):
-    """Runs tasks; a context manager that closes itself.
+    """A pool runs tasks on workers; it is a context manager that closes itself.
 
-    ``limit`` says how many workers the pool may hold now, None for as many as it likes; pools that can grow and shrink
-    ask it every second or so while they work.
+    ``limit`` returns how many workers the pool may hold at present, None for as many as it likes. Pools that can grow
+    and shrink ask it every second or so while they work.
     """
 
     size: int  # workers that work is worth dividing among
@@ -66,10 +74,10 @@ class Pool(ABC):
 
     @abstractmethod
     def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
-        """Results in the order of the tasks, each as soon as it and its predecessors are done.
+        """Yield the results in the order of the tasks, each as soon as it and its predecessors are done.
 
-        Raises TaskError or UserError for the first task in order that failed by itself, WorkersLostError for machines
-        that were lost too often.
+        Raises TaskError or UserError for the first task in order that failed by itself, and WorkersLostError for one
+        whose workers were lost too often.
         """
 
     @abstractmethod
@@ -86,7 +94,10 @@ class Pool(ABC):
 
 
 def run_task(task: Task, state: dict[Any, Any]) -> Any:
-    """Run one task; its own exceptions become TaskError, users' errors and interrupts pass."""
+    """Run one task and return its result.
+
+    Its own exceptions become TaskError; user errors and interrupts pass through.
+    """
     try:
         return task.run(state)
     except UserError:
@@ -96,8 +107,8 @@ def run_task(task: Task, state: dict[Any, Any]) -> Any:
 
 
 def set_threads(threads: int) -> int:
-    """Let this process compute with so many threads; how many it had before."""
-    import torch  # noqa: PLC0415 - 200 MB that workers without tensors do without
+    """Let PyTorch use ``threads`` threads in this process, and return how many it used before."""
+    import torch  # noqa: PLC0415 - 200 MB that workers without tensors do not need
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -105,7 +116,7 @@ def set_threads(threads: int) -> int:
 
 
 def peak_memory_bytes() -> int:
-    """What this worker has held at most: of its device, or of its process where it has none."""
+    """Return the most bytes that this worker has held: of its device, or of its process if it has none."""
     if "torch" not in sys.modules:
         return peak_host_memory()
     from bitgenome.common.devices import peak_memory  # noqa: PLC0415

@@ -1,4 +1,7 @@
-"""The scheduling core of a pool: who runs what, and when. It knows no Ray; a Backend holds the workers."""
+"""The scheduling core of a pool: which worker runs which task, and when.
+
+It does not depend on Ray; a Backend holds the workers.
+"""
 
 import logging
 import time
@@ -16,12 +19,14 @@ from workers.pool.scheduling import AHEAD, Durations, Elasticity, Patience, want
 
 log = logging.getLogger(__name__)
 
-RESIZE_S = 1.0  # between two looks at the limit and at the room there is
-FAILED_STARTS = 8  # in a row, beside one for each worker wanted
+RESIZE_S = 1.0  # seconds between two checks of the limit and of the room for workers
+FAILED_STARTS = 8  # tolerated in a row, plus one for each worker held
 
 
 @dataclass(eq=False)
 class _Worker:
+    """Holds the state of one worker."""
+
     number: int
     since: float  # when it was started, fell idle, or began the first of its calls
     state: Literal["starting", "ready", "checked"] = "starting"
@@ -31,6 +36,8 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Call:
+    """A call is one task sent to one worker."""
+
     number: int
     job: "_Job"
     task: int
@@ -38,11 +45,11 @@ class _Call:
 
 
 class _Job:
-    """One map: its tasks, and what became of them."""
+    """A job is one map: its tasks, and what became of them."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self.pending = list(range(len(tasks)))  # a heap: those of lost workers come back in any order
+        self.pending = list(range(len(tasks)))  # a heap: tasks of lost workers come back in any order
         self.unanswered = set(self.pending)
         self.done: dict[int, Finished | WorkersLostError] = {}  # answered, not yet yielded
         self.attempts: Counter[int] = Counter()  # calls of each task that are on workers
@@ -55,7 +62,7 @@ class _Job:
         self.done[task] = answer
 
     def take(self, task: int) -> Any:
-        """The result of an answered task. Raises the error that it ended in."""
+        """Return the result of an answered task, or raise the error that it ended in."""
         answer = self.done.pop(task)
         if isinstance(answer, WorkersLostError):
             raise answer
@@ -64,19 +71,20 @@ class _Job:
         return answer.result
 
     def close(self) -> None:
-        """Forget what is not answered yet."""
+        """Forget the tasks that are not done, and the answers that were not yielded."""
         self.pending.clear()
         self.unanswered.clear()
         self.done.clear()
 
 
 class Dispatcher(Pool):
-    """Keeps as many workers as there are tasks for, within ``elasticity`` and ``limit``, and every one of them busy.
+    """Runs tasks on as many workers as there are tasks for, within ``elasticity`` and ``limit``, all of them busy.
 
-    Results come in the order of the tasks; of what is ahead of the next one, AHEAD tasks a worker are sent at most. A
-    straggler is sent to an idle worker a second time and the first answer counts: answers do not depend on workers.
-    Tasks of a lost worker run again, ``patience.max_retries`` times each at most; one that fails by itself does not.
-    ``map`` raises ClusterError if there is no worker at all for ``elasticity.start_timeout_s``, or if none can start.
+    Results come in the order of the tasks. At most AHEAD tasks per worker are sent ahead of the next result to be
+    yielded. A straggler is sent to an idle worker a second time and the first answer counts, because answers do not
+    depend on workers. Tasks of a lost worker run again, at most ``patience.max_retries`` times each; a task that fails
+    by itself does not. ``map`` raises ClusterError if there is no worker at all for ``elasticity.start_timeout_s``
+    seconds, or if none can start. ``clock`` returns seconds.
     """
 
     def __init__(
@@ -96,15 +104,15 @@ class Dispatcher(Pool):
         self._calls: dict[int, _Call] = {}
         self._starting: dict[int, _Worker] = {}
         self._idle: dict[int, _Worker] = {}  # the longest idle first
-        self._single: dict[int, _Worker] = {}  # with one call
+        self._single: dict[int, _Worker] = {}  # workers with one call
         self._failed_starts = 0
-        self._most = self.elasticity.ceiling(self.limit(), None)  # may be held, whatever room there is
+        self._most = self.elasticity.ceiling(self.limit(), None)  # workers that may be held, whatever room there is
         self._last_alive = self._next_tick = self._next_resize = clock()
         self._start(min(self.elasticity.minimum, self._ceiling()))
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """Workers that there may be now, whether or not they are there."""
+        """Number of workers that there may be at present, whether or not they are there."""
         return self._ceiling()
 
     def _ceiling(self) -> int:
@@ -130,7 +138,7 @@ class Dispatcher(Pool):
         self._count()
 
     def _step(self, job: _Job, wanted: int) -> None:
-        """Send what can be sent, look after the workers when it is time, and take in what happened."""
+        """Send the tasks that can be sent, look after the workers when it is time, and take in the events."""
         self._send_out(job, wanted)
         if self._clock() >= self._next_tick:
             self._look_after(job)
@@ -159,7 +167,7 @@ class Dispatcher(Pool):
         self._backend.submit(worker.number, call.number, job.tasks[task])
 
     def _sort_in(self, worker: _Worker) -> None:
-        """Keep ``_starting``, ``_idle`` and ``_single`` true."""
+        """Update ``_starting``, ``_idle`` and ``_single`` for one worker."""
         for group in (self._starting, self._idle, self._single):
             group.pop(worker.number, None)
         if worker.state == "starting":
@@ -198,7 +206,10 @@ class Dispatcher(Pool):
             statistics.busy_seconds += event.seconds
 
     def _lose(self, worker: _Worker, reason: str) -> None:
-        """Its calls wait again, unless another worker has them too; whoever is idle may be gone with it."""
+        """Drop a lost worker and put its tasks back in the queue, unless another worker has them too.
+
+        Idle workers may be gone with it, so all of them are checked.
+        """
         self._drop(worker)
         if worker.state == "starting":
             self._failed_starts += 1
@@ -214,6 +225,10 @@ class Dispatcher(Pool):
             self._next_resize = self._next_tick = self._clock()
 
     def _lose_call(self, call: _Call, reason: str, ran: bool) -> None:
+        """Put the task of a lost call back in the queue, or answer it with an error once its retries are used up.
+
+        ``ran`` says whether the task had begun, which counts as a loss.
+        """
         job, label = call.job, call.job.tasks[call.task].label
         job.attempts[call.task] -= 1
         if call.task not in job.unanswered or job.attempts[call.task]:
@@ -265,7 +280,7 @@ class Dispatcher(Pool):
         self._backend.stop(worker.number)
 
     def _speculate(self, job: _Job) -> None:
-        """Send the stragglers that nobody else works on to idle workers."""
+        """Send stragglers that no other worker has to idle workers."""
         if not self._idle:
             return
         now = self._clock()
@@ -282,7 +297,7 @@ class Dispatcher(Pool):
         return self.patience.straggler_after(call.job.durations, work_of(call.job.tasks[call.task]))
 
     def _give_up_on_silent(self) -> None:
-        """Replace workers that run what nobody waits for any more, or have outlived the deadline."""
+        """Replace workers that have outlived the deadline, or work too long on what nobody waits for."""
         for worker in [worker for worker in self._workers.values() if worker.calls]:
             call = worker.calls[0]
             superseded = call.task not in call.job.unanswered

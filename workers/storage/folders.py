@@ -1,6 +1,6 @@
-"""Folders of whole files, on a file system or behind an fsspec URL: what leases, mirrors and staging need of storage.
+"""Folders of whole files, in a directory or behind an fsspec URL: the storage that leases, mirrors and staging use.
 
-A file appears whole or not at all; names are relative, with "/".
+A file appears whole or not at all. Names are relative, with "/".
 """
 
 import hashlib
@@ -22,7 +22,7 @@ REMEDIES = {"s3": "pip install 'bitgenome[s3]'"}  # for protocols whose package 
 
 
 def file_sizes(root: Path, location: Path) -> dict[str, int]:
-    """Bytes of every file at or below ``location``, by name under ``root``; hidden ones left out."""
+    """Return the bytes of every file at or below ``location``, by name relative to ``root``, except hidden files."""
     found = {}
     for file in (location, *location.rglob("*")):
         name = file.relative_to(root).as_posix()
@@ -33,11 +33,12 @@ def file_sizes(root: Path, location: Path) -> dict[str, int]:
 
 
 def shown(name: str) -> bool:
-    """Whether no part of a file's name is hidden, or empty: "a//b" would be an absolute path below "a"."""
+    """Return whether no part of a file's name is hidden or empty ("a//b" would be an absolute path below "a")."""
     return name == "." or all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def is_url(location: str | Path) -> bool:
+    """Return whether ``location`` is a URL rather than a path."""
     return "://" in str(location)
 
 
@@ -45,65 +46,69 @@ VERSION_KEYS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime"
 
 
 class Folder(ABC):
-    """One folder; it need not exist before something is written into it."""
+    """A folder reads and writes whole files below one location, which need not exist before the first write.
+
+    Every method raises StorageError if the storage fails.
+    """
 
     location: str
 
     @abstractmethod
     def sizes(self, name: str = "") -> dict[str, int]:
-        """Bytes of every file below ``name``, or of the file ``name`` itself; empty where there is nothing.
+        """Return the bytes of every file below ``name``, or of the file ``name`` itself; empty if there is nothing.
 
-        Hidden ones, such as locks and leases, are left out.
+        Hidden files, such as locks and leases, are left out.
         """
 
     @abstractmethod
     def versions(self, name: str) -> dict[str, str]:
-        """Of the same files, what changes with their content, whatever their size."""
+        """Return, for the same files as ``sizes``, a string that changes with the content even if the size does not."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """The content, None where there is no such file."""
+        """Return the content of a file; None if there is no such file."""
 
     @abstractmethod
     def modified(self, name: str) -> float | None:
-        """When it was written last, in seconds since the epoch; None where there is no such file."""
+        """Return when a file was last written, in seconds since the epoch; None if there is no such file."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Make or replace a file."""
+        """Create or replace a file."""
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Make a file, unless there is one: of any number that try at once, one is told True."""
+        """Create a file unless it exists; of any number of callers at the same time, one gets True."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def upload(self, source: Path, name: str) -> None:
-        """Make or replace a file by the content of ``source``."""
+        """Create or replace a file with the content of ``source``."""
 
     @abstractmethod
     def download(self, name: str, target: Path) -> None:
-        """Make or replace ``target`` by the content of a file."""
+        """Create or replace ``target`` with the content of a file."""
 
 
 def open_folder(location: str | Path) -> Folder:
-    """The folder at a path or URL. Raises StorageError for a URL that no installed package can serve."""
+    """Return the folder at a path or URL. Raises StorageError for a URL that no installed package can serve."""
     if str(location).startswith("file://"):
         return LocalFolder(Path(str(location).removeprefix("file://")))
     return ObjectFolder(str(location)) if is_url(location) else LocalFolder(Path(location))
 
 
 class LocalFolder(Folder):
-    """On a file system, which may be a network's."""
+    """Keeps files in a directory, which may be on a network file system."""
 
     def __init__(self, path: Path):
         self.path, self.location = path, str(path)
 
     @contextmanager
     def _using(self, action: str, name: str) -> Iterator[Path]:
+        """Yield the path of ``name``; if the system refuses it, raise a StorageError that names the path."""
         path = self.path / name
         try:
             yield path
@@ -162,7 +167,10 @@ class LocalFolder(Folder):
 
 
 class ObjectFolder(Folder):
-    """Behind an fsspec URL, s3:// above all. Every file system raises errors of its own library."""
+    """Keeps files behind an fsspec URL, s3:// above all.
+
+    Every backend raises errors of its own library; all of them become StorageError.
+    """
 
     def __init__(self, url: str):
         import fsspec  # noqa: PLC0415 - with its backends only where a URL is used
@@ -177,6 +185,7 @@ class ObjectFolder(Folder):
 
     @contextmanager
     def _using(self, action: str, name: str) -> Iterator[str]:
+        """Yield the path of ``name`` in the backend; turn whatever the backend raises into a StorageError."""
         path = f"{self._root}/{name}".rstrip("/")
         try:
             yield path
@@ -189,6 +198,7 @@ class ObjectFolder(Folder):
             raise StorageError(f"expected to {action} {self.location}/{name}, found: {reason}") from None
 
     def _listed(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the backend's details of every file below ``name``, by name."""
         with self._using("list", name) as path:
             found: dict[str, dict[str, Any]] = self._system.find(path, detail=True)
         return {name: info for key, info in found.items() if shown(name := key[len(self._root) + 1 :])}
@@ -227,7 +237,7 @@ class ObjectFolder(Folder):
                 self._system.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
-        return self.read(name) == data  # of a backend that knows no exclusive creation, the last writer's stands
+        return self.read(name) == data  # a backend without exclusive creation keeps the last writer's
 
     def delete(self, name: str) -> None:
         with self._using("delete", name) as path:
@@ -245,16 +255,16 @@ class ObjectFolder(Folder):
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy, so that ``target`` is the old content or the new one, never half of either."""
+    """Copy ``source`` so that ``target`` has the old content or the new one, never half of either."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give ``source`` a second name, at once and whole, over NFS too; a mount without links gets an exclusive copy.
+    """Create ``target`` from ``source`` at once and whole, by a hard link, over NFS too.
 
-    Raises FileExistsError if there is a ``target``.
+    A mount without links gets an exclusive copy. Raises FileExistsError if ``target`` exists.
     """
     try:
         os.link(source, target)
@@ -266,10 +276,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def cache_root() -> Path:
-    """Folder of this machine for copies of what lies behind URLs: $BITGENOME_CACHE, else ~/.cache/bitgenome."""
+    """Return this machine's directory for copies of remote files: $BITGENOME_CACHE, else ~/.cache/bitgenome."""
     return Path(os.environ.get("BITGENOME_CACHE") or Path.home() / ".cache" / "bitgenome").resolve()
 
 
 def mirror_root(url: str) -> Path:
-    """Where this machine keeps its copy of the folder at ``url``."""
+    """Return the directory where this machine keeps its copy of the files at ``url``."""
     return cache_root() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]

@@ -1,9 +1,10 @@
-"""Files of tasks on every node: what a task reads is fetched once a node, what it makes is sent from where it was made.
+"""Staging of the files that tasks read and write on every node of a cluster.
 
-A storage root is a folder of the driver's machine and the URL of the same files. Paths in tasks lie below such folders;
-on another node they are moved below its own copy (workers.storage.folders.mirror_root), on fast local disk, from which
-weights are memory-mapped. Files whose content may change under their names travel as what they are at the time, so that
-a task that runs again reads what it read.
+What a task reads is fetched once per node; what it makes is sent from the node where it was made. A storage root is a
+directory of the driver's machine and the URL of the same files. Paths in tasks lie below such directories. On another
+node they are moved below that node's own copy (workers.storage.folders.mirror_root), on fast local disk, from which
+weights are memory-mapped. Files whose content may change under their names are sent as they are at the time, so that a
+task that runs again reads what it read.
 """
 
 import hashlib
@@ -27,16 +28,19 @@ from workers.storage.transfers import fetch, follow, local_sizes, send, send_mis
 
 @dataclass(frozen=True)
 class StorageRoot:
-    """The same files, by two names."""
+    """A storage root names the same files twice: by a local directory and by a URL."""
 
     local: Path  # on the driver's machine
     url: str
-    changing: bool = False  # others may replace its files by some of the same names and sizes
+    changing: bool = False  # other processes may replace its files by others of the same names and sizes
 
 
 @dataclass(frozen=True)
 class StagedFile:
-    """A file or folder below a storage root; ``digest`` (sha256) of a file whose content may change under its name."""
+    """Names a file or directory below a storage root.
+
+    ``digest`` is the sha256 of a file whose content may change under its name, and None otherwise.
+    """
 
     root: StorageRoot
     name: str
@@ -46,7 +50,7 @@ class StagedFile:
 
 @dataclass(frozen=True)
 class Staged:
-    """What a StagedTask answers: the task's own result, and the files that it made."""
+    """Holds the answer of a StagedTask: the task's own result, and the files that it made."""
 
     result: Any
     made: tuple[StagedFile, ...]
@@ -54,13 +58,13 @@ class Staged:
 
 @dataclass(frozen=True)
 class StagedTask:
-    """Pool task: another one, with the files that it needs and makes."""
+    """A staged task runs another task of the pool, with the files that it needs and makes."""
 
     task: Task
     roots: tuple[StorageRoot, ...]
     needs: tuple[StagedFile, ...]
     makes: tuple[StagedFile, ...]
-    home: str  # node whose disk holds the roots themselves
+    home: str  # node whose disk holds the local directories of the roots
 
     @property
     def label(self) -> str:
@@ -71,7 +75,10 @@ class StagedTask:
         return work_of(self.task)
 
     def run(self, state: dict[Any, Any]) -> Staged:
-        """Raises StorageError if a file cannot be fetched or sent."""
+        """Fetch the files needed, run the task and send the files made.
+
+        Raises StorageError if a file cannot be fetched or sent.
+        """
         at_home = self.home == this_node()
         local = {root: root.local if at_home else mirror_root(root.url) for root in self.roots}
         for file in self.needs:
@@ -89,7 +96,10 @@ class StagedTask:
 
 
 def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, int]]) -> list[StagedFile]:
-    """Send what was made at ``target`` since ``before``; neighbours on the node may have made and sent a part of it."""
+    """Send what was made at ``target`` since ``before`` (from ``marks``), and return those files.
+
+    ``root`` is the local directory. Other workers on the node may have made and sent some of the files.
+    """
     remote = open_folder(target.root.url)
     there = remote.sizes(target.name)
     new = {name: size for name, (time, size) in marks(root, target.name).items() if before.get(name) != (time, size)}
@@ -101,16 +111,18 @@ def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, in
 
 
 def send_changeable(file: StagedFile, root: Path) -> None:
+    """Send a file under a name that depends on its content; do nothing for a file without a digest."""
     if file.digest is not None:
         open_folder(file.root.url).upload(root / file.name, staged_name(file.name, file.digest))
 
 
 def staged_name(name: str, digest: str) -> str:
+    """Return the remote name of a file with the content of ``digest``."""
     return f"{layout.STAGED}/{hashlib.sha256(f'{name} {digest}'.encode()).hexdigest()[:32]}"
 
 
 class StagedPool(Pool):
-    """A pool whose tasks find their files on every node; otherwise the one that it wraps."""
+    """Wraps a pool so that its tasks find their files below ``roots`` on every node."""
 
     def __init__(self, pool: Pool, roots: Sequence[StorageRoot]):
         self._pool = pool
@@ -135,12 +147,13 @@ class StagedPool(Pool):
 
     def close(self) -> None:
         self._pool.close()
-        with suppress(StorageError):  # what is left there harms nobody
+        with suppress(StorageError):  # what is left there does no harm
             for file in {**self._sent, **self._made}:
                 if file.digest is not None:
                     open_folder(file.root.url).delete(staged_name(file.name, file.digest))
 
     def _staged(self, task: Task) -> StagedTask:
+        """Return ``task`` with the files it needs, which are sent first, and those it makes."""
         makes = tuple(getattr(task, "makes", ()))
         read = (path for path in paths_of(task) if path.is_file() or (path.is_dir() and path not in makes))
         needs = [file for path in read if (file := self._file(path, changes=path.is_file()))]
@@ -151,13 +164,17 @@ class StagedPool(Pool):
         return StagedTask(task, self._roots, tuple(needs), made, this_node())
 
     def _send(self, file: StagedFile) -> None:
+        """Send a file and remember that it was sent."""
         if file.digest is None:
             send_missing(open_folder(file.root.url), file.root.local, file.name)
         send_changeable(file, file.root.local)
         self._sent[file] = None
 
     def _file(self, path: Path, changes: bool = False) -> StagedFile | None:
-        """None for a path outside all roots."""
+        """Return the staged file of ``path``; None for a path outside all roots.
+
+        ``changes`` says that the content may change under the name.
+        """
         root = next((root for root in self._roots if path.is_relative_to(root.local)), None)
         if root is None:
             return None
@@ -167,18 +184,21 @@ class StagedPool(Pool):
 
 
 def this_node() -> str:
+    """Return the name of this node: its host, and its cache directory."""
     return f"{socket.gethostname()} {cache_root()}"
 
 
 def is_shared(name: str) -> bool:
+    """Return whether a file lies in the directory of shared artefacts, where names are digests of content."""
     return name.startswith(f"{layout.SHARED}/")
 
 
 @cache
 def stage(url: str, root: Path, name: str, digest: str | None, changing: bool = False) -> None:
-    """Bring a file or folder below ``url`` to ``root``, once a process, and over the network once a node.
+    """Bring a file or directory from below ``url`` to ``root``, once per process, and over the network once per node.
 
-    Raises StorageError if it cannot be fetched, or is not what ``digest`` says.
+    ``changing`` says that others may replace the files under the same names. Raises StorageError if the file cannot be
+    fetched, or is not what ``digest`` says.
     """
     remote, locks = open_folder(url), root / layout.LOCKS
     locks.mkdir(parents=True, exist_ok=True)
@@ -192,13 +212,13 @@ def stage(url: str, root: Path, name: str, digest: str | None, changing: bool = 
 
 
 def marks(root: Path, name: str) -> dict[str, tuple[int, int]]:
-    """What changes with a file, for every one below ``root / name``."""
+    """Return the modification time (ns) and size (bytes) of every file below ``root / name``, which change with it."""
     found = {file: (root / file).stat() for file in local_sizes(root, name)}
     return {file: (status.st_mtime_ns, status.st_size) for file, status in found.items()}
 
 
 def moved(path: Path, local: Mapping[StorageRoot, Path]) -> Path:
-    """Return ``path`` below the folder that stands for its root on this node."""
+    """Return ``path`` below the directory that stands for its root on this node."""
     for root, folder in local.items():
         if path.is_relative_to(root.local):
             return folder / path.relative_to(root.local)
@@ -207,7 +227,7 @@ def moved(path: Path, local: Mapping[StorageRoot, Path]) -> Path:
 
 @cache
 def path_fields(kind: type[Any]) -> tuple[str, ...]:
-    """Fields of a dataclass that hold a path, or a dataclass that does."""
+    """Return the fields of a dataclass that hold a path, or a dataclass that does."""
     return tuple(name for name, hint in get_type_hints(kind).items() if _mentions_path(hint))
 
 
@@ -218,7 +238,7 @@ def _mentions_path(hint: Any) -> bool:
 
 
 def relocated(value: Any, move: Callable[[Path], Path]) -> Any:
-    """``value`` with every path in it, also in the dataclasses and tuples of its fields, as ``move`` has it."""
+    """Return ``value`` with ``move`` applied to every path in it, also inside its tuples and dataclass fields."""
     if isinstance(value, Path):
         return move(value)
     if isinstance(value, tuple):
@@ -230,7 +250,7 @@ def relocated(value: Any, move: Callable[[Path], Path]) -> Any:
 
 
 def paths_of(value: Any) -> list[Path]:
-    """Every path in ``value``, once."""
+    """Return every path in ``value``, once."""
     found: dict[Path, None] = {}
 
     def note(path: Path) -> Path:

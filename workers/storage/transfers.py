@@ -1,4 +1,7 @@
-"""Many files between a folder of this machine and a remote one: in parallel, only what differs, the last ones last."""
+"""Transfers of many files between a local directory and a remote folder: in parallel, and only what differs.
+
+Files that say of others that they are there are sent last.
+"""
 
 import json
 import logging
@@ -14,22 +17,28 @@ from workers.storage.folders import Folder, file_sizes
 log = logging.getLogger(__name__)
 
 THREADS = 8
-REPORT_S = 10.0  # between the lines of a long transfer
+REPORT_S = 10.0  # seconds between the log lines of a long transfer
 
 
 def local_sizes(root: Path, name: str) -> dict[str, int]:
-    """Bytes of every file below ``root / name``, or of that file, by name under ``root``; hidden ones left out."""
+    """Return the bytes of every file below ``root / name``, or of that file, by name relative to ``root``.
+
+    Hidden files are left out.
+    """
     return file_sizes(root, root / name)
 
 
 def fetch(remote: Folder, root: Path, name: str) -> None:
-    """Bring the files below ``name`` that are not in ``root``, or of another size there."""
+    """Download the files below ``name`` that are missing in ``root``, or have another size there."""
     there, here = remote.sizes(name), local_sizes(root, name)
     _download(remote, root, {file: size for file, size in there.items() if here.get(file) != size})
 
 
 def follow(remote: Folder, root: Path, name: str) -> None:
-    """Make the files below ``name`` in ``root``, a copy, those that are remote: others may have taken their names."""
+    """Make ``root`` a copy of the remote files below ``name``, which others may replace under the same names.
+
+    Local files below ``name`` that are not remote are deleted.
+    """
     there, here = remote.sizes(name), local_sizes(root, name)
     versions, record = remote.versions(name), root / f".{name.replace('/', '-')}.versions.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -42,11 +51,12 @@ def follow(remote: Folder, root: Path, name: str) -> None:
 
 
 def _download(remote: Folder, root: Path, sizes: Mapping[str, int]) -> None:
+    """Download the files of ``sizes`` (bytes by name) into ``root``."""
     transfer(sizes, lambda name: remote.download(name, root / name), f"fetching from {remote.location}")
 
 
 def send(remote: Folder, root: Path, names: Collection[str]) -> None:
-    """Send files of ``root``; those that say of others that they are there go last."""
+    """Send the files ``names`` of ``root``; those that say of others that they are there (layout.POINTERS) go last."""
     sizes = {name: (root / name).stat().st_size for name in names}
     rank = {
         name: layout.POINTERS.index(Path(name).name) if Path(name).name in layout.POINTERS else -1 for name in names
@@ -61,13 +71,16 @@ def send(remote: Folder, root: Path, names: Collection[str]) -> None:
 
 
 def send_missing(remote: Folder, root: Path, name: str) -> None:
-    """Send the files below ``root / name`` that are not there remotely, or of another size."""
+    """Send the files below ``root / name`` that are missing remotely, or have another size there."""
     there = remote.sizes(name)
     send(remote, root, [n for n, size in local_sizes(root, name).items() if there.get(n) != size])
 
 
 def transfer(sizes: Mapping[str, int], move: Callable[[str], None], what: str) -> None:
-    """``move`` every file; a line in the log now and then where it takes long."""
+    """Call ``move`` for the name of every file of ``sizes`` (bytes by name), in parallel.
+
+    The progress of a long transfer is logged, with ``what`` it does.
+    """
     started = told = time.monotonic()
     done, total = 0, sum(sizes.values())
     with ThreadPoolExecutor(THREADS) as threads:
