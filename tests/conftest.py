@@ -1,13 +1,17 @@
-"""Shared by all tests: the embedded model and one bank of it, built once a session; a disk that is soon full."""
+"""Fixtures of all tests: the embedded model, one bank of it for all test processes, and a disk that is soon full."""
 
+import json
+import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from evaluators.data.stdlib import load_held_out
 from evaluators.data.windows import TokenWindows, load_tokenizer, stdlib_documents, token_windows
@@ -55,20 +59,41 @@ class SmallBank:
         ]
 
 
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """Return a directory that the first test process builds and the others wait for; to change it, take a copy."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    directory, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            build(directory)
+            done.touch()
+    return directory
+
+
 @pytest.fixture(scope="session")
 def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
-    directory = tmp_path_factory.mktemp("bank")
+    """The bank of little text; no test changes it."""
     folder = ModelFolder(EMBEDDED)
+    space = SearchSpace.per_tensor(quantizable_tensors(folder), LEVELS, fixed_bytes(folder))
     documents = stdlib_documents(load_held_out(EMBEDDED / "splits.json"))
     windows = token_windows(load_tokenizer(folder), documents, 256, TOKENS, seed=0)
-    windows_file = directory / "windows.safetensors"
-    windows_file.write_bytes(windows.to_bytes())
-    pool = SerialPool()
-    (groups,) = pool.map([Calibrate(EMBEDDED, windows_file, directory)])
-    space = SearchSpace.per_tensor(quantizable_tensors(folder), LEVELS, fixed_bytes(folder))
-    small = SmallBank(folder, directory, windows_file, windows, groups, space)
-    list(pool.map(small.bank_tasks(directory)))
-    return small
+
+    def small(directory: Path) -> SmallBank:
+        groups = json.loads((directory / "groups.json").read_text())
+        return SmallBank(folder, directory, directory / "windows.safetensors", windows, groups, space)
+
+    def build(directory: Path) -> None:
+        windows_file, pool = directory / "windows.safetensors", SerialPool()
+        windows_file.write_bytes(windows.to_bytes())
+        (groups,) = pool.map([Calibrate(EMBEDDED, windows_file, directory)])
+        (directory / "groups.json").write_text(json.dumps(groups))
+        list(pool.map(small(directory).bank_tasks(directory)))
+
+    return small(built_once(tmp_path_factory, "small-bank", build))
 
 
 def no_progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import EMBEDDED, REPOSITORY
+from bitgenome.common import layout
+from tests.conftest import EMBEDDED, REPOSITORY, built_once
 
 SMALL = {
     "model": str(EMBEDDED),
@@ -86,8 +88,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="session")
-def finished(runs: Runs) -> Finished:
-    """The undisturbed run ``base`` on two Ray workers."""
-    done = runs.call("run", runs.write("base"))
-    assert done.returncode == 0, done.stderr
-    return done
+def finished(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The undisturbed run ``base`` on two Ray workers: made once, and each test process has a copy to change."""
+
+    def build(storage: Path) -> None:
+        original = Runs(storage)
+        done = original.call("run", original.write("base"))
+        assert done.returncode == 0, done.stderr
+        (storage / "stdout").write_text(done.stdout)
+        (storage / "stderr").write_text(done.stderr)
+
+    built = built_once(tmp_path_factory, "base-run", build)
+    shutil.copytree(built, runs.storage, dirs_exist_ok=True)
+    runs.write("base")
+    record = runs.storage / "base" / layout.RECORD
+    record.write_text(record.read_text().replace(str(built), str(runs.storage)))
+    return Finished(runs.command("run"), 0, (built / "stdout").read_text(), (built / "stderr").read_text())
