@@ -23,15 +23,19 @@ class HealingSettings(Section):
     The tuned tensors are used only if the KL on validation text falls.
     """
 
-    enabled: Literal["auto", "on", "off"] = "auto"
+    enabled: Literal["auto", "on", "off"] = Field(
+        "auto", description="auto and on take the tuned tensors if they help; on warns if they do not"
+    )
     variant: Literal["full", "blockwise"] = Field("full", description="the whole model, or one block in memory")
     steps: int = Field(60, ge=1, description="of the whole model, or of each block")
     batch_tokens: int = Field(1024, ge=1, description="tokens of calibration text a step, at least one window")
     learning_rate: float | None = Field(None, gt=0, description="of Adam at its highest; by default by the divergence")
-    loss: Literal["kl", "distillation"] = "kl"
+    loss: Literal["kl", "distillation"] = Field(
+        "kl", description="to the full-precision model, or with the text's own tokens"
+    )
     temperature: float | None = Field(None, gt=0, description="of both models' logits; 1 for kl, 4 for distillation")
     alpha: float | None = Field(None, ge=0, le=1, description="weight of the text's own next token; 0.3")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of the order of windows")
 
     @field_validator("enabled", mode="before")
     @classmethod

@@ -28,7 +28,7 @@ class ScalingSettings(Section):
     ``smoothquant`` scales by max|X|^alpha / max|W|^(1 - alpha); ``awq`` searches alpha for every input.
     """
 
-    kind: Literal["none", "smoothquant", "awq"] = "none"
+    kind: Literal["none", "smoothquant", "awq"] = Field("none", description="which scales")
     alpha: float = Field(0.5, ge=0, le=1, description="of smoothquant")
     grid: int = Field(20, ge=1, le=1000, description="values of alpha that awq tries")
     protect: float = Field(0.0, ge=0, lt=1, description="share of columns, the most salient, that are doubled")

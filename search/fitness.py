@@ -17,11 +17,11 @@ class FitnessSettings(Section):
     fitness of the first mixed-precision searches, alpha * (1 / MSE) + beta * compression, to be maximized.
     """
 
-    kind: Literal["distortion", "weighted"] = "distortion"
-    kl_weight: float = Field(1.0, ge=0)
-    reconstruction_weight: float = Field(0.0, ge=0)
-    alpha: float = Field(1.0, ge=0)
-    beta: float = Field(1.0, ge=0)
+    kind: Literal["distortion", "weighted"] = Field("distortion", description="which loss")
+    kl_weight: float = Field(1.0, ge=0, description="of distortion")
+    reconstruction_weight: float = Field(0.0, ge=0, description="of distortion")
+    alpha: float = Field(1.0, ge=0, description="of weighted")
+    beta: float = Field(1.0, ge=0, description="of weighted")
 
     @model_validator(mode="after")
     def something(self) -> Self:

@@ -116,13 +116,13 @@ def _section_at(kind: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     section = kind
     for part in path:
         if part in section.model_fields:  # not an index into a list
-            section = next(_sections_in(section.model_fields[part].annotation), section)
+            section = next(sections_in(section.model_fields[part].annotation), section)
     return section
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield the settings classes that an annotation names, also inside optional values and lists."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _sections_in(inner)
+        yield from sections_in(inner)

@@ -58,7 +58,7 @@ class PruningConfig(SparsityConfig):
     Embedding and head are pruned only by a rule.
     """
 
-    rules: tuple[PruningRule, ...] = ()
+    rules: tuple[PruningRule, ...] = Field((), description="by tensor name, before the sparsity of all")
 
 
 class QuantizationConfig(Section):

@@ -46,8 +46,12 @@ class EvaluationConfig(Section):
     multiply during the search; auto is float32 on CPUs and bfloat16 on accelerators.
     """
 
-    activations: Activations = "float"
-    compute: Compute = "auto"
+    activations: Activations = Field(
+        "float", description="inputs of products: floats, or q8, the 8-bit blocks that llama.cpp multiplies"
+    )
+    compute: Compute = Field(
+        "auto", description="type of the search's products; auto: float32 on CPUs, bfloat16 on accelerators"
+    )
     memory: Annotated[int, Field(gt=0)] | None = Field(
         None,
         description='bytes or "6 GiB" for a worker\'s weights and hidden states, beside what its libraries take; by '
@@ -69,24 +73,35 @@ class SensitivityConfig(Section):
     - ``around_base``: what the level adds to the KL of the uniform genome that is nearest to the budget.
     """
 
-    measure: Literal["kl", "gradient", "around_base"] = "kl"
+    measure: Literal["kl", "gradient", "around_base"] = Field(
+        "kl", description="KL, its estimate from gradients, or KL around a uniform genome"
+    )
 
 
 class RunConfig(StoredSection):
     """Configuration of a run: a model, a budget, and how to search for a genome within it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its directory below storage_path"
+    )
     model: str = Field(description="Hugging Face folder or id")
-    budget: BudgetConfig
-    levels: tuple[str, ...] = LEVEL_PRESETS["fine"]
-    text: TextConfig = TextConfig()
-    quantization: QuantizationConfig = QuantizationConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    fitness: FitnessSettings = FitnessSettings()
-    sensitivity: SensitivityConfig = SensitivityConfig()
-    search: SearchSettings = SearchSettings()
-    healing: HealingSettings = HealingSettings()
-    workers: WorkerSettings = WorkerSettings()
+    budget: BudgetConfig = Field(description="largest size of the file")
+    levels: tuple[str, ...] = Field(
+        LEVEL_PRESETS["fine"],
+        description="levels that a tensor may take: fine, classic, all, or a list such as [W2, W4, W8]",
+    )
+    text: TextConfig = Field(TextConfig(), description="calibration, search, validation and test text")
+    quantization: QuantizationConfig = Field(QuantizationConfig(), description="rounding, pruning and channel scaling")
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(), description="activations, number type and memory of evaluations"
+    )
+    fitness: FitnessSettings = Field(FitnessSettings(), description="the loss that the search minimizes")
+    sensitivity: SensitivityConfig = Field(
+        SensitivityConfig(), description="how each tensor's cost at each level is measured"
+    )
+    search: SearchSettings = Field(SearchSettings(), description="strategy, its settings, and the text it reads")
+    healing: HealingSettings = Field(HealingSettings(), description="of norms and biases, after the search")
+    workers: WorkerSettings = Field(WorkerSettings(), description="the Ray cluster; never changes the result")
 
     @field_validator("levels", mode="before")
     @classmethod

@@ -24,13 +24,15 @@ SWEEP = "sweep"  # key of a method: settings with a list of values each, tried i
 class StudyConfig(StoredSection):
     """Settings of a study, all but its methods."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the study and of its directory below storage_path"
+    )
     model: str = Field(description="Hugging Face folder or id")
     tensors: Literal["blocks", "all"] = Field("blocks", description="all: embedding and head too")
     activation_samples: int = Field(2048, ge=2, description="positions of calibration text, for mutual information")
-    text: TextConfig = TextConfig()
-    quantization: QuantizationConfig = QuantizationConfig()
-    workers: WorkerSettings = WorkerSettings()
+    text: TextConfig = Field(TextConfig(), description="calibration and test text")
+    quantization: QuantizationConfig = Field(QuantizationConfig(), description="damping and upstream level")
+    workers: WorkerSettings = Field(WorkerSettings(), description="the Ray cluster; never changes the result")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ class TokensConfig(Section):
     Sensitivities read the first ``sensitivity`` tokens of the search text, genomes the rungs of ``search.ladder``.
     """
 
-    calibration: int = Field(98304, gt=0)
-    sensitivity: int = Field(4096, gt=0)
-    search: int = Field(8192, gt=0)
-    validation: int = Field(16384, gt=0)
-    test: int = Field(16384, gt=0)
+    calibration: int = Field(98304, gt=0, description="for Hessians and healing; 80,000 or more recommended")
+    sensitivity: int = Field(
+        4096, gt=0, description="first tokens of the search text, on which sensitivities are measured"
+    )
+    search: int = Field(8192, gt=0, description="on which genomes are scored")
+    validation: int = Field(16384, gt=0, description="on which the winner is chosen")
+    test: int = Field(16384, gt=0, description="for the final figures and the proof in llama.cpp")
 
     @model_validator(mode="after")
     def nested(self) -> Self:
@@ -39,16 +41,19 @@ class TextConfig(Section):
     - ``files``: one file per split.
     """
 
-    source: Literal["stdlib", "file", "files"] = "stdlib"
-    splits: Path = Path("models/stdlib-6m/splits.json")
-    path: Path | None = None
-    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2}
+    source: Literal["stdlib", "file", "files"] = Field("stdlib", description="where text comes from")
+    splits: Path = Field(
+        Path("models/stdlib-6m/splits.json"), description="of stdlib: the JSON file that names held-out modules"
     )
-    files: dict[str, Path] | None = None
+    path: Path | None = Field(None, description="of file: one text file")
+    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2},
+        description="of file: what share of its lines each split gets",
+    )
+    files: dict[str, Path] | None = Field(None, description="of files: a file for each split")
     window: int = Field(512, ge=8, description="tokens that are read together")
-    tokens: TokensConfig = TokensConfig()
-    seed: int = Field(0, ge=0, lt=2**32)
+    tokens: TokensConfig = Field(TokensConfig(), description="number of tokens of each split")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the order of windows")
 
     @model_validator(mode="after")
     def complete(self) -> Self:

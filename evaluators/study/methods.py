@@ -76,7 +76,7 @@ def _words(settings: dict[str, Any]) -> list[str]:
 class ChannelMethod(Method):
     """Base of methods that give each input channel its bits on a uniform grid, with or without compensation."""
 
-    grid: GridSettings = GridSettings()
+    grid: GridSettings = Field(GridSettings(), description="of each channel")
     compensate: bool = Field(True, description="spread each column's error over the columns after it")
 
     def allocate(self, layer: StudyLayer) -> tuple[np.ndarray, Tensor | None]:
@@ -96,8 +96,8 @@ class Rounding(ChannelMethod):
 
     axis = "bits"
     kind: Literal["rtn"] = "rtn"
-    bits: int = Field(4, ge=1, le=MOST_BITS)
-    compensate: bool = False
+    bits: int = Field(4, ge=1, le=MOST_BITS, description="of every channel")
+    compensate: bool = Field(False, description="spread each column's error over the columns after it")
 
     def allocate(self, layer: StudyLayer) -> tuple[np.ndarray, Tensor | None]:
         """Return ``bits`` for every channel, and no scores."""
@@ -108,7 +108,7 @@ class Gptq(Rounding):
     """Quantizes every channel at the same bits, with error compensation (Frantar et al. 2022)."""
 
     kind: Literal["gptq"] = "gptq"  # type: ignore[assignment]
-    compensate: bool = True
+    compensate: bool = Field(True, description="spread each column's error over the columns after it")
 
 
 class Threshold(ChannelMethod):
@@ -118,9 +118,9 @@ class Threshold(ChannelMethod):
     """
 
     kind: Literal["threshold"] = "threshold"
-    levels: tuple[int, ...] = THREE_LEVELS
-    low: float = 0.5
-    high: float = 1.2
+    levels: tuple[int, ...] = Field(THREE_LEVELS, description="bits that a channel may take")
+    low: float = Field(0.5, description="score below which a channel gets the fewest bits")
+    high: float = Field(1.2, description="score above which a channel gets the most bits")
 
     @model_validator(mode="after")
     def valid(self) -> Self:
@@ -136,9 +136,9 @@ class Threshold(ChannelMethod):
 class FiveDimensional(ChannelMethod):
     """Base of methods that use the five-dimensional importance score; ``without`` leaves one dimension out."""
 
-    levels: tuple[int, ...] = FIVE_LEVELS
-    weights: ImportanceWeights = ImportanceWeights()
-    without: Dimension | None = None
+    levels: tuple[int, ...] = Field(FIVE_LEVELS, description="bits that a channel may take")
+    weights: ImportanceWeights = Field(ImportanceWeights(), description="of the five dimensions")
+    without: Dimension | None = Field(None, description="dimension left out of the score")
 
     @field_validator("levels")
     @classmethod
@@ -180,8 +180,8 @@ class BudgetMethod(FiveDimensional):
 
     axis = "target_avg_bits"
     kind: Literal["budget"] = "budget"
-    target_avg_bits: float = 4.0
-    targets: tuple[LayerRule, ...] = ()
+    target_avg_bits: float = Field(4.0, description="bits per weight of every layer")
+    targets: tuple[LayerRule, ...] = Field((), description="rules for single layers")
 
     @model_validator(mode="after")
     def within_reach(self) -> Self:

@@ -42,18 +42,20 @@ class MutualInformation(Method):
     axis = "target_avg_bits"
     needs_samples = True
     kind: Literal["mutual_information"] = "mutual_information"
-    strategy: Literal["A", "B"] = "B"
+    strategy: Literal["A", "B"] = Field("B", description="A: a group shares scale and zero; B: it shares the bits")
     groups: int = Field(16, ge=1, description="for each input; at most its channels")
-    estimate: Estimate = "histogram"
-    bins: int = Field(DEFAULT_BINS, ge=2)
-    normalized: bool = True
-    clustering: Clustering = "spectral"
-    spread_bits: float | None = Field(4.0, ge=0)
-    importance: bool = False
-    levels: tuple[int, ...] = THREE_LEVELS
-    target_avg_bits: float = 4.0
-    grid: GridSettings = GridSettings(share="channel")
-    compensate: bool = True
+    estimate: Estimate = Field("histogram", description="of mutual information")
+    bins: int = Field(DEFAULT_BINS, ge=2, description="of histograms")
+    normalized: bool = Field(True, description="information from 0 to 1")
+    clustering: Clustering = Field("spectral", description="how groups are found")
+    spread_bits: float | None = Field(
+        4.0, ge=0, description="between the most redundant and the most independent group"
+    )
+    importance: bool = Field(False, description="multiply scores by the groups' importance")
+    levels: tuple[int, ...] = Field(THREE_LEVELS, description="bits that a channel may take")
+    target_avg_bits: float = Field(4.0, description="bits per weight of every layer")
+    grid: GridSettings = Field(GridSettings(share="channel"), description="of each channel")
+    compensate: bool = Field(True, description="spread each column's error over the columns after it")
 
     @field_validator("levels")
     @classmethod

@@ -1,6 +1,6 @@
 """Settings of the search: its strategy, and how much text it reads."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ class GeneGroups(Section):
     outputs share information.
     """
 
-    by: Literal["none", "kind", "layer", "mutual_information"] = "none"
+    by: Literal["none", "kind", "layer", "mutual_information"] = Field("none", description="what shares a format")
     count: int | None = Field(None, ge=1, description="groups by mutual information")
     samples: int = Field(2048, ge=2, description="positions of calibration text that mutual information is taken over")
 
@@ -34,8 +34,8 @@ class GeneGroups(Section):
 class SearchSettings(GeneticSettings):
     """Settings of a search; every strategy but ``exact`` makes ``population * generations`` evaluations."""
 
-    population: Annotated[int, Field(ge=4)] = DEFAULTS.population
-    strategy: Literal["genetic", "optuna", "exact", "random"] = "genetic"
+    population: int = Field(DEFAULTS.population, ge=4, description="new genomes of each generation")
+    strategy: Literal["genetic", "optuna", "exact", "random"] = Field("genetic", description="who proposes genomes")
     mutation_prior: Literal["none", "five_dimensional"] = Field(
         "none", description="of the genetic strategy: which genes are raised more often than lowered"
     )

@@ -16,16 +16,18 @@ class GeneticSettings(Section):
     generation.
     """
 
-    population: int = Field(20, ge=1)
-    generations: int = Field(12, ge=1)
-    seed: int = Field(0, ge=0, lt=2**32)
-    tournament_size: int = Field(4, ge=1)
-    crossover: Literal["one_point", "two_point", "uniform"] = "uniform"
-    crossover_rate: float = Field(0.5, ge=0, le=1)
+    population: int = Field(20, ge=1, description="new genomes of each generation")
+    generations: int = Field(12, ge=1, description="rounds of new genomes")
+    seed: int = Field(0, ge=0, lt=2**32, description="of all random draws")
+    tournament_size: int = Field(4, ge=1, description="genomes that compete to become a parent")
+    crossover: Literal["one_point", "two_point", "uniform"] = Field(
+        "uniform", description="how two parents' genes are mixed"
+    )
+    crossover_rate: float = Field(0.5, ge=0, le=1, description="offspring that have two parents")
     mutation_rate: float = Field(0.1, ge=0, le=1, description="offspring that get one to four random genes")
     swap_rate: float = Field(0.8, ge=0, le=1, description="offspring that get one to three size-preserving swaps")
-    elites: int = Field(4, ge=1)
-    immigrants: int = Field(1, ge=0)
+    elites: int = Field(4, ge=1, description="best genomes of the whole run, kept as parents")
+    immigrants: int = Field(1, ge=0, description="repaired random genomes in each generation")
     brood: int = Field(
         16, ge=1, description="offspring bred for each one evaluated, chosen by a surrogate; at most 1,024 in all"
     )
@@ -52,7 +54,7 @@ class RandomSettings:
 
     evaluations: int = DEFAULTS.evaluations
     batch_size: int = DEFAULTS.population
-    seed: int = DEFAULTS.seed
+    seed: int = Field(DEFAULTS.seed, description="of all random draws")
 
 
 @dataclass(frozen=True)
@@ -71,4 +73,4 @@ class SolverSettings:
 
     alternatives: int = 8
     spread: float = 0.1
-    seed: int = DEFAULTS.seed
+    seed: int = Field(DEFAULTS.seed, description="of all random draws")

@@ -17,7 +17,7 @@ class WorkerSettings(Section):
     ``max`` of them, as many as there is work for.
     """
 
-    ray: str = "auto"
+    ray: str = Field("auto", description="auto, local, HOST:PORT, or off for one process")
     count: int | None = Field(None, ge=1, description="a fixed number; none: elastic")
     min: int | None = Field(None, ge=0, description="1; 0 for a cluster that starts empty and scales up")
     max: int | None = Field(
