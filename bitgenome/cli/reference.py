@@ -24,8 +24,8 @@ instance `--set search.generations=20`. Unknown keys are errors.
 
 This page is generated: `python -m bitgenome.cli.reference > docs/configuration.md`.
 """
-STUDIES = """The keys `text`, `quantization` and `workers` are those of a run. `methods` lists what is compared, by `kind`;
-the `sweep` of a method gives settings lists of values, of which every combination is compared.
+STUDIES = """The keys `text`, `quantization` and `workers` are those of a run. `methods` lists what is compared,
+by `kind`; the `sweep` of a method gives settings lists of values, of which every combination is compared.
 """
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}  # of JSON schema
 WORDS = {"object": "mapping", "string": "text", "any": "any value"}  # for JSON schema's types
