@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, LEVEL_FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize
 from quantizers.rounding.sparsegpt import compensate

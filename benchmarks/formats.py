@@ -40,7 +40,7 @@ from evaluators.engine.evaluator import EvaluateGenomes
 from evaluators.model.block_model import BlockModel
 from evaluators.model.forward import final_hidden
 from evaluators.prepare.calibration import InputGroup, group_file
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize
 from quantizers.rounding.sparsegpt import row_errors

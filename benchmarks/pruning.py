@@ -32,7 +32,7 @@ from evaluators.model.block_model import BlockModel
 from evaluators.model.forward import final_hidden
 from evaluators.prepare.calibration import InputGroup, group_file
 from quantizers.formats.grids import GRIDS, Grid, Scales
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop

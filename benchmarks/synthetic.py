@@ -11,7 +11,7 @@ from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.engine.memory import Load
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import save_tensor
-from quantizers.formats.packed import PackedTensor
+from quantizers.formats.packed_tensor import PackedTensor
 from quantizers.formats.table import format_for
 from quantizers.rounding.nearest import quantize
 from quantizers.rounding.sparsegpt import Compensated

@@ -66,11 +66,9 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def resume(run: RunPath) -> None:
     """Continue an interrupted run to the same result."""
-    from bitgenome.storage.run_directory import RunDirectory  # noqa: PLC0415
-    from bitgenome.storage.staged import with_stored_model  # noqa: PLC0415
+    from bitgenome.run.resume import config_to_resume  # noqa: PLC0415
 
-    directory = RunDirectory.open(run)
-    execute(with_stored_model(directory.config, directory.record.get("digests", {}).get("model")))
+    execute(config_to_resume(run))
 
 
 @app.command()

@@ -24,7 +24,7 @@ from exporters.files.gguf_writer import export_gguf
 from exporters.files.recipe import recipe_command, recipe_lines
 from exporters.metadata.provenance import Provenance
 from exporters.metadata.tensor_names import tensor_table
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from search.types import Evaluation
 

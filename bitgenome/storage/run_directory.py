@@ -1,5 +1,6 @@
 """Opens run directories: where a run's files are, which configuration it belongs to, and who may write there."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,8 +168,10 @@ class RunDirectory:
         """Record a stage and its time while the context lasts; behind a URL, send what it left."""
         log = self.path / layout.EVALUATIONS
         evaluations = log.read_bytes().count(b"\n") if log.exists() else 0
+        self.record.begin_stage(name, evaluations)
+        started = time.monotonic()
         try:
-            with self.record.timed(name, evaluations):
-                yield
+            yield
         finally:
+            self.record.end_stage(name, time.monotonic() - started)
             self.sync()

@@ -75,21 +75,16 @@ class RunRecord(UserDict[str, Any]):
             digests[key] = value
             self.save()
 
-    @contextmanager
-    def timed(self, stage: str, evaluations: int) -> Iterator[None]:
-        """Record that ``stage`` is running, and add the seconds spent in the context, however it ends.
-
-        ``evaluations`` is the number of evaluations before the stage.
-        """
+    def begin_stage(self, stage: str, evaluations: int) -> None:
+        """Save that ``stage`` is running; ``evaluations`` is the number of evaluations before it."""
         self["stage"] = {"name": stage, "since": round(time.time(), 2), "evaluations": evaluations}
         self.save()
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            stages = self["stages"]
-            stages[stage] = round(stages.get(stage, 0.0) + time.monotonic() - started, 2)
-            self.save()
+
+    def end_stage(self, stage: str, seconds: float) -> None:
+        """Save that ``stage`` took ``seconds`` in this attempt, added to those of earlier ones."""
+        stages = self["stages"]
+        stages[stage] = round(stages.get(stage, 0.0) + seconds, 2)
+        self.save()
 
     @contextmanager
     def ending(self) -> Iterator[None]:

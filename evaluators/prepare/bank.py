@@ -23,7 +23,7 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.calibration import InputGroup
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.sparsegpt import Compensated, compensate

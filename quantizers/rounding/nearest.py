@@ -10,7 +10,7 @@ from torch.nn import functional
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
-from quantizers.formats.packed import FLOAT_TYPES
+from quantizers.formats.packed_tensor import FLOAT_TYPES
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import QuantFormat
 from quantizers.rounding.codebook_loop import codebook_loop

@@ -19,7 +19,7 @@ from torch import Tensor
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import GRIDS
-from quantizers.formats.packed import PackedTensor, dequantize
+from quantizers.formats.packed_tensor import PackedTensor, dequantize
 from quantizers.formats.table import QuantFormat
 from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.column_loop import Segment, column_loop

@@ -54,7 +54,7 @@ class RandomSettings:
 
     evaluations: int = DEFAULTS.evaluations
     batch_size: int = DEFAULTS.population
-    seed: int = Field(DEFAULTS.seed, description="of all random draws")
+    seed: int = DEFAULTS.seed
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,4 @@ class SolverSettings:
 
     alternatives: int = 8
     spread: float = 0.1
-    seed: int = Field(DEFAULTS.seed, description="of all random draws")
+    seed: int = DEFAULTS.seed

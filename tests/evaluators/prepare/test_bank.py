@@ -20,7 +20,7 @@ from evaluators.prepare.bank import (
     write_manifest,
 )
 from evaluators.prepare.calibration import InputGroup, group_file
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS
 from quantizers.settings import CompensationSettings, Sparsity
 from tests.conftest import SmallBank

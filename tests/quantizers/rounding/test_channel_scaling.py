@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS
 from quantizers.rounding.channel_scaling import (
     PROTECTION,

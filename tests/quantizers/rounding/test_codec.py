@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
-from quantizers.formats.packed import PackedTensor, dequantize
+from quantizers.formats.packed_tensor import PackedTensor, dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize
 from tests import ggml_reference

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantizers.formats.grids import Scales
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import CODEBOOK_TYPES, FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend_kept

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import GRIDS, Grid, Scales
-from quantizers.formats.packed import dequantize
+from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.nearest import fit_rows, quantize
