@@ -186,7 +186,8 @@ def damaged_tensors(directory: Path) -> list[str]:
         log.warning("the bank's manifest %s cannot be read; it is written anew", manifest)
         manifest.unlink()
         return []
-    return [name for name, digest in files.items() if digest_of_file(tensor_file(directory, name)) != digest]
+    found = {name: digest_of_file(tensor_file(directory, name)) for name in files}
+    return [name for name, digest in files.items() if found[name] is None or found[name] != digest]
 
 
 class Bank:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import ray
 from ray.exceptions import RayError
 
+from bitgenome.common.cpus import usable_cpus
 from workers.cluster.worker_logs import worker_logs
 from workers.errors import ClusterError
 
@@ -24,7 +25,8 @@ def connect(address: str) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     handler = signal.getsignal(signal.SIGTERM)
-    local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
+    own = {"num_cpus": usable_cpus(), "include_dashboard": True, "dashboard_host": "127.0.0.1"}  # Ray ignores affinity
+    local = own if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=worker_logs(), **local)
     except (ConnectionError, RayError, RuntimeError) as error:
