@@ -41,7 +41,7 @@ def wait_for_lines(path: Path, lines: int, driver: "subprocess.Popen[str]") -> N
 
 def test_a_run_killed_twice_ends_as_if_undisturbed(runs: Runs, finished: Finished) -> None:
     rng = random.Random(20261121)
-    config = runs.write("killed")
+    config = runs.write("killed", workers={"ray": "off"}, healing={"enabled": "off"})
     log = runs.storage / "killed" / "evaluations.jsonl"
     for lines in sorted(rng.sample(range(1, 24), 2)):
         driver = start(runs, "run", config)
@@ -57,6 +57,7 @@ def test_a_run_killed_twice_ends_as_if_undisturbed(runs: Runs, finished: Finishe
     assert killed == base
 
 
+@pytest.mark.long  # in seconds, and in one process: tests/search/loop/test_loop.py
 def test_a_ladder_of_new_text_killed_on_two_workers_ends_as_undisturbed_in_one_process(runs: Runs) -> None:
     changes = {"search": {"ladder": [0, 256], "refresh": 1}, "healing": {"enabled": "off"}}
     calm = runs.call("run", runs.write("calm-ladder", **changes, workers={"ray": "off"}))

@@ -71,8 +71,8 @@ def test_every_generation_has_a_line_that_says_how_it_was_predicted(runs: Runs, 
     assert [record["generation"] for record in (first, *others)] == [1, 2, 3]
     assert "screened" not in first
     for record in others:
-        assert abs(record["surrogate_correlation"]) <= 1
-        assert 0 <= record["surrogate_coverage"] <= 1
+        assert record["surrogate_correlation"] > 0.5, "a search seeded by sensitivities is easy to predict"
+        assert record["surrogate_coverage"] >= 0.5, "most losses lie within one predicted standard deviation"
         said = f"rank correlation {record['surrogate_correlation']:.2f}, coverage {record['surrogate_coverage']:.2f}"
         assert said in " ".join(finished.stderr.split())
 
@@ -90,7 +90,7 @@ def test_the_recipe_lists_every_tensor_for_llama_quantize(runs: Runs, finished: 
 
 def test_a_finished_run_continues_in_place_without_evaluating_again(runs: Runs, finished: Finished) -> None:
     before, best = runs.evaluations("base"), runs.best("base")
-    again = runs.call("resume", runs.storage / "base")
+    again = runs.call("run", runs.write("base"), "--set", "workers.ray=off")
     assert again.returncode == 0, again.stderr
     assert runs.evaluations("base") == before
     assert runs.best("base")["winner"] == best["winner"]

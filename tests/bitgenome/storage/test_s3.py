@@ -100,7 +100,7 @@ def test_a_run_killed_and_its_disk_wiped_ends_elsewhere_as_if_undisturbed(
     runs, url = machine.runs, f"{s3}/runs"
     shared = runs.storage / "shared"
     fsspec.filesystem("s3").put(str(shared), f"{BUCKET}/runs/", recursive=True)  # as an earlier run left it
-    driver = machine.start("run", runs.write("killed-on-s3", storage_path=url))
+    driver = machine.start("run", runs.write("killed-on-s3", storage_path=url, workers={"count": 1}))
     killed_behind("generation 2: ", driver)
     shutil.rmtree(machine.cache)
     elsewhere = Machine(tmp_path / "other disk", runs)

@@ -1,6 +1,5 @@
 """Healing tunes float32 tensors alone, ends in the same bits after an interruption, and lowers what it minimizes."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def measure(training: WholeHealing, pool: SerialPool) -> Healed:
 
 
 def block_task(small_bank: SmallBank, path: Path, block: int) -> HealBlock:
-    settings = dataclasses.replace(SETTINGS, steps=3, batch_tokens=512, variant="blockwise")
+    settings = SETTINGS.model_copy(update={"steps": 3, "batch_tokens": 512, "variant": "blockwise"})
     names, checkpoint = tuple(own_floats(small_bank)), HealingCheckpoint(path, "key")
     genome = small_bank.space.smallest()
     return HealBlock(small_bank.setup(), genome, names, settings, checkpoint, (VALIDATION,), block)
