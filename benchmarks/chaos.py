@@ -113,12 +113,12 @@ class Storage:
     address: str
     settings: dict[str, Any]
 
-    def start(self, name: str) -> "subprocess.Popen[str]":
+    def start(self, name: str, *overrides: str) -> "subprocess.Popen[str]":
         config = self.settings | {"name": name, "storage_path": str(self.path)}
         config["workers"] = {"ray": self.address, "min": 1, "max": NODES}
         file = self.path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        command = [sys.executable, "-m", "bitgenome.cli", "run", str(file)]
+        command = [sys.executable, "-m", "bitgenome.cli", "run", str(file), *overrides]
         log = (self.path / f"{name}.log").open("a", encoding="utf-8")
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
 
@@ -147,10 +147,10 @@ class Storage:
             raise ChaosError(f"expected the file of {calm} in {name}, found other bytes")
 
 
-def undisturbed(storage: Storage, name: str) -> float:
+def undisturbed(storage: Storage, name: str, *overrides: str) -> float:
     """Seconds of a run that is left alone."""
     started = time.monotonic()
-    if storage.start(name).wait():
+    if storage.start(name, *overrides).wait():
         raise ChaosError(f"expected an undisturbed run, found a failure: {storage.log(name)}")
     return time.monotonic() - started
 
@@ -191,7 +191,7 @@ def chaos(path: Path, settings: dict[str, Any], rounds: int, kills: Sequence[str
     nodes = Nodes()
     try:
         storage = Storage(path, nodes.cluster.address, settings)
-        undisturbed(storage, "first")  # makes the bank
+        undisturbed(storage, "first", "--set", "workers={ray: off}")  # makes the bank
         calm = undisturbed(storage, "calm")
         records = []
         for number in range(rounds):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,12 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
         list(pool.map(small(directory).bank_tasks(directory)))
 
     return small(built_once(tmp_path_factory, "small-bank", build))
+
+
+def let_ray_read_environment() -> None:
+    """Make Ray in this process read tokens and settings again; it keeps those of the first cluster that it meets."""
+    if ray := sys.modules.get("ray"):
+        ray._raylet.Config.initialize("")
 
 
 def no_progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from bitgenome.common import layout
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.storage.worker_limit import write_limit
 from tests.bitgenome.batch.test_config import write
+from tests.conftest import let_ray_read_environment
 from workers.cluster.access import use_token
 from workers.cluster.settings import WorkerSettings
 from workers.cluster.shared_cluster import SharedCluster, fair_share
@@ -38,6 +39,7 @@ def cluster() -> Iterator[SharedCluster]:
         ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
         yield SharedCluster(WorkerSettings(ray="local"))
         ray.shutdown()
+    let_ray_read_environment()
 
 
 def runs_on(path: Path, workers: dict[str, Any]) -> list[BatchRun]:

@@ -26,7 +26,7 @@ from bitgenome.cli.jobs import environment_of, job_settings, resources_of
 from bitgenome.cli.main import main
 from bitgenome.common.errors import UserError
 from tests.bitgenome.conftest import Finished, Runs
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, let_ray_read_environment
 from workers.cluster.jobs import CONFIG_VARIABLE, Jobs, Submission
 from workers.errors import ClusterError
 
@@ -76,6 +76,7 @@ class Head:
                 patch.setenv(name, value)
             patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
             yield patch
+        let_ray_read_environment()  # the tests behind this one are of another user
 
     def details(self, job: str) -> JobDetails:
         with self.as_user():

@@ -116,7 +116,7 @@ def test_export_and_verify_repeat_what_the_run_reported(runs: Runs, finished: Fi
     assert f"{best['proof']['runtime_kl']:.5f}" in verified.stdout
 
 
-@pytest.mark.parametrize("strategy", ["optuna", "random"])  # exact: test_codebook_run.py
+@pytest.mark.parametrize("strategy", ["optuna", pytest.param("random", marks=pytest.mark.long)])  # exact: codebooks
 def test_every_strategy_does_the_whole_job_alone(strategy: str, runs: Runs, finished: Finished) -> None:
     changes = {"search": {"strategy": strategy}, "workers": {"ray": "off"}, "healing": {"enabled": "off"}}
     done = runs.call("run", runs.write(strategy, **changes))

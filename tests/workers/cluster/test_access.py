@@ -1,6 +1,5 @@
 """Which clusters are joined: against real gRPC servers that ask for a token as a Ray head does, or do not."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.conftest import let_ray_read_environment
 from workers.cluster.access import ASK_HEAD, admitted_address, auth_token, check_protection, is_loopback
 from workers.errors import ClusterError
 
@@ -39,8 +39,7 @@ def head(token: str | None) -> Iterator[str]:
 def read_again() -> Iterator[None]:
     """Afterwards Ray reads the environment again, as it is for the tests behind this one."""
     yield
-    if ray := sys.modules.get("ray"):
-        ray._raylet.Config.initialize("")
+    let_ray_read_environment()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A pool on several Ray nodes: one that joins is used, and one that leaves is survived."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.workers.pool.pool_tasks import Sleep
+from workers.cluster.access import use_token
 from workers.cluster.ray_cluster import Placement, connect
 from workers.cluster.ray_pool import RayPool
 from workers.errors import ClusterError
@@ -25,16 +25,18 @@ WORKER = Placement(cpus=1, resources={"slot": 1})
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head without slots; its address is that of the pools."""
-    os.environ[HEALTH_CHECK] = "500"
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        connect(cluster.address)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        del os.environ[HEALTH_CHECK]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HEALTH_CHECK, "500")
+        patch.setenv("RAY_AUTH_MODE", "token")  # Ray keeps the mode of the first cluster that this process joined
+        use_token()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            connect(cluster.address)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def add_node(cluster: Any, slots: int) -> Any:
