@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.cluster_utils import Cluster
 
 from tests.workers.pool.pool_tasks import Sleep
@@ -30,6 +31,7 @@ def cluster() -> Iterator[Any]:
         patch.setenv(HEALTH_CHECK, "500")
         patch.setenv("RAY_AUTH_MODE", "token")  # Ray keeps the mode of the first cluster that this process joined
         use_token()
+        ensure_token_if_auth_enabled()  # made where this user has none yet
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         try:
             connect(cluster.address)
