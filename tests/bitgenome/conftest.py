@@ -1,10 +1,12 @@
 """Whole runs of the command line on the embedded model, in little text; runs of a session share one bank."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from bitgenome.cli import terminal
+from bitgenome.cli.main import main
 from bitgenome.common import layout
 from tests.conftest import EMBEDDED, REPOSITORY, built_once
 
@@ -42,6 +46,20 @@ LITTLE = {  # of everything, where the figures do not matter
 
 
 Finished = subprocess.CompletedProcess[str]
+
+
+def call_here(*arguments: str | Path) -> Finished:
+    """Run the command line in this process, where its libraries are imported already; not for runs on Ray."""
+    out, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["bitgenome", *map(str, arguments)])
+        for console in (terminal.console, terminal.errors):
+            patch.setattr(console, "width", 160)
+        with pytest.raises(SystemExit) as end:
+            main()
+    code = end.value.code
+    assert isinstance(code, int)
+    return Finished(arguments, code, out.getvalue(), errors.getvalue())
 
 
 @dataclass(frozen=True)

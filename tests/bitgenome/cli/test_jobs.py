@@ -1,6 +1,5 @@
 """Runs as jobs of a real Ray cluster that asks for its token: submitted, read, stopped, resumed; secrets stay out."""
 
-import io
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +22,8 @@ import yaml
 from ray.job_submission import JobDetails
 
 from bitgenome.cli.jobs import environment_of, job_settings, resources_of
-from bitgenome.cli.main import main
 from bitgenome.common.errors import UserError
-from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.conftest import Finished, Runs, call_here
 from tests.conftest import REPOSITORY, let_ray_read_environment
 from workers.cluster.jobs import CONFIG_VARIABLE, Jobs, Submission
 from workers.errors import ClusterError
@@ -59,14 +57,8 @@ class Head:
 
     def call(self, *arguments: str | Path, **environment: str) -> Finished:
         """The command line, in this process, where Ray is imported already."""
-        out, errors = io.StringIO(), io.StringIO()
-        with self.as_user(**environment) as patch, redirect_stdout(out), redirect_stderr(errors):
-            patch.setattr(sys, "argv", ["bitgenome", *map(str, arguments), "--address", self.address])
-            with pytest.raises(SystemExit) as end:
-                main()
-        code = end.value.code
-        assert isinstance(code, int)
-        return Finished(arguments, code, out.getvalue(), errors.getvalue())
+        with self.as_user(**environment):
+            return call_here(*arguments, "--address", self.address)
 
     @contextmanager
     def as_user(self, **environment: str) -> Iterator[pytest.MonkeyPatch]:

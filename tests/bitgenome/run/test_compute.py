@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bitgenome.conftest import Runs
+from tests.bitgenome.conftest import Runs, call_here
 
 
 def test_a_run_in_bfloat16_tells_its_floor_and_reports_float32(runs: Runs) -> None:
@@ -15,7 +15,7 @@ def test_a_run_in_bfloat16_tells_its_floor_and_reports_float32(runs: Runs) -> No
         healing={"enabled": False},
         workers={"ray": "off"},
     )
-    done = runs.call("run", config)
+    done = call_here("run", config)
     assert done.returncode == 0, done.stderr
     events = (runs.storage / "bfloat16" / "events.log").read_text()
     found = re.search(r"multiply in bfloat16 .* KL of (\S+) from itself in float32 \(512 tokens", events)
@@ -28,6 +28,6 @@ def test_a_run_in_bfloat16_tells_its_floor_and_reports_float32(runs: Runs) -> No
 
 
 def test_an_unknown_compute_type_is_one_sentence(runs: Runs) -> None:
-    done = runs.call("plan", runs.write("int4", evaluation={"compute": "int4"}))
+    done = call_here("plan", runs.write("int4", evaluation={"compute": "int4"}))
     assert done.returncode == 2
     assert "evaluation.compute" in done.stderr and "Traceback" not in done.stderr

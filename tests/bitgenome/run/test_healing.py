@@ -14,7 +14,7 @@ from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
 from exporters.files.gguf_reader import read_gguf
 from quantizers.formats.table import FORMATS
-from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.conftest import Finished, Runs, call_here
 from tests.conftest import EMBEDDED
 
 
@@ -41,7 +41,7 @@ def test_healing_that_makes_it_worse_is_refused_and_the_file_is_the_searched_one
     runs: Runs, finished: Finished
 ) -> None:
     healing = {"enabled": True, "steps": 1, "learning_rate": 1e6}
-    done = runs.call(
+    done = call_here(
         "run", runs.write("refused", search={"strategy": "exact"}, workers={"ray": "off"}, healing=healing)
     )
     assert done.returncode == 0, done.stderr

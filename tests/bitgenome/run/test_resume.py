@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.conftest import Finished, Runs, call_here
 from tests.conftest import REPOSITORY
 
 
@@ -49,7 +49,7 @@ def test_a_run_killed_twice_ends_as_if_undisturbed(runs: Runs, finished: Finishe
         time.sleep(rng.random() / 4)
         driver.kill()
         assert driver.wait() == -signal.SIGKILL
-    resumed = runs.call("resume", runs.storage / "killed")
+    resumed = call_here("resume", runs.storage / "killed")
     assert resumed.returncode == 0, resumed.stderr
     assert runs.evaluations("killed") == runs.evaluations("base")
     assert runs.best("killed")["winner"]["genome"] == runs.best("base")["winner"]["genome"]
@@ -89,7 +89,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(runs: Runs, finished: Fin
     assert runs.evaluations("bereaved") == runs.evaluations("base")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])  # stopped jobs
 def test_an_interrupted_run_says_how_to_continue(stop: signal.Signals, runs: Runs, finished: Finished) -> None:
     name = f"interrupted-{stop.name.lower()}"
     driver = start(runs, "run", runs.write(name, workers={"ray": "off"}))

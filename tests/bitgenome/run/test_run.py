@@ -12,7 +12,7 @@ from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
 from exporters.metadata.tensor_names import tensor_table
 from quantizers.formats.table import FORMATS
-from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.conftest import Finished, Runs, call_here
 from tests.conftest import EMBEDDED
 
 
@@ -90,14 +90,14 @@ def test_the_recipe_lists_every_tensor_for_llama_quantize(runs: Runs, finished: 
 
 def test_a_finished_run_continues_in_place_without_evaluating_again(runs: Runs, finished: Finished) -> None:
     before, best = runs.evaluations("base"), runs.best("base")
-    again = runs.call("run", runs.write("base"), "--set", "workers.ray=off")
+    again = call_here("run", runs.write("base"), "--set", "workers.ray=off")
     assert again.returncode == 0, again.stderr
     assert runs.evaluations("base") == before
     assert runs.best("base")["winner"] == best["winner"]
 
 
 def test_one_process_finds_what_two_ray_workers_find(runs: Runs, finished: Finished) -> None:
-    done = runs.call("run", runs.write("serial", workers={"ray": "off"}))
+    done = call_here("run", runs.write("serial", workers={"ray": "off"}))
     assert done.returncode == 0, done.stderr
     assert runs.evaluations("serial") == runs.evaluations("base")
     healed = [(runs.storage / name / "healed.safetensors").read_bytes() for name in ("serial", "base")]
@@ -109,9 +109,9 @@ def test_export_and_verify_repeat_what_the_run_reported(runs: Runs, finished: Fi
     gguf = runs.storage / "base" / best["gguf"]
     shipped = gguf.read_bytes()
     gguf.unlink()
-    assert runs.call("export", runs.storage / "base").returncode == 0
+    assert call_here("export", runs.storage / "base").returncode == 0
     assert gguf.read_bytes() == shipped
-    verified = runs.call("verify", gguf)
+    verified = call_here("verify", gguf)
     assert verified.returncode == 0, verified.stderr
     assert f"{best['proof']['runtime_kl']:.5f}" in verified.stdout
 
@@ -119,7 +119,7 @@ def test_export_and_verify_repeat_what_the_run_reported(runs: Runs, finished: Fi
 @pytest.mark.parametrize("strategy", ["optuna", pytest.param("random", marks=pytest.mark.long)])  # exact: codebooks
 def test_every_strategy_does_the_whole_job_alone(strategy: str, runs: Runs, finished: Finished) -> None:
     changes = {"search": {"strategy": strategy}, "workers": {"ray": "off"}, "healing": {"enabled": "off"}}
-    done = runs.call("run", runs.write(strategy, **changes))
+    done = call_here("run", runs.write(strategy, **changes))
     assert done.returncode == 0, done.stderr
     best = runs.best(strategy)
     assert 0.995 * best["budget_bytes"] <= best["winner"]["file_bytes"] <= best["budget_bytes"]

@@ -16,7 +16,7 @@ from bitgenome.run.sensitivity_comparison import MEASURED_BY, spread_budgets
 from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from search.allocation.seeds import nearest_uniform
-from tests.bitgenome.conftest import Runs
+from tests.bitgenome.conftest import Runs, call_here
 from tests.conftest import no_progress
 from workers.pool.base import SerialPool, Task
 
@@ -109,7 +109,7 @@ def test_a_search_starts_from_the_table_that_it_is_configured_for(runs: Runs, me
 def test_the_command_compares_every_measure_and_measures_nothing_twice(runs: Runs) -> None:
     path = runs.write("compared", **ALONE)
     arguments = ("sensitivity", path, "--genomes", "6", "--bits", "3.25", "--bits", "3.5")
-    done = runs.call(*arguments)
+    done = call_here(*arguments)
     assert done.returncode == 0, done.stderr
     frame = pd.read_parquet(runs.storage / "compared" / "sensitivity-comparison.parquet")
     assert frame.measure.tolist() == [measure for measure in MEASURED_BY for _ in range(2)]
@@ -118,14 +118,14 @@ def test_the_command_compares_every_measure_and_measures_nothing_twice(runs: Run
     assert by.loc[("gradient", 0), "spearman_spread"] > 0.9
     assert by.loc[("gradient", 0), "seconds"] < by.loc[("kl", 0), "seconds"]
     assert (frame.bits_per_weight.to_numpy().reshape(-1, 2) <= [3.25, 3.5]).all()
-    again = runs.call(*arguments)
+    again = call_here(*arguments)
     assert again.returncode == 0, again.stderr
     assert not [line for line in again.stderr.splitlines() if "sensitivities" in line or "genomes" in line]
     assert pd.read_parquet(runs.storage / "compared" / "sensitivity-comparison.parquet").equals(frame)
 
 
 def test_a_budget_of_the_command_out_of_reach_is_refused_before_any_work(runs: Runs) -> None:
-    done = runs.call("sensitivity", runs.write("unmet", **ALONE), "--bits", "1.5")
+    done = call_here("sensitivity", runs.write("unmet", **ALONE), "--bits", "1.5")
     assert done.returncode == 2
     assert "cannot be met" in done.stderr
     assert not (runs.storage / "unmet").exists()
