@@ -22,7 +22,8 @@ SMALLEST_PIVOT = 1e-12  # relative to the mean diagonal; below it a float64 fact
 class HessianAccumulator:
     """Accumulates the sum of x x^T over input vectors x of ``columns`` features.
 
-    Each ``add`` multiplies in float32 (relative accuracy about 1e-6 of the diagonal) and accumulates in float64.
+    Calibration (evaluators/prepare/calibration.py) adds what its hooks see of every layer's input. Each ``add``
+    multiplies in float32 (relative accuracy about 1e-6 of the diagonal) and accumulates in float64.
     """
 
     def __init__(self, columns: int, device: torch.device | None = None):
