@@ -26,7 +26,7 @@ test: $(STAMP) ## All tests that need no GPU: whole runs first, in two to four p
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		-m "not long and not gpu"
 
-test-long: $(STAMP) ## More minutes than continuous integration has: llama.cpp's own mixes
+test-long: $(STAMP) ## More minutes than continuous integration has: llama.cpp's own mixes, more kills
 	@$(BIN)/python -m pytest -q -m "long and not gpu"
 
 lint: $(STAMP) ## ruff and mypy

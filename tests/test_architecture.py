@@ -22,7 +22,7 @@ MAY_IMPORT = {  # package -> rooms or modules of other packages, by prefix
     "quantizers": (COMMON,),
     "evaluators": (COMMON, "search", "quantizers"),
     "exporters": (COMMON, "search", "quantizers", "evaluators.model.families"),
-    "workers": (COMMON, "search", "quantizers", "evaluators"),
+    "workers": (COMMON,),
     "bitgenome": PACKAGES,
 }
 ONLY_IN = {  # third-party package -> where it may be imported, by path prefix; bitgenome/ may import all

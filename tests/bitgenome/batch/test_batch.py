@@ -199,6 +199,7 @@ def test_an_interrupted_batch_stops_its_runs_in_order_and_says_how_to_continue(s
     assert json.loads(checkpoint.read_text())
 
 
+@pytest.mark.long  # a single run behind a URL: test_s3.py
 def test_a_batch_behind_a_url_is_known_to_another_machine(
     story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

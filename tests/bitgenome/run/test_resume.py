@@ -74,6 +74,7 @@ def test_a_ladder_of_new_text_killed_on_two_workers_ends_as_undisturbed_in_one_p
     assert runs.best("killed-ladder")["validation"] == runs.best("calm-ladder")["validation"]
 
 
+@pytest.mark.long  # a round of chaos (test_chaos.py) kills a worker too
 def test_a_worker_killed_in_the_middle_changes_nothing(runs: Runs, finished: Finished) -> None:
     patient = {"straggler_factor": 1000.0}  # or another worker may have the victim's task already
     driver = start(runs, "run", runs.write("bereaved", healing={"enabled": "off"}, workers=patient))
