@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from bitgenome.batch.children import CHILD, wait_for_orphans
-from bitgenome.batch.config import NAME, BatchRun
+from bitgenome.batch.config import BatchRun
 from bitgenome.batch.results import summary, write_results
 from bitgenome.batch.shares import Shares
 from bitgenome.batch.state import RunState, Stage
@@ -24,6 +24,7 @@ from bitgenome.batch.view import BatchView
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json, atomic_write_text
+from bitgenome.config.storage import NAME
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import mirrored
 from bitgenome.storage.worker_limit import withdraw_limit

@@ -16,6 +16,7 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.section import Section
 from bitgenome.config.file import apply_override, parse_section, read_settings, set_key
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
+from bitgenome.config.storage import NAME
 from bitgenome.run.memory import check_memory
 from bitgenome.run.plan import Plan, make_plan
 from bitgenome.run.text import read_windows
@@ -23,7 +24,6 @@ from bitgenome.storage.run_directory import RunDirectory
 from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others go between, as in the file
 OF_ONE_RUN = ("budget", "search", "healing", "fitness")  # settings in which runs with the same bank may differ
 BUDGET_UNITS = {"bits_per_weight": "bpw", "compression_ratio": "x", "file_size": ""}

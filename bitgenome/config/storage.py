@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from bitgenome.common.section import Section
 from workers.storage.folders import is_url, mirror_root
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, studies and batches: a directory below storage_path
+
 
 class StoredSection(Section):
     """Settings of something that is stored, such as a run or a study."""

@@ -12,7 +12,7 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.file import parse_section, read_settings
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.run import absolute_model
-from bitgenome.config.storage import StoredSection
+from bitgenome.config.storage import NAME, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
 from evaluators.study.catalogue import METHODS
 from evaluators.study.methods import Method
@@ -24,9 +24,7 @@ SWEEP = "sweep"  # key of a method: settings with a list of values each, tried i
 class StudyConfig(StoredSection):
     """Settings of a study, all but its methods."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the study and of its directory below storage_path"
-    )
+    name: str = Field(pattern=NAME, description="name of the study and of its directory below storage_path")
     model: str = Field(description="Hugging Face folder or id")
     tensors: Literal["blocks", "all"] = Field("blocks", description="all: embedding and head too")
     activation_samples: int = Field(2048, ge=2, description="positions of calibration text, for mutual information")

@@ -34,9 +34,13 @@ class RunDirectory:
 
     def __init__(self, path: Path, record: RunRecord, mirror: RunMirror | None = None):
         self.path = path
-        self.record = record
         self.mirror = mirror  # None: storage is a local directory
         self.lease: Lease | None = None  # of the one driver that may write here
+        self._use(record)
+
+    def _use(self, record: RunRecord) -> None:
+        """Take ``record`` as that of this directory, written only while no other driver has taken over."""
+        self.record = record
         self.record.before_write = self.check
 
     @classmethod
@@ -127,8 +131,7 @@ class RunDirectory:
             if self.mirror is not None:
                 self.mirror.pull()
                 file = self.path / layout.RECORD
-                self.record = RunRecord.parse(file.read_bytes(), file, f"{self.location}/{layout.RECORD}")
-                self.record.before_write = self.check
+                self._use(RunRecord.parse(file.read_bytes(), file, f"{self.location}/{layout.RECORD}"))
             yield
             self.sync()
 
