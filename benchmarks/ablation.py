@@ -27,10 +27,10 @@ from rich.table import Table
 from bitgenome.common.files import atomic_write_json
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.observe.progress import track
-from bitgenome.run.plan import make_plan
+from bitgenome.plan.plan import make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.prepare import Artefacts, prepare
 from bitgenome.run.search import pool_evaluate
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from search.allocation.seeds import seed_genomes
 from search.loop.archive import EvaluationLog

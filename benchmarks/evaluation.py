@@ -22,9 +22,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from bitgenome.config.run import load_config
-from bitgenome.run.plan import make_plan
+from bitgenome.plan.plan import make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.prepare import prepare
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.engine.sweep import Candidate

@@ -29,10 +29,10 @@ from bitgenome.common.devices import best_device
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.run import RunConfig, load_config
 from bitgenome.observe.progress import track
+from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.healing import heal
-from bitgenome.run.plan import Plan, make_plan
 from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs, scale_channels
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference

@@ -24,9 +24,9 @@ from scipy.spatial import ConvexHull
 from benchmarks.float_gguf import export_float
 from bitgenome.common import layout
 from bitgenome.config.run import RunConfig, load_config
+from bitgenome.plan.plan import make_plan
 from bitgenome.run.outcome import Outcome
 from bitgenome.run.pipeline import run
-from bitgenome.run.plan import make_plan
 from bitgenome.run.proof import Proof, prove
 from evaluators.data.windows import TokenWindows
 

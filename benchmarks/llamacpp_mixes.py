@@ -20,8 +20,8 @@ from rich.table import Table
 from benchmarks.mix_formats import llamacpp_mix
 from bitgenome.common import layout
 from bitgenome.config.run import RunConfig, load_config
+from bitgenome.plan.plan import make_plan
 from bitgenome.run.pipeline import run
-from bitgenome.run.plan import make_plan
 from bitgenome.run.proof import Proof, prove
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from bitgenome.common.devices import best_device
 from bitgenome.config.run import load_config
-from bitgenome.run.plan import Plan, make_plan
+from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.prepare import calibrate
-from bitgenome.run.text import read_windows
 from evaluators.engine.divergence import Divergence, Reference
 from evaluators.model.block_model import BlockModel
 from evaluators.model.forward import final_hidden

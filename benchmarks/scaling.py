@@ -22,10 +22,10 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from bitgenome.config.run import load_config
-from bitgenome.run.plan import make_plan
+from bitgenome.plan.plan import make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs, scale_channels
 from bitgenome.run.proof import prove
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.model.folder import ModelFolder

@@ -17,9 +17,9 @@ from bitgenome.common.section import Section
 from bitgenome.config.file import apply_override, parse_section, read_settings, set_key
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.config.storage import NAME
-from bitgenome.run.memory import check_memory
-from bitgenome.run.plan import Plan, make_plan
-from bitgenome.run.text import read_windows
+from bitgenome.plan.memory import check_memory
+from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder

@@ -72,16 +72,22 @@ def resume(run: RunPath) -> None:
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Show genes, sizes, budget, evaluations and time; loads no weights."""
-    from bitgenome.cli.report import show_plan  # noqa: PLC0415
-    from bitgenome.common.cpus import usable_cpus  # noqa: PLC0415
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Every gene, not only the kinds of tensors")] = False,
+) -> None:
+    """Show sizes, budget, and time, memory and disk of every stage; loads no weights."""
+    from bitgenome.cli.plan_view import show_plan  # noqa: PLC0415
     from bitgenome.config.run import load_config  # noqa: PLC0415
-    from bitgenome.run.plan import make_plan  # noqa: PLC0415
+    from bitgenome.plan.forecast import forecast, rates_here, workers_here  # noqa: PLC0415
+    from bitgenome.plan.memory import check_memory  # noqa: PLC0415
+    from bitgenome.plan.plan import make_plan  # noqa: PLC0415
 
-    settings = load_config(config, overrides or ())
-    cpus = usable_cpus() // settings.workers.cpus_per_worker
-    show_plan(make_plan(settings), settings.workers.count or max(1, cpus), console)
+    found = make_plan(load_config(config, overrides or ()))
+    check_memory(found)
+    rates, workers = rates_here(found), workers_here(found)
+    show_plan(found, rates, forecast(found, rates, workers), workers, full, console)
 
 
 @app.command()

@@ -1,14 +1,11 @@
 """Prints plans, outcomes and proofs as tables on the terminal."""
 
-from collections import Counter
-
 from rich.console import Console
 from rich.table import Table
 
+from bitgenome.plan.forecast import compared
 from bitgenome.run.healing import verdict
-from bitgenome.run.memory import memory_line
 from bitgenome.run.outcome import Outcome
-from bitgenome.run.plan import Plan, estimated_seconds
 from bitgenome.run.proof import Proof
 from search.loop.winner import Winner
 
@@ -37,8 +34,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         f"Budget {outcome.budget_bytes:,} bytes, file {outcome.proof.file_bytes:,} bytes ({under:.3f} % under), "
         f"{outcome.bits_per_weight:.4f} bits per weight"
     )
-    timed = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in outcome.seconds.items())
-    console.print(f"{outcome.evaluations} evaluations; {timed}")
+    console.print(f"{outcome.evaluations} evaluations; {compared(outcome.expected, outcome.seconds)}")
     for what, path in (("GGUF", outcome.gguf), ("recipe", outcome.recipe), ("run", outcome.run)):
         console.print(f"{what:>6}  {path}", soft_wrap=True)
 
@@ -75,41 +71,4 @@ def show_proof(proof: Proof, console: Console) -> None:
         f"KL from simulation to llama.cpp {proof.simulated_to_runtime_kl:.2e}; same next token as full precision "
         f"{100 * proof.top1_agreement:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "
         f"{proof.generated_tokens_per_second:.0f} generated tokens/s"
-    )
-
-
-def searched(rungs: list[tuple[int, int]]) -> str:
-    """Return the evaluations of a search by the tokens they read, as text; ``rungs`` are (tokens, evaluations)."""
-    first, *others = [f"{count} {{}}of {tokens:,}" for tokens, count in rungs]
-    return ", ".join([first.format("evaluations "), *(other.format("") for other in others)]) + " tokens"
-
-
-def show_plan(plan: Plan, workers: int, console: Console) -> None:
-    """Show genes, sizes, budget, evaluations and estimated time."""
-    space, config = plan.space, plan.config
-    table = Table(title=f"{config.name}: {config.model}", title_justify="left")
-    for column in ("gene", "shape", "smallest", "largest"):
-        table.add_column(column, justify="left" if column == "gene" else "right")
-    for gene in space.genes:
-        last = len(gene.formats) - 1
-        ends = [f"{gene.formats[c].name} {gene.size_bytes(c):,}" for c in (0, last)]
-        table.add_row(gene.name.removesuffix(".weight"), " ".join("x".join(map(str, s)) for s in gene.shapes), *ends)
-    console.print(table)
-    bounds = [space.file_bytes(genome) for genome in (space.smallest(), space.largest())]
-    console.print(
-        f"{len(space.genes)} genes, {space.weights:,} weights; files from {bounds[0]:,} to {bounds[1]:,} bytes, "
-        f"{space.fixed_bytes:,} of them fixed"
-    )
-    budget = plan.budget.file_bytes
-    console.print(f"budget {budget:,} bytes = {8 * budget / space.weights:.4f} bits per weight")
-    if plan.sparsity:
-        counts = Counter(map(str, plan.sparsity.values()))
-        console.print("pruned: " + ", ".join(f"{sparsity} of {count} tensors" for sparsity, count in counts.items()))
-    console.print(memory_line(plan))
-    seconds = estimated_seconds(plan, workers, config.workers.cpus_per_worker)
-    console.print(
-        f"{plan.sensitivity_evaluations} sensitivities ({config.sensitivity.measure}) of "
-        f"{config.text.tokens.sensitivity:,} tokens, "
-        f"{searched(plan.search_rungs)} ({config.search.strategy}); "
-        f"about {seconds / 60:.1f} minutes on {workers} workers like this machine's"
     )

@@ -26,6 +26,11 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of an accelerator, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def compute_type(compute: str, device: torch.device) -> torch.dtype:
     """Return the type in which blocks multiply; ``compute`` is the name of a torch type, or ``auto``.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_text
+from bitgenome.plan.plan import Plan
 from bitgenome.run.gene_groups import plan_of_run
 from bitgenome.run.healing import Healing, shipped_healing
-from bitgenome.run.plan import Plan
 from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.model.folder import ModelFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_json
 from bitgenome.observe.progress import Track
-from bitgenome.run.plan import Plan, make_plan, tied_space
+from bitgenome.plan.plan import Plan, make_plan, tied_space
 from bitgenome.run.prepare import calibrate, record_inputs, sample_activations
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows

@@ -12,7 +12,7 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.errors import UserError
 from bitgenome.observe.progress import Track
-from bitgenome.run.plan import Plan
+from bitgenome.plan.plan import Plan
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.healing.blocks import HealBlock

@@ -7,8 +7,8 @@ from typing import Any
 
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_json
+from bitgenome.plan.plan import Plan
 from bitgenome.run.healing import Healing
-from bitgenome.run.plan import Plan
 from bitgenome.run.proof import Proof
 from bitgenome.run.search import SearchResult
 from bitgenome.storage.run_directory import RunDirectory
@@ -43,6 +43,7 @@ class Outcome:
     proof: Proof
     evaluations: int
     seconds: dict[str, float]  # by stage
+    expected: dict[str, float]  # by stage, as forecast at the start
     gguf: Path
     recipe: Path
     run: Path

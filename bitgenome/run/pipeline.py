@@ -1,5 +1,6 @@
 """Runs all stages in order, from configuration to proof."""
 
+import logging
 from contextlib import closing
 
 from rich.console import Console
@@ -9,22 +10,25 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.monitoring import Monitor, monitor_run
 from bitgenome.observe.progress import tracker
+from bitgenome.plan.forecast import duration, forecast, rates_task
+from bitgenome.plan.memory import check_memory
+from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.export import export_checked
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import heal
-from bitgenome.run.memory import check_memory
 from bitgenome.run.outcome import Outcome, comparison_rows, save_outcome
-from bitgenome.run.plan import Plan, make_plan
 from bitgenome.run.prepare import prepare
 from bitgenome.run.proof import prove
 from bitgenome.run.search import pool_evaluate, search
 from bitgenome.run.session import open_session
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from exporters.runtime.llamacpp import LlamaCppError
 from search.loop.archive import EvaluationLog
 from workers.pool.base import Pool
+
+log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, console: Console) -> Outcome:
@@ -52,6 +56,7 @@ def run_stages(
     Raises UserError if llama.cpp cannot run the file.
     """
     track = tracker(console)
+    expected = expected_seconds(plan, directory, pool)
     plan = with_gene_groups(plan, windows, directory, pool, track)
     artefacts = prepare(plan, windows, directory, pool, track)
     plan, setup = artefacts.plan, artefacts.setup
@@ -85,9 +90,23 @@ def run_stages(
         proof=proof,
         evaluations=evaluations,
         seconds=directory.record.seconds,
+        expected=expected,
         gguf=gguf,
         recipe=directory.path / layout.RECIPE,
         run=directory.path,
     )
     save_outcome(directory, outcome, plan)
     return outcome
+
+
+def expected_seconds(plan: Plan, directory: RunDirectory, pool: Pool) -> dict[str, float]:
+    """Return the seconds that each stage is expected to take, as found at the run's first start and recorded."""
+    if "forecast" not in directory.record:
+        with directory.stage("forecast"):
+            (rates,) = pool.map([rates_task(plan)])
+            stages = forecast(plan, rates, pool.size)
+        directory.record["forecast"] = {stage.stage: round(stage.seconds, 2) for stage in stages}
+        directory.record.save()
+        log.info("expected to take %s on %d workers", duration(sum(s.seconds for s in stages)), pool.size)
+    expected: dict[str, float] = directory.record["forecast"]
+    return expected

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.observe.progress import Track
+from bitgenome.plan.memory import heaviest_load
+from bitgenome.plan.plan import Plan, compensation_settings
+from bitgenome.plan.text import ModelAndText
 from bitgenome.run.compute_floor import log_compute_floor
-from bitgenome.run.memory import heaviest_load
-from bitgenome.run.plan import Plan
 from bitgenome.run.sensitivities import measure_sensitivities, table_of
-from bitgenome.run.text import ModelAndText
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import (
@@ -38,13 +38,11 @@ from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate, group_file,
 from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
 from exporters.files.imatrix import write_imatrix
 from exporters.metadata.tensor_names import tensor_table
-from quantizers.settings import CompensationSettings
 from search.allocation.sensitivity import SensitivityTable
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
 
-COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
@@ -147,11 +145,6 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
         importance.update({name: squares for name in members if name.startswith("blk.")})
     text = windows.windows["calibration"]
     write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.source)
-
-
-def compensation_settings(plan: Plan) -> CompensationSettings:
-    """Return the settings of rounding for the bank."""
-    return CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))
 
 
 def scale_channels(

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from bitgenome.common import layout
 from bitgenome.common.devices import best_device
 from bitgenome.common.errors import UserError
+from bitgenome.plan.plan import make_plan
 from bitgenome.run.export import differing_floats, shipped_floats, shipped_formats, shipped_weights
 from bitgenome.run.healing import shipped_healing
-from bitgenome.run.plan import make_plan
 from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows

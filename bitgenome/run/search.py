@@ -16,8 +16,8 @@ from bitgenome.common.files import atomic_write_json, atomic_write_text
 from bitgenome.observe.logs import GENERATION
 from bitgenome.observe.monitoring import Monitor
 from bitgenome.observe.progress import Track
-from bitgenome.run.memory import KEPT_GENOMES, MOST_TOGETHER
-from bitgenome.run.plan import Plan
+from bitgenome.plan.memory import KEPT_GENOMES, MOST_TOGETHER
+from bitgenome.plan.plan import Plan
 from bitgenome.run.prepare import Artefacts
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup

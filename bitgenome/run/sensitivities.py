@@ -18,8 +18,8 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text, cut_torn_tail, disk_errors
 from bitgenome.observe.progress import Track
-from bitgenome.run.memory import GENES_TOGETHER
-from bitgenome.run.plan import Plan
+from bitgenome.plan.memory import GENES_TOGETHER
+from bitgenome.plan.plan import Plan
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import TokenWindows

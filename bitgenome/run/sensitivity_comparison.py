@@ -18,14 +18,14 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.progress import Track, tracker
+from bitgenome.plan.memory import check_memory
+from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.gene_groups import with_gene_groups
-from bitgenome.run.memory import check_memory
-from bitgenome.run.plan import Plan, make_plan
 from bitgenome.run.prepare import Artefacts, prepare
 from bitgenome.run.search import pool_evaluate
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, table_of
 from bitgenome.run.session import open_session
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from search.allocation.exact import exact

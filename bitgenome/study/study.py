@@ -15,9 +15,9 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
 from bitgenome.config.study import Study, StudyConfig
 from bitgenome.observe.progress import Track, tracker
+from bitgenome.plan.text import check_text, read_windows
 from bitgenome.run.prepare import calibrate, sample_activations
 from bitgenome.run.session import open_session
-from bitgenome.run.text import check_text, read_windows
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
 from bitgenome.storage.staged import local_model

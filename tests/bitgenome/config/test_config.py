@@ -7,7 +7,7 @@ import pytest
 from bitgenome.cli.report import searched
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config, parse_config
-from bitgenome.run.plan import make_plan
+from bitgenome.plan.plan import make_plan
 from search.strategies.settings import GeneticSettings
 from tests.bitgenome.conftest import Runs
 from tests.conftest import REPOSITORY

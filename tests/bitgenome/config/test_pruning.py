@@ -7,8 +7,8 @@ import pytest
 from bitgenome.common.errors import UserError
 from bitgenome.config.quantization import PruningConfig
 from bitgenome.config.run import RunConfig, parse_config
-from bitgenome.run.plan import make_plan
-from bitgenome.run.pruning import sparsity_by_tensor
+from bitgenome.plan.plan import make_plan
+from bitgenome.plan.pruning import sparsity_by_tensor
 from evaluators.model.folder import ModelFolder
 from exporters.metadata.tensor_names import quantizable_tensors
 from search.types import SearchSpace

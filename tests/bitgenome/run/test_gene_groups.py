@@ -10,9 +10,9 @@ from rich.console import Console
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
+from bitgenome.plan.plan import make_plan
 from bitgenome.run.export import export_again
 from bitgenome.run.pipeline import run
-from bitgenome.run.plan import make_plan
 from tests.conftest import REPOSITORY
 from tests.small_models import save_small_model
 

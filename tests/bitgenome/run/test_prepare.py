@@ -6,9 +6,9 @@ import pytest
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
-from bitgenome.run.plan import make_plan
+from bitgenome.plan.plan import make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.prepare import build_bank, calibrate
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.prepare.bank import BankError, tensor_file
 from tests.bitgenome.conftest import Finished, Runs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitgenome.run.memory import MOST_TOGETHER
+from bitgenome.plan.memory import MOST_TOGETHER
 from bitgenome.run.search import divided, show_progress
 from search.loop.search import Progress
 from search.types import Evaluation

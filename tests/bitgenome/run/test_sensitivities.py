@@ -8,12 +8,12 @@ import pytest
 
 from bitgenome.config.run import load_config
 from bitgenome.observe.monitoring import Monitor
-from bitgenome.run.plan import estimated_seconds, make_plan
+from bitgenome.plan.plan import make_plan
+from bitgenome.plan.text import read_windows
 from bitgenome.run.prepare import Artefacts, build_bank, calibrate, evaluator_setup, record_inputs
 from bitgenome.run.search import search
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, measure_sensitivities, table_of
 from bitgenome.run.sensitivity_comparison import MEASURED_BY, spread_budgets
-from bitgenome.run.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
 from search.allocation.seeds import nearest_uniform
 from tests.bitgenome.conftest import Runs, call_here
@@ -80,17 +80,6 @@ def test_around_the_base_its_own_choice_is_free_and_no_loss_of_the_table_is_nega
     assert (own.around_base == 0).all() and len(own) == len(space.genes)
     assert (frame.around_base < 0).any()
     assert min(values.min() for values in table_of(space, frame, "around_base").loss) == 0
-
-
-def test_gradients_are_planned_as_far_less_work(runs: Runs) -> None:
-    plans = [
-        make_plan(load_config(runs.write("planned"), [f"sensitivity.measure={m}", "search.strategy=exact"]))
-        for m in ("kl", "gradient")
-    ]
-    exact, gradient = (plan.sensitivity_passes for plan in plans)
-    assert exact == 43 * 4 / 2
-    assert gradient == 3 + 4
-    assert estimated_seconds(plans[1], 1, 1) < estimated_seconds(plans[0], 1, 1)
 
 
 def test_a_search_starts_from_the_table_that_it_is_configured_for(runs: Runs, measurement: Measurement) -> None:

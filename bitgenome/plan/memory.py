@@ -3,7 +3,7 @@
 import psutil
 
 from bitgenome.common.devices import best_device, host_share, worker_memory
-from bitgenome.run.plan import Plan
+from bitgenome.plan.plan import Plan
 from evaluators.engine.memory import Load, SweepMemory, sweep_memory
 
 GENES_TOGETHER = 8  # neighbours in one sweep, which branch off the full-precision model in the same blocks

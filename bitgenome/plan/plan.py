@@ -1,27 +1,24 @@
-"""Plans a run before any weight is read: genes, sizes, budget, evaluations and time."""
+"""Plans a run before any weight is read: genes, sizes, budget and evaluations."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
-import torch
-
-from bitgenome.common.devices import best_device
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import BudgetConfig, RunConfig
-from bitgenome.run.pruning import sparsity_by_tensor
-from bitgenome.run.text import check_text
+from bitgenome.plan.pruning import sparsity_by_tensor
+from bitgenome.plan.text import check_text
 from bitgenome.storage.staged import local_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.scaling import check_scalable
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.tensor_names import quantizable_tensors
-from quantizers.settings import Sparsity
+from quantizers.settings import CompensationSettings, Sparsity
 from search.budget import Budget
 from search.gene_groups import kind_labels, layer_labels, tied_genes
 from search.types import SearchSpace
 
+COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 LABELS = {"kind": kind_labels, "layer": layer_labels}  # groups that need no measurement
 
 
@@ -59,17 +56,6 @@ class Plan:
     def sensitivity_evaluations(self) -> int:
         """Number of pairs of a gene and one of its levels."""
         return sum(len(gene.formats) for gene in self.space.genes)
-
-    @property
-    def sensitivity_passes(self) -> float:
-        """Work of the sensitivities, in forward passes over their text.
-
-        Genes branch off one model in their own blocks, which leaves half of each pass. Gradients take two forward
-        passes, one backward pass, and one product per tensor and level.
-        """
-        if self.config.sensitivity.measure == "gradient":
-            return 3 + self.sensitivity_evaluations / len(self.space.genes)
-        return self.sensitivity_evaluations / 2
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -125,29 +111,6 @@ def budget_of(config: BudgetConfig, space: SearchSpace) -> Budget:
     return Budget.from_size(space, config.file_size)
 
 
-def matmul_flops(device: torch.device) -> float:
-    """Measure the floating-point operations per second of a float32 product of transformer-like shape on ``device``."""
-    a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)
-    (a @ b).sum().item()
-    started = time.perf_counter()
-    repeats = 8
-    for _ in range(repeats):
-        (a @ b).sum().item()
-    return repeats * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
-
-
-def estimated_seconds(plan: Plan, workers: int, cpus_per_worker: int) -> float:
-    """Estimate the seconds of sensitivities and search.
-
-    It counts two operations per weight and token, at half the rate of a bare matrix product with ``cpus_per_worker``
-    threads.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cpus_per_worker)
-    try:
-        rate = workers * matmul_flops(best_device()) / 2
-    finally:
-        torch.set_num_threads(threads)
-    read = plan.sensitivity_passes * plan.config.text.tokens.sensitivity
-    read += sum(tokens * evaluations for tokens, evaluations in plan.search_rungs)
-    return 2 * plan.space.weights * read / rate
+def compensation_settings(plan: Plan) -> CompensationSettings:
+    """Return the settings of rounding for the bank."""
+    return CompensationSettings(**plan.config.quantization.model_dump(include=COMPENSATION_KEYS))

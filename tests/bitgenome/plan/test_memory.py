@@ -6,8 +6,8 @@ import pytest
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
-from bitgenome.run.memory import check_memory, memory_line
-from bitgenome.run.plan import make_plan
+from bitgenome.plan.memory import check_memory, memory_line
+from bitgenome.plan.plan import make_plan
 from tests.conftest import REPOSITORY
 
 CONFIG = REPOSITORY / "configs" / "stdlib-6m.yaml"

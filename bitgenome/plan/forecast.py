@@ -1,0 +1,73 @@
+"""Forecasts a run: time, memory and disk of every stage, from rates that are measured on a worker."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitgenome.common.cpus import usable_cpus
+from bitgenome.plan.disk import disk_bytes
+from bitgenome.plan.memory import worker_sweep_memory
+from bitgenome.plan.plan import Plan, compensation_settings
+from bitgenome.plan.seconds import Work, roundings
+from evaluators.probes.rates import MeasureRates, Rates
+from workers.pool.base import SerialPool
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """Holds what one stage is expected to take: seconds, and bytes that stay on disk."""
+
+    stage: str
+    seconds: float
+    disk: int
+
+
+def rates_task(plan: Plan) -> MeasureRates:
+    """Return the pool task that measures the rates for ``plan`` on a worker."""
+    config = plan.config
+    evaluation = config.evaluation
+    return MeasureRates(
+        plan.folder.path.resolve(),
+        config.text.window,
+        roundings(plan),
+        compensation_settings(plan),
+        evaluation.compute,
+        evaluation.activations,
+    )
+
+
+def rates_here(plan: Plan) -> Rates:
+    """Measure the rates for ``plan`` in this process, with the threads that a worker of it has."""
+    (rates,) = SerialPool(plan.config.workers.cpus_per_worker).map([rates_task(plan)])
+    return rates
+
+
+def workers_here(plan: Plan) -> int:
+    """Return the number of workers that are configured, or else of those that this machine's cores give."""
+    workers = plan.config.workers
+    if workers.ray == "off":
+        return 1
+    return workers.count or max(1, usable_cpus() // workers.cpus_per_worker)
+
+
+def forecast(plan: Plan, rates: Rates, workers: int) -> list[StageForecast]:
+    """Return the stages of a run in order, on ``workers`` workers with these rates.
+
+    Raises UserError if the model cannot be evaluated in a worker's memory.
+    """
+    work = Work(plan, rates, workers, worker_sweep_memory(plan).resident)
+    disk = disk_bytes(plan)
+    return [StageForecast(stage, seconds, disk.get(stage, 0)) for stage, seconds in work.stages()]
+
+
+def compared(expected: Mapping[str, float], taken: Mapping[str, float]) -> str:
+    """Return a line on the seconds that were expected and taken, by stage and in total."""
+    stages = [f"{stage} {seconds:.0f} ({expected[stage]:.0f})" for stage, seconds in taken.items() if stage in expected]
+    known = sum(seconds for stage, seconds in taken.items() if stage in expected)
+    return f"seconds taken (expected): {', '.join(stages)}; together {known:.0f} ({sum(expected.values()):.0f})"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text in the unit that suits them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,179 @@
+"""Says how long each stage of a run will take: its work in positions, weights and columns, times measured rates.
+
+What none of the rates covers (a cluster's start, files of a few megabytes) has constants with their measurement.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES
+from bitgenome.plan.plan import Plan
+from evaluators.healing.tuner import MICRO_TOKENS
+from evaluators.probes.rates import Rates, Rounding
+from exporters.metadata.tensor_names import tensor_table
+
+CLUSTER_SECONDS = 6.0  # for a local cluster and its first worker to be there (2 cores; 4 to 12 measured)
+RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tokens
+STREAM_BYTES = 1e9  # a second, from a disk or the page cache
+SHARED = 0.6  # of the blocks of a generation's genomes run; the rest is shared with neighbours (benchmarks/README.md)
+BRANCH = 0.5  # of the blocks run for a sensitivity: those behind its gene
+SAME_INPUT = ((r"attn_(q|k|v|qkv)$", "attn_in"), (r"ffn_(gate|up)$", "ffn_in"))  # GGUF names of tensors that share one
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stands for the tensors that read one input: one Hessian, one factor."""
+
+    rounding: Rounding
+    weights: int
+    block: bool  # in a decoder block; else embedding or head
+
+    @property
+    def columns(self) -> int:
+        """Columns of the input."""
+        return self.rounding.columns
+
+
+def input_groups(plan: Plan) -> list[Group]:
+    """Return the input groups of the model, in the order of its tensors."""
+    formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
+    found: dict[str, Group] = {}
+    for entry in tensor_table(plan.folder):
+        if not entry.quantizable:
+            continue
+        name = entry.gguf_name.removesuffix(".weight")
+        for pattern, together in SAME_INPUT:
+            name = re.sub(pattern, together, name)
+        shape = plan.folder.shapes[entry.hf_name]
+        kind = Rounding(shape[-1], tuple(f.name for f in formats[entry.hf_name]), plan.sparsity.get(entry.hf_name))
+        weights = prod(shape) + (found[name].weights if name in found else 0)
+        found[name] = Group(kind, weights, name.startswith("blk."))
+    return list(found.values())
+
+
+def roundings(plan: Plan) -> tuple[Rounding, ...]:
+    """Return the kinds of rounding in the bank of ``plan``, which its rates must hold."""
+    return tuple(dict.fromkeys(group.rounding for group in input_groups(plan)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Turns the work of stages into seconds on ``workers`` workers with the same rates."""
+
+    plan: Plan
+    rates: Rates
+    workers: int
+    resident: bool  # every tensor stays decoded in every format; else tensors are decoded anew for every sweep
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.plan.folder.config["num_hidden_layers"])
+
+    @property
+    def decoding(self) -> float:
+        """Seconds of decoding every tensor at every level once."""
+        levels = sum(len(gene.formats) * gene.weights for gene in self.plan.space.genes)
+        return levels * self.rates.decode
+
+    def passes(self, genomes: float, tokens: int, *, share: float = 1.0, exact: bool = False) -> float:
+        """Return the seconds in which one worker compares genomes with the reference on ``tokens`` tokens of text each.
+
+        ``share`` of each genome's blocks run; ``exact``: in float32.
+        """
+        block = self.rates.block_float32 if exact else self.rates.block
+        return genomes * tokens * (share * self.layers * block + self.rates.head)
+
+    def sweeps(self, genomes: int, tokens: int, together: int, *, share: float = 1.0, exact: bool = False) -> float:
+        """Return the seconds in which all workers evaluate ``genomes`` genomes in tasks of up to ``together``."""
+        tasks = max(1, ceil(genomes / together))
+        busy = min(self.workers, max(1, genomes))
+        decoding = self.decoding * (min(tasks, busy) if self.resident else tasks)
+        references = busy * self.passes(1, tokens, exact=exact)
+        return (self.passes(genomes, tokens, share=share, exact=exact) + references + decoding) / busy
+
+    def calibration(self) -> float:
+        """Return the seconds of the Hessians, a single task on all cores."""
+        tokens = self.plan.config.text.tokens.calibration
+        groups = input_groups(self.plan)
+        hessians = sum(self.rates.hessian[str(group.columns)] for group in groups if group.block)
+        return tokens * (self.layers * self.rates.block_calibration + hessians)
+
+    def bank(self) -> float:
+        """Return the seconds of rounding every tensor to every level; input groups are the tasks."""
+        times = [
+            group.weights * self.rates.rounding[group.rounding.key] + self.rates.factor * group.columns**3
+            for group in input_groups(self.plan)
+        ]
+        return max(sum(times) / self.workers, *times)
+
+    def sensitivity(self) -> float:
+        """Return the seconds of the configured measure."""
+        plan, tokens = self.plan, self.plan.config.text.tokens.sensitivity
+        levels = plan.sensitivity_evaluations
+        if plan.config.sensitivity.measure == "gradient":
+            # two passes forward, one backward, and at every tensor a product for each of its levels
+            products = self.layers * self.rates.block_float32 * levels / len(plan.space.genes)
+            a_token = self.layers * (self.rates.block_float32 + self.rates.block_gradient) + products
+            return tokens * (a_token + self.rates.head + self.rates.head_gradient) + self.decoding
+        return self.sweeps(levels, tokens, GENES_TOGETHER * levels // len(plan.space.genes), share=BRANCH)
+
+    def search(self) -> float:
+        """Return the seconds of all generations."""
+        together = min(MOST_TOGETHER, max(1, ceil(self.plan.config.search.population / self.workers)))
+        return sum(
+            self.sweeps(genomes, tokens, together, share=SHARED) for tokens, genomes in self.plan.search_rungs if tokens
+        )
+
+    def validation(self) -> float:
+        """Return the seconds of the finalists on validation text."""
+        genomes = self.plan.config.search.validation_candidates + REFERENCES
+        return self.sweeps(genomes, self.plan.config.text.tokens.validation, MOST_TOGETHER)
+
+    def healing(self) -> float:
+        """Return the seconds of tuning and of measuring what it did."""
+        config, text = self.plan.config.healing, self.plan.config.text
+        if config.enabled == "off":
+            return 0.0
+        rates, batch = self.rates, config.batch_windows(text.window) * text.window
+        trained = config.steps * batch
+        measured = 3 * (text.tokens.validation + text.tokens.search)
+        forward = self.layers * rates.block_float32
+        read = min(trained, text.tokens.calibration)
+        if config.variant == "full":
+            busy = min(self.workers, max(1, batch // MICRO_TOKENS))
+            steps = trained * (self.layers * rates.block_gradient + rates.head_gradient)
+            return (steps + read * forward) / busy + measured * (forward + rates.head) / min(self.workers, 2)
+        steps = trained * (self.layers * rates.block_gradient + rates.head_gradient)
+        return steps + 3 * (read + measured / 3) * forward + measured * rates.head
+
+    def test(self) -> float:
+        """Return the seconds of the closing table's genomes on test text, in float32."""
+        return self.sweeps(REFERENCES, self.plan.config.text.tokens.test, MOST_TOGETHER, exact=True)
+
+    def proof(self) -> float:
+        """Return the seconds of simulating the file and of running it in llama.cpp, on the host."""
+        tokens = self.plan.config.text.tokens.test
+        passes = 3 if self.plan.config.evaluation.activations == "q8" else 2
+        runtime = 2 * self.plan.space.weights * tokens / self.rates.host_flops
+        compared = 3 * tokens * self.rates.head
+        return self.passes(passes, tokens, exact=True) + compared + runtime + RUNTIME_SECONDS
+
+    def export(self) -> float:
+        """Return the seconds of writing the file and reading it back."""
+        return 2 * self.plan.budget.file_bytes / STREAM_BYTES
+
+    def stages(self) -> Iterator[tuple[str, float]]:
+        """Yield the stages of a run in order, named as in run.json, with their seconds."""
+        yield "workers", 0.0 if self.plan.config.workers.ray == "off" else CLUSTER_SECONDS
+        yield "calibration", self.calibration()
+        yield "bank", self.bank()
+        yield "sensitivity", self.sensitivity()
+        yield "search", self.search()
+        yield "validation", self.validation()
+        yield "healing", self.healing()
+        yield "test", self.test()
+        yield "export", self.export()
+        yield "proof", self.proof()

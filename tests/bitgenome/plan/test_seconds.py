@@ -1,0 +1,115 @@
+"""Claims about the time that stages are expected to take, from rates that are easy to reckon with."""
+
+import json
+
+import pytest
+
+from bitgenome.config.run import load_config
+from bitgenome.plan.disk import bank_bytes, hessian_bytes
+from bitgenome.plan.forecast import compared, forecast
+from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.seconds import Work, input_groups, roundings
+from evaluators.prepare.bank import Bank
+from evaluators.probes.rates import Rates
+from tests.bitgenome.conftest import Finished, Runs
+
+LAYERS, TENSORS, LEVELS = 6, 43, 4  # of the embedded model, and of the tests' runs
+
+
+@pytest.fixture
+def plan(runs: Runs) -> Plan:
+    return planned(runs)
+
+
+def planned(runs: Runs, *changes: str) -> Plan:
+    return make_plan(load_config(runs.write("planned"), list(changes)))
+
+
+def rates(plan: Plan, **changes: float) -> Rates:
+    """Every unit of work takes no time but those in ``changes``."""
+    nothing = dict.fromkeys(
+        ("block", "block_float32", "block_gradient", "head", "head_gradient", "block_calibration", "factor", "decode"),
+        0.0,
+    )
+    kinds = roundings(plan)
+    tables = {"hessian": {str(k.columns): 0.0 for k in kinds}, "rounding": {k.key: 0.0 for k in kinds}}
+    return Rates(device="cpu", threads=1, host_flops=1e12, **{**nothing, **changes}, **tables)  # type: ignore[arg-type]
+
+
+def work(plan: Plan, workers: int = 1, **changes: float) -> Work:
+    return Work(plan, rates(plan, **changes), workers, resident=True)
+
+
+def test_tensors_that_read_one_input_are_one_group(plan: Plan) -> None:
+    groups = input_groups(plan)
+    assert len(groups) == 4 * LAYERS + 1  # q/k/v, o, gate/up, down; the embedding is the head too
+    assert sum(group.weights for group in groups) == sum(gene.weights for gene in plan.space.genes)
+    assert {group.columns for group in groups} == {256, 768}
+
+
+def test_calibration_runs_every_block_once_over_its_text(plan: Plan) -> None:
+    tokens = plan.config.text.tokens.calibration
+    assert work(plan, block_calibration=1.0).calibration() == tokens * LAYERS
+
+
+def test_workers_share_the_bank_up_to_its_largest_task(plan: Plan) -> None:
+    def bank(workers: int) -> float:
+        found = rates(plan)
+        found.rounding.update({kind.key: 1.0 for kind in roundings(plan)})
+        return Work(plan, found, workers, resident=True).bank()
+
+    weights = sum(gene.weights for gene in plan.space.genes)
+    assert bank(1) == weights
+    assert bank(2) == weights / 2
+    assert bank(1000) == 4096 * 256  # the embedding
+
+
+def test_exact_sensitivities_run_half_the_blocks_for_every_level(plan: Plan) -> None:
+    tokens = plan.config.text.tokens.sensitivity
+    choices, reference = TENSORS * LEVELS * tokens * LAYERS / 2, tokens * LAYERS
+    assert work(plan, block=1.0).sensitivity() == choices + reference
+
+
+def test_gradients_are_far_less_work(runs: Runs) -> None:
+    exact, gradient = (planned(runs, f"sensitivity.measure={m}") for m in ("kl", "gradient"))
+    units = {"block": 1.0, "block_float32": 1.0, "block_gradient": 2.0}
+    assert work(gradient, **units).sensitivity() < work(exact, **units).sensitivity() / 10
+
+
+def test_twice_the_generations_take_twice_the_search(runs: Runs) -> None:
+    few, many = (planned(runs, f"search.generations={n}") for n in (10, 20))
+    once, twice = (work(p, head=1.0).search() for p in (few, many))
+    assert twice == pytest.approx(2 * once, rel=0.1)  # the reference is measured once
+
+
+def test_what_is_streamed_is_decoded_for_every_task(plan: Plan) -> None:
+    found = rates(plan, decode=1.0)
+    resident, streamed = (Work(plan, found, 1, resident=r).sensitivity() for r in (True, False))
+    assert streamed == pytest.approx(-(-TENSORS // 8) * resident)
+
+
+def test_healing_off_takes_no_time(runs: Runs) -> None:
+    assert work(planned(runs, "healing.enabled=off"), block_gradient=1.0).healing() == 0
+    assert work(planned(runs, "healing.enabled=on"), block_gradient=1.0).healing() > 0
+
+
+def test_the_bank_takes_the_disk_that_was_said(runs: Runs, finished: Finished) -> None:
+    plan = make_plan(load_config(runs.write("base")))
+    bank = Bank(runs.bank("base"))
+    packed = [bank.packed(t, fmt).numel() for gene in plan.space.genes for t in gene.tensors for fmt in gene.formats]
+    assert bank_bytes(plan) == sum(packed)
+    assert hessian_bytes(plan) == 4 * (LAYERS * (3 * 256**2 + 768**2) + 256**2)
+
+
+def test_a_finished_run_says_what_was_expected(runs: Runs, finished: Finished) -> None:
+    record = json.loads((runs.storage / "base" / "run.json").read_text())
+    assert record["forecast"].keys() <= {*record["stages"], "healing"}
+    assert all(seconds >= 0 for seconds in record["forecast"].values())
+    assert "seconds taken (expected): workers" in finished.stdout
+
+
+def test_every_stage_is_forecast_and_the_closing_line_compares_them(plan: Plan) -> None:
+    stages = {s.stage: s.seconds for s in forecast(plan, rates(plan, head=1e-3), 2)}
+    assert {"calibration", "bank", "sensitivity", "search", "validation", "healing", "test", "proof"} <= stages.keys()
+    line = compared({"bank": 10.0, "search": 20.0}, {"bank": 12.0, "search": 15.0, "staging": 99.0})
+    assert line == "seconds taken (expected): bank 12 (10), search 15 (20); together 27 (30)"

@@ -1,0 +1,30 @@
+"""Claims about the probes from which a run's time is forecast."""
+
+import json
+import time
+
+import torch
+
+from evaluators.probes.rates import MeasureRates, Rates, Rounding
+from quantizers.settings import CompensationSettings, Sparsity
+from tests.conftest import EMBEDDED
+from workers.pool.base import SerialPool
+
+KINDS = (
+    Rounding(256, ("Q2_K", "Q4_K")),
+    Rounding(64, ("Q4_0", "Q8_0")),
+    Rounding(256, ("Q4_K",), Sparsity(0.5)),
+)
+
+
+def test_rates_are_measured_for_every_kind_without_reading_weights() -> None:
+    task = MeasureRates(EMBEDDED, 128, KINDS, CompensationSettings(), "auto", "q8")
+    started = time.monotonic()
+    (rates,) = SerialPool().map([task])
+    assert time.monotonic() - started < 60  # seconds: a probe, not a benchmark
+    assert rates.rounding.keys() == {kind.key for kind in KINDS}
+    assert rates.hessian.keys() == {"64", "256"}
+    single = (rates.block_float32, rates.block_gradient, rates.head, rates.head_gradient, rates.decode, rates.factor)
+    assert all(value > 0 for value in (*single, *rates.rounding.values(), *rates.hessian.values()))
+    assert rates.threads == 1 and torch.get_num_threads() >= 1
+    assert Rates.from_json(json.loads(json.dumps(rates.to_json()))) == rates
