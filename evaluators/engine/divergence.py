@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitgenome.common.numbers import perplexity_of
 from evaluators.model.head import Head
 
 CHUNK_LOGITS = 1 << 20  # logits of one chunk: 4 MiB in float32, which stay in a CPU's cache
 MIN_CHUNK = 64  # fewest positions of a chunk, for large vocabularies
+LEAST_GROWTH = 2**-10 - 1  # of E[exp d] - 1; below it float32 has lost what log E[exp d] needs
 CACHE_BYTES = 1 << 28  # for reference logits and probabilities; larger ones are recomputed chunk by chunk
 
 
@@ -42,7 +44,7 @@ class Divergence:
         kl, mse, loss = errors.mean(0).tolist()
         if not math.isfinite(kl):
             raise FloatingPointError("the quantized model's logits are not finite")
-        return cls(kl, mse, math.exp(loss), tuple(errors[:, 0].tolist()))
+        return cls(kl, mse, perplexity_of(loss), tuple(errors[:, 0].tolist()))
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Divergence":
@@ -122,24 +124,36 @@ class Reference:
         target_logits = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].double()
         difference = logits.sub_(chunk.logits)
         mse = torch.linalg.vector_norm(difference, dim=-1).double().square() / difference.shape[-1]
-        kl, log_ratio = kl_of_differences(chunk.probs, difference)
+        kl, log_ratio = kl_of_differences(chunk.logits, chunk.probs, difference)
         loss = (chunk.log_sum.double() + log_ratio - target_logits) * (targets >= 0)
         return torch.stack((kl, mse, loss))
 
 
-def kl_of_differences(probs: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+def kl_of_differences(logits: Tensor, probs: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     """Return KL(P || Q) in nats and log(sum exp q) - log(sum exp p), each float64 (P,).
 
-    ``probs`` (P, V) are the probabilities of P, ``difference`` (P, V) the logits q - p. With d = q - p and Z the sums
-    of exponentials: log(Zq / Zp) = log E[exp d] and KL = log E[exp d] - E[d], expectations under P. With expm1 and
-    log1p nothing cancels where the two models are close, and float32 is enough.
+    ``logits`` (P, V) are those p of P and ``probs`` their probabilities, ``difference`` (P, V) the logits q - p. With
+    d = q - p and Z the sums of exponentials: log(Zq / Zp) = log E[exp d] and KL = log E[exp d] - E[d], expectations
+    under P. With expm1 and log1p nothing cancels where the two models are close, and float32 is enough. Positions where
+    logits differ by more than float32's exponential holds (88), or Q's tokens have no probability in P's float32, are
+    computed again in float64.
     """
     scratch = difference.expm1()  # the only large allocation here: mapping new memory is slow on a CPU
     grown = scratch.mul_(probs).sum(-1)
-    if not bool(torch.isfinite(grown).all()):  # logits differ by more than 88: shift before the exponential
-        shift = difference.amax(-1, keepdim=True)
-        log_ratio = scratch.copy_(difference).sub_(shift).exp_().mul_(probs).sum(-1).double().log()
-        log_ratio += shift[:, 0].double()
-    else:
-        log_ratio = grown.double().log1p()
-    return log_ratio - torch.mul(probs, difference, out=scratch).sum(-1).double(), log_ratio
+    log_ratio = grown.double().log1p()
+    kl = log_ratio - torch.mul(probs, difference, out=scratch).sum(-1).double()
+    far = ~(torch.isfinite(grown) & (grown > LEAST_GROWTH))
+    if bool(far.any()):
+        for rows in far.nonzero()[:, 0].split(MIN_CHUNK):
+            kl[rows], log_ratio[rows] = _kl_far_apart(logits[rows], difference[rows])
+    return kl, log_ratio
+
+
+def _kl_far_apart(logits: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``kl_of_differences`` does, in float64 and with logarithms of probabilities.
+
+    A probability below e^-103 is zero in float32, and yet its token may hold all of Q.
+    """
+    log_p, d = logits.double().log_softmax(-1), difference.double()
+    log_ratio = (log_p + d).logsumexp(-1)
+    return log_ratio - (log_p.exp() * d).sum(-1), log_ratio

@@ -203,7 +203,7 @@ class Healed:
         found = before()
         try:
             return cls(found, after())
-        except (FloatingPointError, OverflowError):  # from the KL and from the perplexity, respectively
+        except FloatingPointError:
             return cls(found, None)
 
     @property

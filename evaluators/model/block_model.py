@@ -33,6 +33,7 @@ class BlockModel:
         attention = attention_of(folder)
         try:
             self.config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+            self.config.pad_token_id = None  # no text here is padded, and the embedding may be cut to the rows in use
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False

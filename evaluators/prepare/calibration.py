@@ -147,7 +147,11 @@ class _InputRecorder:
         for handle in self._handles:
             handle.remove()
         for group, members in self.members.items():
-            yield InputGroup(members[0].removesuffix(".weight"), tuple(members), *self.accumulators[group].result())
+            hessian, statistics = self.accumulators[group].result()
+            if not statistics.mean_square.any():
+                for name in members:
+                    log.warning("the input of %s is always zero: all of its columns are rounded alike", name)
+            yield InputGroup(members[0].removesuffix(".weight"), tuple(members), hessian, statistics)
 
 
 def embedding_groups(model: BlockModel, H: Tensor, statistics: InputStatistics) -> Iterator[InputGroup]:

@@ -3,7 +3,6 @@
 Shapes: n windows, T positions, P = n * T, D hidden size, V vocabulary. Logits exist for a chunk of positions at a time.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bitgenome.common.numbers import perplexity_of
 from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.llamacpp import LlamaCppRuntime
 
@@ -132,7 +132,7 @@ class _Sums:
     def comparison(self) -> Comparison:
         """Return the means of the sums."""
         return Comparison(
-            self.kl / self.positions, self.agreed / self.positions, math.exp(self.loss / max(1, self.predicted))
+            self.kl / self.positions, self.agreed / self.positions, perplexity_of(self.loss / max(1, self.predicted))
         )
 
 

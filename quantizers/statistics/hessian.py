@@ -54,7 +54,10 @@ class HessianAccumulator:
 
 
 def check_hessian(H: Tensor, columns: int) -> None:
-    """Raise ValueError unless H is a finite (columns, columns) matrix with a non-negative, not all-zero diagonal."""
+    """Raise ValueError unless H is a finite (columns, columns) matrix with a non-negative diagonal.
+
+    A layer whose input is always zero has a zero H: any rounding of it is right.
+    """
     if H.shape != (columns, columns):
         raise ValueError(f"expected a Hessian of shape ({columns}, {columns}), got {tuple(H.shape)}")
     if not H.isfinite().all():
@@ -65,18 +68,18 @@ def check_hessian(H: Tensor, columns: int) -> None:
         raise ValueError(
             f"the Hessian has {int((H.diagonal() < 0).sum())} negative diagonal values, expected sums of squares"
         )
-    if not H.diagonal().any():
-        raise ValueError("the Hessian is zero: no calibration input reached this layer")
 
 
 def damped(H: Tensor, damping: float) -> Tensor:
     """Return H + damping * mean(diag H) * I, float64 (columns, columns).
 
     Dead columns (H_jj = 0) are decoupled: their other entries become 0, and the mean is added to their diagonal too.
+    Where all columns are dead the mean is taken as 1, so that nothing is compensated and all columns weigh the same.
     """
     H = H.double().clone()
     diagonal = H.diagonal()
     mean = diagonal.mean()
+    mean = torch.where(mean == 0, 1.0, mean)
     dead = diagonal == 0
     H[dead, :] = 0
     H[:, dead] = 0

@@ -54,11 +54,27 @@ def test_references_too_large_to_keep_give_the_same() -> None:
     assert Reference(hidden, head, ids, cache_bytes=0).compare(other, head) == kept
 
 
-def test_logits_far_apart_neither_overflow_nor_lose_the_divergence() -> None:
-    p = torch.tensor([[0.5, 0.5, 0.0]])
-    difference = torch.tensor([[0.0, 200.0, 0.0]])
-    kl, _ = kl_of_differences(p, difference)
-    assert float(kl) == pytest.approx(200 + math.log(0.5) - 100, rel=1e-6)
+@pytest.mark.parametrize("lower", [0.0, -200.0])
+@pytest.mark.parametrize("spread", [50, 95, 104, 250, 3000])
+def test_logits_far_apart_have_the_divergence_of_float64(spread: float, lower: float) -> None:
+    p, q = torch.randn(2, 70, 512, generator=torch.Generator().manual_seed(0))
+    p[1:, 3] += spread
+    q[1:, 7] += spread
+    q[1:] += lower
+    expected, other = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    kl, log_ratio = kl_of_differences(p, p.softmax(-1), q - p)
+    assert kl.numpy() == pytest.approx((expected.exp() * (expected - other)).sum(-1).numpy(), rel=1e-5)
+    assert log_ratio.numpy() == pytest.approx((q.double().logsumexp(-1) - p.double().logsumexp(-1)).numpy(), abs=1e-3)
+    alone, _ = kl_of_differences(p[:1], p[:1].softmax(-1), (q - p)[:1])
+    assert torch.equal(kl[:1], alone), "a position far apart must not change the others of its chunk"
+
+
+def test_a_model_that_is_certain_and_wrong_has_finite_figures() -> None:
+    hidden, head, _, ids = case(0.0)
+    sharp = Head(head.weight * 400)
+    found = Reference(hidden, sharp, ids).compare(-hidden, sharp)
+    assert 500 < found.kl < math.inf
+    assert found.perplexity < math.inf
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:

@@ -75,6 +75,17 @@ def test_blocks_give_exactly_the_logits_of_transformers(model_type: str, tied: b
     assert torch.equal(logits_by_blocks(folder, IDS), logits_of(folder, IDS))
 
 
+@pytest.mark.parametrize("padding", [500, -1, 9999])
+def test_a_padding_token_does_not_matter(padding: int, tmp_path: Path) -> None:
+    folder = ModelFolder(save_small_model(tmp_path, "llama", tokenizer=False))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": padding}))
+    model = BlockModel(folder, CPU)
+    rows = folder.read(model.embedding_name)[:4]
+    model.place(model.embedding_name, rows)  # as the sweep does, with the rows in use
+    assert torch.equal(model.embed(torch.tensor([[3, 0]])), rows[[3, 0]][None])
+
+
 @pytest.mark.parametrize(("model_type", "name", "settings"), VARIANTS, ids=[f"{v[0]}-{v[1]}" for v in VARIANTS])
 def test_windows_ropes_and_caps_are_those_of_transformers(
     model_type: str, name: str, settings: dict[str, Any], tmp_path: Path

@@ -239,9 +239,11 @@ def test_a_rank_deficient_hessian_serves(sparsity: Sparsity) -> None:
     assert row_errors(W - pruned, H).sum() < 0.01 * row_errors(W, H).sum()
 
 
-def test_an_all_zero_hessian_is_refused() -> None:
-    with pytest.raises(ValueError, match="the Hessian is zero: no calibration input reached this layer"):
-        prune(heavy_tailed(4, 256), torch.zeros(256, 256), FORMATS["Q4_K"], HALF)
+@both
+def test_an_input_that_is_always_zero_prunes_by_magnitude(sparsity: Sparsity) -> None:
+    W = heavy_tailed(4, 256)
+    pruned = prune(W, torch.zeros(256, 256), FORMATS["F32"], sparsity)
+    assert torch.equal(pruned, prune(W, torch.eye(256), FORMATS["F32"], sparsity))
 
 
 @pytest.mark.parametrize(

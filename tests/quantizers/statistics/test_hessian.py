@@ -68,10 +68,15 @@ def test_dead_columns_are_cut_off() -> None:
     assert not U[:5, 5].any()
 
 
+def test_an_input_that_is_always_zero_weighs_all_columns_the_same() -> None:
+    U, taken = inverse_factor(torch.zeros(8, 8), 0.01)
+    assert taken == 0.01
+    assert torch.allclose(U, torch.eye(8, dtype=torch.float64) * 1.01**-0.5)
+
+
 @pytest.mark.parametrize(
     ("H", "message"),
     [
-        (torch.zeros(8, 8), "the Hessian is zero"),
         (torch.eye(8) * torch.nan, "64 non-finite values"),
         (-torch.eye(8), "8 negative diagonal values"),
         (torch.eye(7), r"expected a Hessian of shape \(8, 8\), got \(7, 7\)"),
