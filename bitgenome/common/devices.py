@@ -12,10 +12,12 @@ from bitgenome.common.host_memory import peak_host_memory
 
 ACCELERATOR_SHARE = 0.9  # of an accelerator's free memory; the rest is left for fragmentation
 HOST_SHARE = 0.7  # of the host's free memory, divided among workers by their threads; the rest is for other processes
-CGROUP_FILES = (  # limit and usage, cgroup version 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUPS = (  # folder, limit, usage and field of memory.stat that counts file pages not in use; version 2 and 1
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+_shares: dict[str, float] = {}  # of this process, where it shares the machine with other workers
 
 
 def best_device() -> torch.device:
@@ -43,15 +45,30 @@ def compute_type(compute: str, device: torch.device) -> torch.dtype:
     return found
 
 
-def worker_memory(device: torch.device) -> int:
+def take_share(accelerator: float) -> None:
+    """Let this process use no more than the share ``accelerator`` (0 to 1) of its accelerator's memory."""
+    _shares["accelerator"] = accelerator
+
+
+def worker_memory(device: torch.device, share: float | None = None) -> int:
     """Return the bytes that this process may use on ``device``.
 
-    On an accelerator that is ACCELERATOR_SHARE of the free memory, on a CPU the ``host_share`` of this process's
-    threads.
+    On an accelerator that is the ``accelerator_share`` of ``share``, by default of what ``take_share`` was called with;
+    on a CPU the ``host_share`` of this process's threads.
     """
-    if device.type != "cpu":
-        return int(ACCELERATOR_SHARE * torch.cuda.mem_get_info(device)[0])
-    return host_share(torch.get_num_threads())
+    if device.type == "cpu":
+        return host_share(torch.get_num_threads())
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # this process's own cache
+    return accelerator_share(free + unused, total, _shares.get("accelerator", 1.0) if share is None else share)
+
+
+def accelerator_share(free: int, total: int, share: float) -> int:
+    """Return the bytes that a worker with the share ``share`` of an accelerator may use.
+
+    They are ACCELERATOR_SHARE of its part of the ``total`` bytes, and never more than that of the ``free`` ones.
+    """
+    return int(ACCELERATOR_SHARE * min(free, share * total))
 
 
 def host_share(threads: int) -> int:
@@ -62,15 +79,31 @@ def host_share(threads: int) -> int:
 def free_host_memory() -> int:
     """Return the bytes that the machine, the container and this process's own limits (ulimit -v, -d) leave free."""
     free = [psutil.virtual_memory().available]
-    for limit, used in CGROUP_FILES:
-        if Path(limit).is_file() and (value := Path(limit).read_text().strip()).isdigit():
-            free.append(int(value) - int(Path(used).read_text()))
+    free += cgroup_room()
     process = psutil.Process().memory_info()
     for kind, taken in ((resource.RLIMIT_AS, process.vms), (resource.RLIMIT_DATA, process.rss)):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
             free.append(soft - taken)
     return max(0, min(free))
+
+
+def cgroup_room() -> list[int]:
+    """Return the bytes that each limited control group leaves, this process's own and those above it.
+
+    Pages of files that are not in use count as free, as the system drops them first.
+    """
+    memberships = Path("/proc/self/cgroup")
+    lines = memberships.read_text(encoding="utf-8").splitlines() if memberships.is_file() else []
+    own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    found = []
+    for root, limit, used, unused in CGROUPS:
+        place = Path(own.get("memory" if root.name == "memory" else "", "/")).relative_to("/")
+        for folder in (root / place, *(root / parent for parent in place.parents)):
+            if (folder / limit).is_file() and (value := (folder / limit).read_text().strip()).isdigit():
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                found.append(int(value) - int((folder / used).read_text()) + int(statistics.get(unused, 0)))
+    return found
 
 
 def peak_memory() -> int:

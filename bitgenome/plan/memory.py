@@ -1,10 +1,13 @@
 """Estimates how much of a worker's memory the evaluations of a run need, before they start."""
 
 import psutil
+import torch
 
-from bitgenome.common.devices import best_device, host_share, worker_memory
+from bitgenome.common.devices import best_device, compute_type, host_share, worker_memory
+from bitgenome.config.run import RunConfig
 from bitgenome.plan.plan import Plan
 from evaluators.engine.memory import Load, SweepMemory, sweep_memory
+from evaluators.model.sizes import ModelShape
 
 GENES_TOGETHER = 8  # neighbours in one sweep, which branch off the full-precision model in the same blocks
 MOST_TOGETHER = 32  # genomes of one task: bounds what a lost worker costs, and the time between signs of progress
@@ -27,6 +30,14 @@ def heaviest_load(plan: Plan) -> Load:
     return max(loads, key=lambda load: load.candidates * load.tokens)
 
 
+def worker_limit(config: RunConfig, device: torch.device) -> int:
+    """Return the bytes that a worker may use on ``device`` of a machine like this one: the setting, or its share."""
+    workers = config.workers
+    if device.type == "cpu":
+        return config.evaluation.memory or host_share(workers.cpus_per_worker)
+    return config.evaluation.memory or worker_memory(device, min(1.0, workers.gpus_per_worker or 1.0))
+
+
 def worker_sweep_memory(plan: Plan) -> SweepMemory:
     """Return the memory that one worker's sweeps take, in bytes, on a machine like this one.
 
@@ -35,9 +46,9 @@ def worker_sweep_memory(plan: Plan) -> SweepMemory:
     config = plan.config
     formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
     device = best_device()
-    free = host_share(config.workers.cpus_per_worker) if device.type == "cpu" else worker_memory(device)
-    limit = config.evaluation.memory or free
-    return sweep_memory(plan.folder, formats, config.text.window, heaviest_load(plan), limit)
+    compute = compute_type(config.evaluation.compute, device)
+    shape, limit = ModelShape.of(plan.folder), worker_limit(config, device)
+    return sweep_memory(shape, formats, config.text.window, heaviest_load(plan), limit, compute)
 
 
 def check_memory(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Writes the GGUF file from the bank's bytes, and checks that it decodes to the weights that were scored."""
+"""Writes the GGUF file from the bank's bytes, and checks that it holds the bytes that were scored."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,12 @@ from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank, damaged_tensors
-from exporters.files.gguf_reader import read_packed
 from exporters.files.gguf_writer import export_gguf
+from exporters.files.packed_file import PackedFile
 from exporters.files.recipe import recipe_command, recipe_lines
 from exporters.metadata.provenance import Provenance
 from exporters.metadata.tensor_names import tensor_table
-from quantizers.formats.packed_tensor import dequantize
-from quantizers.formats.table import FORMATS, QuantFormat
+from quantizers.formats.table import QuantFormat
 from search.types import Evaluation
 
 
@@ -78,14 +77,14 @@ def export_checked(
 ) -> Path:
     """Write the file, read it back, and return its path.
 
-    Raises UserError if it does not decode to the weights that were scored.
+    Raises UserError if it does not hold the bytes that were scored.
     """
     gguf = export_winner(plan, bank_directory, run, winner, healing)
     formats = plan.space.formats_of(winner.genome)
     different = differing_tensors(gguf, plan.folder, Bank(bank_directory), formats)
     different += differing_floats(gguf, plan.folder, healing.tensors if healing else {})
     if different:
-        raise UserError(f"expected the file to decode to the weights that were scored, found {different[0]} to differ")
+        raise UserError(f"expected the file to hold the bytes that were scored, found {different[0]} to differ")
     return gguf
 
 
@@ -114,52 +113,28 @@ def export_again(location: Path | str) -> Path:
         return export_winner(plan, bank, directory, winner, healing)
 
 
-def shipped_weights(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
-    """Return the file's quantized tensors, dequantized to float32 (rows, columns), by Hugging Face name.
-
-    Rows are in transformers' order.
-    """
-    formats, weights = shipped_formats(path, folder), {}
-    for name, (_, rows) in read_packed(path, folder).items():
-        if name in formats:
-            data = torch.from_numpy(np.ascontiguousarray(rows)).view(torch.uint8).reshape(len(rows), -1)
-            weights[name] = dequantize(formats[name], data)
-    return weights
-
-
-def shipped_formats(path: Path, folder: ModelFolder) -> dict[str, QuantFormat]:
-    """Return the formats of the file's quantized tensors, by Hugging Face name."""
-    kinds = {name: kind for name, (kind, _) in read_packed(path, folder).items()}
-    return {n: FORMATS[kind] for n, kind in kinds.items() if kind in FORMATS and len(folder.shapes[n]) == 2}
-
-
-def shipped_floats(path: Path, folder: ModelFolder) -> dict[str, Tensor]:
-    """Return the file's float32 tensors (norms, biases) by Hugging Face name, in transformers' row order."""
-    packed = read_packed(path, folder)
-    return {
-        entry.hf_name: torch.from_numpy(np.ascontiguousarray(packed[entry.hf_name][1]))
-        .view(torch.float32)
-        .reshape(entry.shape)
-        for entry in tensor_table(folder)
-        if not entry.quantizable
-    }
-
-
 def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the file's float32 tensors that differ from the healed or, if not healed, the model's own."""
+    """Return the names of the file's float32 tensors that differ from the healed or, if not healed, the model's own.
+
+    Raises ValueError as ``PackedFile`` does.
+    """
+    file = PackedFile(path, folder)
     return [
         name
-        for name, tensor in shipped_floats(path, folder).items()
-        if not torch.equal(tensor, healed[name] if name in healed else folder.read(name).float())
+        for name in file.float_names
+        if file.type_name(name) != "F32"
+        or not torch.equal(file.floats(name), healed[name] if name in healed else folder.read(name).float())
     ]
 
 
-def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: dict[str, QuantFormat]) -> list[str]:
-    """Return the names of tensors that the file does not decode to exactly the weights that were scored."""
-    shipped = shipped_weights(path, folder)
+def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: Mapping[str, QuantFormat]) -> list[str]:
+    """Return the names of tensors whose type or bytes in the file are not those in the bank, which were scored.
+
+    Raises ValueError as ``PackedFile`` does.
+    """
+    file = PackedFile(path, folder)
     return [
         name
         for name, fmt in formats.items()
-        if name not in shipped
-        or not torch.equal(shipped[name], bank.weights(name, fmt, folder.shapes[name][1], torch.device("cpu")))
+        if file.type_name(name) != fmt.name or not np.array_equal(file.packed(name), bank.packed(name, fmt).numpy())
     ]

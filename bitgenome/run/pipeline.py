@@ -78,7 +78,8 @@ def run_stages(
         gguf = export_checked(plan, setup.bank, directory, winner, shipped)
     with directory.stage("proof"):
         try:
-            proof = prove(gguf, plan.folder, windows.windows["test"], plan.config.evaluation.activations)
+            evaluation = plan.config.evaluation
+            proof = prove(gguf, plan.folder, windows.windows["test"], evaluation.activations, evaluation.memory)
         except LlamaCppError as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = Outcome(

@@ -1,6 +1,7 @@
 """Measures a file on held-out text, by simulation and by llama.cpp."""
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,23 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from bitgenome.common import layout
-from bitgenome.common.devices import best_device
+from bitgenome.common.devices import best_device, worker_memory
 from bitgenome.common.errors import UserError
 from bitgenome.plan.plan import make_plan
-from bitgenome.run.export import differing_floats, shipped_floats, shipped_formats, shipped_weights
+from bitgenome.run.export import differing_floats
 from bitgenome.run.healing import shipped_healing
 from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
-from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
-from evaluators.model.block_model import BlockModel
+from evaluators.engine.memory import windows_at_once
+from evaluators.engine.streamed import streamed
+from evaluators.engine.sweep import Sweep
 from evaluators.model.folder import ModelFolder
-from evaluators.model.forward import final_hidden
-from exporters.runtime.comparison import log_probs, measure_file
-from exporters.runtime.llamacpp import LlamaCppError, generation_speed
+from evaluators.model.sizes import ModelShape
+from exporters.files.packed_file import PackedFile
+from exporters.runtime.comparison import compare, log_probs
+from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime, generation_speed
+from quantizers.formats.table import QuantFormat
 from workers.storage.folders import is_url
 
 
@@ -53,48 +58,81 @@ class Proof:
         return asdict(self)
 
 
+class ShippedModel(ModelFolder):
+    """Reads a model folder with the norms and biases of a file, and the file's packed bytes as a bank."""
+
+    def __init__(self, folder: ModelFolder, file: PackedFile):
+        super().__init__(folder.path)
+        self._file = file
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU: the file's own where it keeps it in float32, else in full precision."""
+        return self._file.floats(name) if name in self._file.float_names else super().read(name)
+
+    def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
+        """Return a tensor's bytes uint8 (rows, row_bytes), which are of the format ``fmt``."""
+        return torch.from_numpy(self._file.packed(tensor))
+
+
 @torch.inference_mode()
-def prove(path: Path, folder: ModelFolder, windows: np.ndarray, activations: str = "float") -> Proof:
+def prove(
+    path: Path, folder: ModelFolder, windows: np.ndarray, activations: str = "float", memory: int | None = None
+) -> Proof:
     """Measure a GGUF file of ``folder``'s model on token windows (n, T), by simulation and by llama.cpp.
 
-    With ``activations`` q8 the simulation is repeated with 8-bit inputs. Raises ValueError for a damaged file, and
-    LlamaCppError if llama.cpp cannot run it.
+    With ``activations`` q8 the simulation is repeated with 8-bit inputs. Weights are in memory one block at a time, and
+    at the end the two heads; ``memory`` bounds the windows that go through a block at once, by default by what is free.
+    Raises ValueError for a damaged file, and LlamaCppError if llama.cpp cannot run it.
     """
-    weights = shipped_weights(path, folder) | shipped_floats(path, folder)
-    ids = torch.from_numpy(windows)
-    model = BlockModel(folder, best_device())
-    model.load_all()
-    full_head = model.head
-    full = final_hidden(model, ids)
-    for name, weight in weights.items():
-        model.weight(name).data = weight.to(model.device)
-    simulated = final_hidden(model, ids)
-    head = model.head
-    reference = Reference(full, full_head, ids)
-    eight_bit_kl = eight_bit = None
+    file = PackedFile(path, folder)
+    with LlamaCppRuntime(path, windows.shape[1]) as runtime:
+        from_runtime = runtime.hidden_states(windows)
+    speed = generation_speed(path)  # before heads and hidden states, so that llama.cpp's memory is not beside theirs
+    ids, device = torch.from_numpy(windows), best_device()
+    at_once = windows_at_once(ModelShape.of(folder), windows.shape[1], windows.size, memory or worker_memory(device))
+    shipped, formats = ShippedModel(folder, file), file.formats
+
+    def pass_over(sweep: Sweep, candidate: Mapping[str, QuantFormat]) -> Tensor:
+        return sweep.final_states(ids, "test", [candidate])[0]
+
+    eight_bit_kl, eight_bit_states, eight_bit_input = None, None, None
     if activations == "q8":
-        inputs = EightBitInputs(model, shipped_formats(path, folder))
-        hidden = final_hidden(model, ids)
-        eight_bit_kl = reference.compare(inputs.head_input(hidden), head).kl
-        eight_bit = log_probs(hidden, head)  # llama.cpp's head is in floats too, see measure_file
-    runtime = measure_file(path, windows, log_probs(full, full_head), log_probs(simulated, head), eight_bit)
-    measured, speed = reference.compare(simulated, head), generation_speed(path)
-    assert runtime.reference is not None and runtime.simulated is not None
+        with streamed(shipped, shipped, device, at_once, "q8") as sweep:
+            eight_bit_states = pass_over(sweep, formats)
+            eight_bit_input = sweep.head_input(eight_bit_states, formats.get(folder.head_tensor))
+    with streamed(folder, shipped, device, at_once) as full, streamed(shipped, shipped, device, at_once) as simulated:
+        full_states, states = pass_over(full, {}), pass_over(simulated, formats)
+        full_head, head = full.head(None), simulated.head(formats.get(folder.head_tensor))
+    reference = Reference(full_states, full_head, ids)
+    measured = reference.compare(states, head)
+    eight_bit = None
+    if eight_bit_states is not None and eight_bit_input is not None:
+        eight_bit_kl = reference.compare(eight_bit_input, head).kl
+        eight_bit = log_probs(eight_bit_states, head)  # llama.cpp's head is in floats too
+    found = compare(
+        log_probs(torch.from_numpy(from_runtime).to(device), head),
+        windows,
+        len(head.weight),
+        log_probs(full_states, full_head),
+        log_probs(states, head),
+        eight_bit,
+    )
+    assert found.reference is not None and found.simulated is not None
     return Proof(
         file=path.name,
         file_bytes=path.stat().st_size,
         tokens=windows.size,
-        full_perplexity=runtime.reference.perplexity,
+        full_perplexity=found.reference.perplexity,
         simulated_kl=measured.kl,
         simulated_perplexity=measured.perplexity,
-        runtime_kl=runtime.reference.kl,
-        runtime_perplexity=runtime.perplexity,
-        simulated_to_runtime_kl=runtime.simulated.kl,
-        top1_agreement=runtime.reference.top1_agreement,
+        runtime_kl=found.reference.kl,
+        runtime_perplexity=found.perplexity,
+        simulated_to_runtime_kl=found.simulated.kl,
+        top1_agreement=found.reference.top1_agreement,
         prompt_tokens_per_second=speed.prompt,
         generated_tokens_per_second=speed.generation,
         eight_bit_kl=eight_bit_kl,
-        eight_bit_to_runtime_kl=runtime.eight_bit.kl if runtime.eight_bit else None,
+        eight_bit_to_runtime_kl=found.eight_bit.kl if found.eight_bit else None,
     )
 
 
@@ -115,7 +153,8 @@ def verify_file(file: Path | str, location: Path | str) -> Proof:
         try:
             check_floats(local, folder, directory.path)
             test = TokenWindows.load(windows).windows["test"]
-            return prove(local, folder, test, plan.config.evaluation.activations)
+            evaluation = plan.config.evaluation
+            return prove(local, folder, test, evaluation.activations, evaluation.memory)
         except (ValueError, LlamaCppError, SafetensorError) as error:
             raise UserError(str(error)) from None
 

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from bitgenome.common.devices import best_device, compute_type, release_memory, worker_memory
+from bitgenome.common.host_memory import close_all
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.batches import Batches
 from evaluators.engine.divergence import Divergence, Reference
-from evaluators.engine.memory import FLOAT_BYTES, KEPT_TEXTS, TYPICAL_LOAD, Load, sweep_memory
+from evaluators.engine.memory import KEPT_TEXTS, TYPICAL_LOAD, Load, sweep_memory
 from evaluators.engine.prefix_cache import PrefixCache
 from evaluators.engine.sweep import Candidate, Sweep
 from evaluators.engine.weights import ModelWeights
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape
 from evaluators.prepare.bank import Bank
 from evaluators.settings import Compute
 from quantizers.formats.table import QuantFormat
@@ -74,8 +76,10 @@ class GenomeEvaluator:
         folder, device = ModelFolder(setup.model), best_device()
         formats = {name: gene.formats for gene in setup.space.genes for name in gene.tensors}
         limit = setup.memory or worker_memory(device)
-        self.memory = sweep_memory(folder, formats, self.windows.window, setup.load, limit)
-        model = BlockModel(folder, device, compute_type(setup.compute, device))
+        compute = compute_type(setup.compute, device)
+        shape = ModelShape.of(folder)
+        self.memory = sweep_memory(shape, formats, self.windows.window, setup.load, limit, compute)
+        model = BlockModel(folder, device, compute)
         weights = ModelWeights(model, self.bank, self.memory.weights, self.memory.reserve)
         storage = device if self.memory.resident else torch.device("cpu")
         self.sweep = Sweep(
@@ -83,6 +87,12 @@ class GenomeEvaluator:
         )
         self._last: tuple[Text, Reference] | None = None
         self._full_states: dict[Text, Tensor] = {}  # full-precision final hidden states of the last texts
+
+    def close(self) -> None:
+        """Free everything that this evaluator holds; it cannot be used again."""
+        self.sweep.close()
+        self._last = None
+        self._full_states = {}
 
     def ids(self, fidelity: Fidelity) -> Tensor:
         """Return the token ids (B, T) of the text that ``fidelity`` reads."""
@@ -229,14 +239,21 @@ class GenomeEvaluator:
 def warm(kind: Callable[[EvaluatorSetup], T], setup: EvaluatorSetup, state: dict[Any, Any]) -> T:
     """Return the worker's object ``kind(setup)``, built on the first call.
 
-    ``state`` is the worker's own dict. It holds one such object, so that of another kind or setup is dropped first.
+    ``state`` is the worker's own dict. It holds one such object: that of another kind or setup is closed first, and its
+    memory is given back before ``kind`` measures how much is free.
     """
     key = (kind, setup.key, compute_type(setup.compute, best_device()))
     if key not in state:
-        state.clear()
+        make_room(state)
         state[key] = kind(setup)
     found: T = state[key]
     return found
+
+
+def make_room(state: dict[Any, Any]) -> None:
+    """Free what a worker's ``state`` holds, and give the memory back to the device and the system."""
+    close_all(state)
+    release_memory()
 
 
 def warm_evaluator(setup: EvaluatorSetup, state: dict[Any, Any]) -> GenomeEvaluator:

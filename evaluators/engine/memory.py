@@ -5,17 +5,16 @@ Sizes are in bytes. D is the hidden size.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+
+import torch
 
 from bitgenome.common.errors import UserError
 from evaluators.engine.divergence import CACHE_BYTES as LOGIT_BYTES
 from evaluators.engine.divergence import chunk_size
-from evaluators.model.block_arguments import attention_of
-from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import BATCH_TOKENS
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape
 from quantizers.formats.table import QuantFormat
 
-FLOAT_BYTES = 4
 KEPT_TEXTS = 3  # texts whose full-precision outputs are kept: the rungs of a ladder
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep; longer text is read in parts
 CACHE_SHARE = 0.125  # each for the prefixes of elites, for logits and for the activations of a batch
@@ -76,17 +75,15 @@ class Needs:
     in_head: int  # logits of a chunk
 
 
-def sweep_needs(folder: ModelFolder, window: int, load: Load, limit: int) -> Needs:
+def sweep_needs(shape: ModelShape, window: int, load: Load, limit: int) -> Needs:
     """Return what the sweep of ``load`` over windows of ``window`` tokens takes of ``limit`` bytes besides weights."""
-    config = folder.config
-    state = int(config["hidden_size"]) * FLOAT_BYTES  # of one position
+    state = shape.state_bytes
     positions = max(window, load.tokens // window * window)
-    activations = activations_of(folder, window) * FLOAT_BYTES  # of one position
-    windows = max(1, min(BATCH_TOKENS, positions, int(limit * CACHE_SHARE) // activations) // window)
-    vocabulary = folder.shapes[folder.head_tensor][0]
-    logits = 2 * positions * vocabulary * FLOAT_BYTES
+    activations = shape.activation_bytes(window)
+    windows = windows_at_once(shape, window, positions, limit)
+    logits = 2 * positions * shape.vocabulary * FLOAT_BYTES
     states = min((load.candidates + 2) * positions * state, int(limit * STATE_SHARE))
-    kept = load.kept * (int(config["num_hidden_layers"]) + 1) * positions * state
+    kept = load.kept * (shape.layers + 1) * positions * state
     return Needs(
         windows=windows,
         states=max(states, (load.candidates + 2) * window * state),
@@ -94,20 +91,31 @@ def sweep_needs(folder: ModelFolder, window: int, load: Load, limit: int) -> Nee
         reference=KEPT_TEXTS * positions * state,
         logits=logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0,
         in_block=windows * window * activations,
-        in_head=4 * chunk_size(vocabulary) * FLOAT_BYTES,
+        in_head=4 * chunk_size(shape.vocabulary) * FLOAT_BYTES,
     )
 
 
+def windows_at_once(shape: ModelShape, window: int, positions: int, limit: int) -> int:
+    """Return how many windows of ``window`` tokens go through a block at once, of a text of ``positions`` tokens."""
+    fitting = int(limit * CACHE_SHARE) // shape.activation_bytes(window)
+    return max(1, min(BATCH_TOKENS, positions, fitting) // window)
+
+
 def sweep_memory(
-    folder: ModelFolder, formats: Mapping[str, Sequence[QuantFormat]], window: int, load: Load, limit: int
+    shape: ModelShape,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    window: int,
+    load: Load,
+    limit: int,
+    compute: torch.dtype = torch.float32,
 ) -> SweepMemory:
     """Divide ``limit`` bytes for the sweep of ``load`` over windows of ``window`` tokens.
 
-    ``formats`` holds the candidate formats by Hugging Face name; tensors without any stay in full precision. Raises
-    UserError, which says the least that is enough, if not even one block fits.
+    ``formats`` holds the candidate formats by Hugging Face name; tensors without any stay in full precision. Blocks
+    multiply in ``compute``. Raises UserError, which says the least that is enough, if not even one block fits.
     """
-    needs = sweep_needs(folder, window, load, limit)
-    floats = {name: prod(shape) * FLOAT_BYTES for name, shape in folder.shapes.items()}
+    needs = sweep_needs(shape, window, load, limit)
+    floats = {name: shape.bytes_of(name, compute) for name in shape.tensors}
     everything = sum(size * (1 + len(formats.get(name, ()))) for name, size in floats.items())
 
     def memory(work: int, weights: int, reserve: int) -> SweepMemory:
@@ -118,7 +126,7 @@ def sweep_memory(
     work = needs.in_block + needs.in_head + FIXED_BYTES  # both: allocators keep the one's memory during the other
     if everything <= limit - beside - work:
         return memory(work, everything, 0)
-    block, heads = largest_block(floats, int(folder.config["num_hidden_layers"])), 2 * floats[folder.head_tensor]
+    block, heads = shape.block_bytes(compute), 2 * shape.head_bytes
     work = max(needs.in_block + block, needs.in_head) + FIXED_BYTES  # reading ahead holds the next block, as stored
     left, least = limit - beside - work, max(block, heads)
     if left < least:
@@ -129,24 +137,3 @@ def sweep_memory(
         )
     levels = 1 + max(map(len, formats.values()), default=0)
     return memory(work, left, reserve=min(left, max(block * levels, heads)))
-
-
-def largest_block(floats: Mapping[str, int], layers: int) -> int:
-    """Return the bytes of the largest of ``layers`` decoder blocks; ``floats`` holds tensor sizes in bytes by name."""
-    blocks = [0] * layers
-    for name, size in floats.items():
-        _, found, rest = name.partition(".layers.")
-        if found:
-            blocks[int(rest.split(".")[0])] += size
-    return max(blocks)
-
-
-def activations_of(folder: ModelFolder, window: int) -> int:
-    """Return how many floats per position are alive at once within a block.
-
-    They are the MLP's three inner vectors and six vectors of size D. Where attention is not fused, its scores are
-    added: three matrices (window, window) per head. Raises ModelFolderError for a model type that is not supported.
-    """
-    config = folder.config
-    scores = 3 * window * int(config["num_attention_heads"]) if attention_of(folder) == "eager" else 0
-    return 6 * int(config["hidden_size"]) + 3 * int(config["intermediate_size"]) + scores

@@ -13,6 +13,7 @@ class Replay:
     """
 
     def __init__(self, module: nn.Module, state: Callable[[], Hashable]):
+        self._module = module
         self._state = state
         self._compute = module.forward
         self._answer: Any = None
@@ -22,6 +23,11 @@ class Replay:
     def forget(self) -> None:
         """Drop the last output; call it before the module gets other inputs."""
         self._answer = None
+
+    def close(self) -> None:
+        """Let the module compute by itself again, so that nothing of it refers to this replay."""
+        self._answer = None
+        del self._module.forward
 
     def _forward(self, *arguments: Any, **named: Any) -> Any:
         state = self._state()

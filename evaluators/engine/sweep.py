@@ -15,6 +15,7 @@ Shapes: B windows, T positions, D hidden size.
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -75,6 +76,14 @@ class Sweep:
         self._placed: dict[str, QuantFormat | None] = {}  # formats in the running block, and the head's when it is used
         self._replays: dict[int, list[Replay]] = {}  # by block, made in its first pass
         self._inputs = EightBitInputs(self.model, self._placed) if activations == "q8" else None
+
+    def close(self) -> None:
+        """Drop all weights, states and patches of modules, so that the memory is free once the caller drops this."""
+        for replay in chain.from_iterable(self._replays.values()):
+            replay.close()
+        self._replays = {}
+        self.cache.clear()
+        self.weights.close()
 
     @torch.inference_mode()
     def final_states(

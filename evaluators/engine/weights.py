@@ -2,17 +2,25 @@
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bitgenome.common.devices import release_memory
 from evaluators.model.block_model import BlockModel
-from evaluators.prepare.bank import Bank, decoded
+from evaluators.prepare.bank import decoded
 from quantizers.formats.table import QuantFormat
 
 PAGE_BYTES = 4096
 WeightKey = tuple[str, QuantFormat | None]  # Hugging Face name and format; None: full precision
+
+
+class PackedTensors(Protocol):
+    """Holds packed tensors by name and format: a bank, or a file."""
+
+    def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
+        """Return the bytes uint8 (rows, row_bytes) of a GGUF file."""
 
 
 class ModelWeights:
@@ -24,7 +32,7 @@ class ModelWeights:
     replacing it would be of no use.
     """
 
-    def __init__(self, model: BlockModel, bank: Bank, capacity: int, reserve: int = 0):
+    def __init__(self, model: BlockModel, bank: PackedTensors, capacity: int, reserve: int = 0):
         self.model = model
         self.bank = bank
         self.capacity = capacity
@@ -65,6 +73,12 @@ class ModelWeights:
         if self._made or self._stays.room < self.capacity:
             release_memory()
         self._made = False
+
+    def close(self) -> None:
+        """Drop all weights, and stop reading ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._coming = {}
+        self._stays = self._passes = _Held(0)
 
     def rows(self, name: str, fmt: QuantFormat | None, rows: Tensor) -> Tensor:
         """Return the rows (len(rows), columns) of a matrix with the indices ``rows``, without decoding the others."""

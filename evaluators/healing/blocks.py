@@ -18,7 +18,7 @@ from bitgenome.common.devices import best_device
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
-from evaluators.engine.evaluator import EvaluatorSetup
+from evaluators.engine.evaluator import EvaluatorSetup, make_room
 from evaluators.healing.distillation import DistillationLoss
 from evaluators.healing.tuner import (
     FloatTuner,
@@ -75,7 +75,7 @@ class HealBlock:
 
     def run(self, state: dict[Any, Any]) -> dict[str, Healed]:
         """Return the divergences by split after the last block, else an empty dict."""
-        state.clear()  # a warm evaluator would hold the whole model
+        make_room(state)  # a warm evaluator may hold the whole model
         stream = _Stream(self)
         with repeatable_attention(stream.device):
             if self.block == len(stream.model.blocks):

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitgenome.common.devices import best_device
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference
+from evaluators.engine.evaluator import make_room
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import chunked
@@ -150,7 +151,7 @@ class MeasureMethod:
     def run(self, state: dict[Any, Any]) -> MethodResult:
         """Return the figures; ``state`` keeps the bench for the worker's next method of this study."""
         if self.setup.key not in state:
-            state.clear()
+            make_room(state)
             state[self.setup.key] = MethodBench(self.setup)
         bench: MethodBench = state[self.setup.key]
         return bench.measure(self.method)

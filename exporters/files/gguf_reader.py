@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_MAGIC, GGUF_VERSION, GGMLQuantizationType, GGUFValueType, dequantize
 
-from exporters.metadata.source import ModelSource
-from exporters.metadata.tensor_names import from_file_rows, tensor_table
 from quantizers.formats.table import GGUF_ALIGNMENT, padded
 
 _SCALARS = {
@@ -33,6 +31,7 @@ _SCALARS = {
     GGUFValueType.BOOL: "?",
 }
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+DECODED_WEIGHTS = 1 << 20  # weights that are decoded at once
 
 
 class _DamageError(Exception):
@@ -66,9 +65,13 @@ class GgufContents:
 
     def dequantized(self, name: str) -> np.ndarray:
         """Return a tensor by GGUF name as float32, in the file's row order."""
-        tensor = self.tensors[name]
-        values = dequantize(self.read(name), GGMLQuantizationType[tensor.type_name])
-        return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+        tensor, rows = self.tensors[name], self.read(name)
+        kind, columns = GGMLQuantizationType[tensor.type_name], tensor.shape[-1]
+        values = np.empty((len(rows), columns), np.float32)
+        step = max(1, DECODED_WEIGHTS // columns)
+        for start in range(0, len(rows), step):  # decoding takes several times the memory of what it decodes
+            values[start : start + step] = dequantize(rows[start : start + step], kind)
+        return values.reshape(tensor.shape)
 
     def head(self) -> np.ndarray:
         """Return the head's weight, float32 (V, D): that of the output or, if tied, of the embedding."""
@@ -183,25 +186,3 @@ def _stored(name: str, kind: int, shape: tuple[int, ...], offset: int) -> Stored
         raise _DamageError(f"rows of {shape[-1]} weights of tensor {name} in blocks of {block}")
     size = prod(shape) // block * block_bytes
     return StoredTensor(name, GGMLQuantizationType(kind).name, shape, offset, size)
-
-
-def read_packed(path: str | Path, source: ModelSource | None = None) -> dict[str, tuple[str, np.ndarray]]:
-    """Return the type name and the bytes, uint8 (rows, row_bytes), of every tensor of the file.
-
-    Keys are GGUF names and rows are in the file's order. With ``source``, keys are Hugging Face names and rows are in
-    transformers' order, so that the bytes equal those that were given to ``export_gguf``. Raises ValueError as
-    ``read_gguf`` does, or if the file lacks a tensor of ``source``.
-    """
-    contents = read_gguf(path)
-    if source is None:
-        return {name: (tensor.type_name, contents.read(name)) for name, tensor in contents.tensors.items()}
-    packed = {}
-    for entry in tensor_table(source):
-        if entry.gguf_name not in contents.tensors:
-            raise ValueError(f"expected tensor {entry.gguf_name} in {path}, found none")
-        rows = contents.read(entry.gguf_name)
-        packed[entry.hf_name] = (
-            contents.tensors[entry.gguf_name].type_name,
-            from_file_rows(entry, rows.reshape(entry.shape[0], -1)),
-        )
-    return packed

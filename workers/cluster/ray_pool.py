@@ -37,7 +37,7 @@ class RayBackend:
         check_own_node()
         name = f"bitgenome:{self._run}:worker-{worker}"
         actor = ray.remote(Worker).options(name=name, namespace=self._namespace, **self._placement.options())
-        self._actors[worker] = actor.remote(self._threads)
+        self._actors[worker] = actor.remote(self._threads, self._placement.gpus)
         self.check(worker)
 
     def check(self, worker: int) -> None:

@@ -9,12 +9,17 @@ from workers.pool.base import Task, peak_memory_bytes, run_task, set_threads
 class Worker:
     """A worker runs tasks and keeps their state warm.
 
-    It computes with ``threads`` threads; with 0 it does not load PyTorch by itself.
+    It computes with ``threads`` threads, and takes the share ``gpus`` of an accelerator's memory if that is below 1.
+    With 0 threads it does not load PyTorch by itself.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, gpus: float = 0.0) -> None:
         if threads:
             set_threads(threads)
+        if threads and 0 < gpus < 1:
+            from bitgenome.common.devices import take_share  # noqa: PLC0415 - loads PyTorch
+
+            take_share(gpus)
         self._state: dict[Any, Any] = {}
 
     def run(self, task: Task) -> tuple[Any, float, int]:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from bitgenome.common.errors import UserError
-from bitgenome.common.host_memory import peak_host_memory
+from bitgenome.common.host_memory import close_all, peak_host_memory
 from workers.errors import TaskError
 
 
@@ -155,4 +155,8 @@ class SerialPool(Pool):
             statistics.peak_memory_bytes = max(statistics.peak_memory_bytes, peak_memory_bytes())
 
     def close(self) -> None:
-        self._state.clear()
+        close_all(self._state)
+        if "torch" in sys.modules:
+            from bitgenome.common.devices import release_memory  # noqa: PLC0415 - see set_threads
+
+            release_memory()

@@ -8,12 +8,12 @@ import torch
 from benchmarks.float_gguf import export_float
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import parse_config
-from bitgenome.run.export import shipped_weights
 from bitgenome.run.proof import prove
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.calibration import group_file
 from evaluators.prepare.scaling import ScaleGroup, write_scaled_model
 from exporters.files.gguf_writer import export_gguf
+from exporters.files.packed_file import PackedFile
 from exporters.metadata.tensor_names import quantizable_tensors
 from exporters.runtime.llamacpp import LlamaCppRuntime
 from quantizers.formats.table import FORMATS
@@ -50,8 +50,10 @@ def test_the_quantized_file_passes_the_proof(view: ModelFolder, small_bank: Smal
     fmt = FORMATS["Q6_K"]
     packed = {name: ggml_reference.quantize(fmt, view.read(name).float()) for name in quantizable_tensors(view)}
     export_gguf(view, lambda name: (fmt, packed[name].numpy()), tmp_path / "q6.gguf")
-    for name, weight in shipped_weights(tmp_path / "q6.gguf", view).items():
-        assert torch.equal(weight, ggml_reference.dequantize(fmt, packed[name]))
+    file = PackedFile(tmp_path / "q6.gguf", view)
+    assert file.formats.keys() == packed.keys()
+    for name, data in packed.items():
+        assert torch.equal(file.weights(name), ggml_reference.dequantize(fmt, data))
     proof = prove(tmp_path / "q6.gguf", view, small_bank.windows.windows["test"][:8], "q8")
     assert proof.eight_bit_to_runtime_kl is not None
     assert proof.simulated_kl < 2e-3

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.float_gguf import export_float
 from evaluators.model.folder import ModelFolder
-from exporters.files.gguf_reader import read_gguf, read_packed
+from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.comparison import measure_file
 from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime, generation_speed
 
@@ -44,7 +44,7 @@ def test_a_damaged_file_is_one_sentence(damage: str, sound: bytes, tmp_path: Pat
     path.write_bytes(change(sound))
     assert path.read_bytes() != sound
     windows = np.zeros((1, 4), dtype=np.int64)
-    for use in (read_gguf, read_packed, generation_speed, lambda p: measure_file(p, windows)):
+    for use in (read_gguf, generation_speed, lambda p: measure_file(p, windows)):
         with pytest.raises(ValueError, match=message):
             use(path)
 

@@ -12,8 +12,9 @@ from gguf.quants import quantize
 from bitgenome.common.files import replacing
 from evaluators.model.families import EXPORTABLE
 from evaluators.model.folder import ModelFolder
-from exporters.files.gguf_reader import read_gguf, read_packed
+from exporters.files.gguf_reader import read_gguf
 from exporters.files.gguf_writer import export_gguf, fixed_bytes
+from exporters.files.packed_file import PackedFile
 from exporters.metadata.provenance import Provenance
 from exporters.metadata.tensor_names import from_file_rows, quantizable_tensors, tensor_table, to_file_rows
 from exporters.runtime.llamacpp import LlamaCppRuntime
@@ -55,13 +56,13 @@ def test_the_file_holds_the_bytes_that_were_given(
     formats = {g.name: g.formats[i % len(g.formats)].name for i, g in enumerate(space.genes)}
     packed = random_bytes(folder, formats)
     export_gguf(folder, packed.__getitem__, tmp_path / "m.gguf")
-    found = read_packed(tmp_path / "m.gguf", folder)
+    found = PackedFile(tmp_path / "m.gguf", folder)
     for name, (chosen, rows) in packed.items():
-        assert found[name][0] == chosen.name
-        np.testing.assert_array_equal(found[name][1], rows)
-    for name in found.keys() - packed.keys():
-        assert found[name][0] == "F32"
-        np.testing.assert_array_equal(found[name][1].reshape(-1).view(np.float32), folder.read(name).float().numpy())
+        assert found.type_name(name) == chosen.name
+        np.testing.assert_array_equal(found.packed(name), rows)
+    assert set(found.float_names) == set(found.names) - packed.keys()
+    for name in found.float_names:
+        assert torch.equal(found.floats(name), folder.read(name).float())
 
 
 def test_our_reader_agrees_with_ggufs_own(small_model: Callable[..., ModelFolder], tmp_path: Path) -> None:
@@ -133,9 +134,9 @@ def test_overrides_replace_float_tensors_at_no_cost(small_model: Callable[..., M
         for name in ("model.norm.weight", "model.layers.1.self_attn.q_proj.bias")
     }
     assert export_gguf(folder, packed.__getitem__, tmp_path / "healed.gguf", None, healed) == plain
-    found = read_packed(tmp_path / "healed.gguf", folder)
+    found = PackedFile(tmp_path / "healed.gguf", folder)
     for name, tensor in healed.items():
-        np.testing.assert_array_equal(found[name][1].reshape(-1).view(np.float32), tensor.float().numpy())
+        assert torch.equal(found.floats(name), tensor.float())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""This module holds the sizes that decide what a model takes, and what a stage of a run is predicted to take.
+
+All of it is arithmetic on the configuration and the tensors' shapes; no weight is read. Sizes are in bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from evaluators.model.block_arguments import attention_of
+from evaluators.model.folder import ModelFolder
+
+FLOAT_BYTES = 4
+LAYERS = ".layers."  # part of the names of a decoder block's tensors, before its number
+SHORT_TYPES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Holds what of a model decides its memory and time; D is ``hidden``, V the head's rows."""
+
+    layers: int
+    hidden: int
+    inner: int  # of the MLP
+    heads: int
+    tensors: Mapping[str, tuple[int, ...]]  # shapes by Hugging Face name
+    head: str  # name of the head's weight, which is the embedding's where the two are tied
+    embedding: str
+    eager: bool  # whether attention forms its matrices of scores
+    stored: int  # bytes of a stored weight
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> "ModelShape":
+        """Return the sizes of a model folder. Raises ModelFolderError for a model type that is not supported."""
+        config = folder.config
+        stored = str(config.get("dtype", config.get("torch_dtype", "float32")))
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            inner=int(config["intermediate_size"]),
+            heads=int(config["num_attention_heads"]),
+            tensors=folder.shapes,
+            head=folder.head_tensor,
+            embedding=next(
+                (name for name in folder.shapes if name.endswith("embed_tokens.weight")), folder.head_tensor
+            ),
+            eager=attention_of(folder) == "eager",
+            stored=2 if stored in SHORT_TYPES else FLOAT_BYTES,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows V of the head."""
+        return self.tensors[self.head][0]
+
+    def weights(self, name: str) -> int:
+        """Return the number of weights of a tensor."""
+        return prod(self.tensors[name])
+
+    def bytes_of(self, name: str, compute: torch.dtype = torch.float32) -> int:
+        """Return the bytes of a decoded tensor where blocks multiply in ``compute``.
+
+        Only the matrices of blocks are in that type; embedding, head, norms and biases are float32 always.
+        """
+        multiplied = LAYERS in name and len(self.tensors[name]) == 2
+        return self.weights(name) * (compute.itemsize if multiplied else FLOAT_BYTES)
+
+    def block_bytes(self, compute: torch.dtype = torch.float32) -> int:
+        """Return the bytes of the largest decoder block, decoded."""
+        blocks = [0] * self.layers
+        for name in self.tensors:
+            if LAYERS in name:
+                blocks[int(name.partition(LAYERS)[2].split(".")[0])] += self.bytes_of(name, compute)
+        return max(blocks)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the decoded head."""
+        return self.bytes_of(self.head)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden state of one position."""
+        return self.hidden * FLOAT_BYTES
+
+    def activation_bytes(self, window: int) -> int:
+        """Return the bytes per position that are alive at once within a block, for windows of ``window`` tokens.
+
+        They are the MLP's three inner vectors and six vectors of size D. Where attention is not fused, its scores are
+        added: three matrices (window, window) per head.
+        """
+        scores = 3 * window * self.heads if self.eager else 0
+        return (6 * self.hidden + 3 * self.inner + scores) * FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Holds the predicted peak of a stage in one process, by part, beside what the process itself takes."""
+
+    device: Mapping[str, int] = field(default_factory=dict)  # of the accelerator; nothing on a CPU
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, device: torch.device, there: Mapping[str, int], host: Mapping[str, int]) -> "StageMemory":
+        """Return the memory of a stage that holds ``there`` on its ``device``, which may be the host itself."""
+        return cls({}, {**there, **host}) if device.type == "cpu" else cls(dict(there), dict(host))
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the accelerator."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host."""
+        return sum(self.host.values())
+
+
+def larger(first: StageMemory, second: StageMemory) -> StageMemory:
+    """Return the parts of whichever phase takes more, on the device and on the host each."""
+    return StageMemory(
+        max(first.device, second.device, key=lambda parts: sum(parts.values())),
+        max(first.host, second.host, key=lambda parts: sum(parts.values())),
+    )
