@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bitgenome.cli.report import searched
+from bitgenome.cli.plan_view import searched
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config, parse_config
 from bitgenome.plan.plan import make_plan
