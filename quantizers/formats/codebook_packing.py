@@ -16,6 +16,7 @@ from quantizers.formats.grids import Scales
 from quantizers.formats.scalar_packing import Plane, by_block, half_bytes
 from quantizers.formats.table import SUPER_BLOCK
 
+PACKED_WEIGHTS = 1 << 24  # weights that are packed at once: 128 MiB of indices
 BITS, PAIRS, NIBBLES = Plane(0, 1, 1), Plane(0, 2, 1), Plane(0, 4, 1)  # consecutive codes share a byte
 
 
@@ -146,8 +147,18 @@ def _number(places: Tensor, base: int) -> Tensor:
 def pack_codebook(grid: CodebookGrid, scales: Scales, integers: Tensor) -> Tensor:
     """Return bytes uint8 (N, row_bytes) of N rows, from scales of B x N blocks and signed codewords int8 (columns, N).
 
-    Raises ValueError for magnitudes that are no codeword of the format.
+    Rows are packed some PACKED_WEIGHTS weights at a time, as indices take eight bytes a weight. Raises ValueError for
+    magnitudes that are no codeword of the format.
     """
+    rows = max(1, PACKED_WEIGHTS // len(integers))
+    parts = [
+        _pack_rows(grid, scales.map(lambda member, first=first: member[..., first : first + rows]), part)
+        for first, part in zip(range(0, integers.shape[1], rows), integers.split(rows, 1), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pack_rows(grid: CodebookGrid, scales: Scales, integers: Tensor) -> Tensor:
     rows = integers.shape[1]
     blocks = integers.T.contiguous().view(-1, SUPER_BLOCK)
     place, index_of = _index_of(grid, integers.device)

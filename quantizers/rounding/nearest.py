@@ -3,6 +3,8 @@
 Shapes: W (rows, columns), data uint8 (rows, row_bytes).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +20,8 @@ from quantizers.rounding.scale_search import fit
 
 CHUNK_WEIGHTS = 1 << 16  # weights per scale search, whose temporaries (256 KiB each) then stay in cache
 CHUNK_COLUMNS = 256  # a multiple of every block size
+ROUNDED_WEIGHTS = 1 << 24  # weights of whole rows rounded at once: a head of 128k rows has 5e8, and takes 20 times that
+ACCELERATOR_WEIGHTS = 1 << 26  # the same on an accelerator, where every step launches kernels
 ROW_TILE = 32  # rows are padded to whole tiles: sums then run in one order, so no row's bytes depend on other rows
 
 
@@ -32,8 +36,25 @@ def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> T
     check_weights(fmt, W)
     if fmt.is_float:
         return W.to(FLOAT_TYPES[fmt.name]).contiguous().view(torch.uint8)
-    columns_first = W.T.float()
     importance = normalized_importance(importance, W.shape[1], W.device)
+    parts = [_quantize_rows(fmt, W[rows], importance) for rows in row_ranges(W)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def row_ranges(W: Tensor) -> Iterator[slice]:
+    """Yield ranges of the rows of W (rows, columns), of some ROUNDED_WEIGHTS weights each, in order.
+
+    What rounding takes beside W then does not grow with its rows. Rows are independent, so the bytes do not depend on
+    the ranges.
+    """
+    weights = ROUNDED_WEIGHTS if W.device.type == "cpu" else ACCELERATOR_WEIGHTS
+    step = max(ROW_TILE, weights // W.shape[1] // ROW_TILE * ROW_TILE)
+    return (slice(first, first + step) for first in range(0, max(1, len(W)), step))
+
+
+def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
+    """Return bytes uint8 (rows, row_bytes) of W (rows, columns) under a normalized importance (columns,)."""
+    columns_first = W.T.float()
     if fmt.name in CODEBOOK_GRIDS:
         codebook = CODEBOOK_GRIDS[fmt.name]
         fitted, codewords = codebook_loop(codebook, pad_rows(columns_first), importance)
@@ -74,10 +95,11 @@ def check_weights(fmt: QuantFormat, W: Tensor, columns: int | None = None) -> No
     if W.ndim != 2 or columns not in {None, W.shape[1]}:
         raise ValueError(f"expected weights (rows, {columns or 'columns'}), got shape {tuple(W.shape)}")
     fmt.row_bytes(W.shape[1])
-    if not W.isfinite().all():
+    parts = [W[rows] for rows in row_ranges(W)]
+    if not all(part.isfinite().all() for part in parts):
         raise ValueError(f"weights hold {int((~W.isfinite()).sum())} non-finite values of {W.numel()}")
-    if fmt.name == "F16" and W.abs().amax() > FP16_MAX:
-        raise ValueError(f"weights reach {float(W.abs().amax()):g}, more than F16 can hold ({FP16_MAX:g})")
+    if fmt.name == "F16" and (largest := max(float(part.abs().amax()) for part in parts)) > FP16_MAX:
+        raise ValueError(f"weights reach {largest:g}, more than F16 can hold ({FP16_MAX:g})")
 
 
 def normalized_importance(importance: Tensor | None, columns: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ the grid, and the errors of both are spread over the columns after them. Block f
 Legend as in ``sparsegpt``: W transposed (columns, R), U upper with U^T U = H_damped^-1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from quantizers.formats.grids import Scales
 from quantizers.formats.table import FORMATS, LEVEL_FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend, descend_kept
-from quantizers.rounding.nearest import check_weights, pad_rows, quantize
+from quantizers.rounding.nearest import check_weights, pad_rows, quantize, row_ranges
 from quantizers.rounding.pruning_masks import ColumnMasks, prune_columns
 from quantizers.rounding.sparsegpt import Compensated, better_rows, conditional_importance
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
@@ -24,6 +24,7 @@ from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
 DEFAULTS = CompensationSettings()
+PRUNED_WEIGHTS = 1 << 26  # weights in all their formats that go through one column loop
 SWEEPS_PER_ROUND = 2  # kept weights make up for all errors: the third and fourth sweep still gain 7 %
 
 
@@ -52,18 +53,20 @@ def prune_and_compensate(
         rounds = SWEEPS_PER_ROUND * settings.refinement_rounds
     else:
         U, taken, rounds = damped(H, settings.damping).diagonal().rsqrt().diag(), settings.damping, 0
-    importance, regular = conditional_importance(U, H), damped(H, taken).float()
-    pruned = _prune_blocks(weights, formats, sparsity, U.float(), importance, regular, rounds)
+    importance, regular = conditional_importance(U, H), damped(H, taken, torch.empty_like(H, dtype=torch.float32))
+    U = U.float()
+    pruned = _prune_blocks(weights, formats, sparsity, U, importance, regular, rounds)
     for name, W in weights.items():
         if any(fmt.is_float for fmt in formats[name]):
             floats = [fmt for fmt in formats[name] if fmt.is_float]
-            dense, kept = _prune_dense(W.float(), sparsity[name], U.float(), importance, regular, rounds)
+            dense, kept = _prune_dense(W.float(), sparsity[name], U, importance, regular, rounds)
             pruned |= {(name, fmt.name): (quantize(fmt, dense), kept) for fmt in floats}
     results: dict[str, dict[str, Compensated]] = {name: {} for name in weights}
     for name, W in weights.items():
         for fmt in formats[name]:
             data, kept = pruned[name, fmt.name]
-            plain = encode_pruned(fmt, W.float() * kept, H.diagonal())
+            parts = [encode_pruned(fmt, W[rows].float() * kept[rows], H.diagonal()) for rows in row_ranges(W)]
+            plain = torch.cat(parts)
             results[name][fmt.name] = better_rows(fmt, W.float(), plain, data, H)
     return results
 
@@ -94,27 +97,51 @@ def _prune_blocks(
     H: Tensor,
     rounds: int,
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """Return bytes and ``kept`` bool (rows, columns) by (tensor, format), for all block formats, in one column loop."""
-    members = [(name, fmt.name) for name in weights for fmt in formats[name] if not fmt.is_float]
-    if not members:
-        return {}
-    stack = pad_rows(torch.cat([weights[name].float() for name, _ in members]).T)
-    segments, start = [], 0
-    for name, fmt in members:
-        segments.append(Segment(ZERO_GRIDS[fmt], slice(start, start := start + len(weights[name]))))
-    rules = [(segment.rows, sparsity[name]) for segment, (name, _) in zip(segments, members, strict=True)]
-    masks = ColumnMasks(stack, importance, rules)
-    integers = column_loop(stack, U, importance, segments, masks)
-    results = {}
-    for segment, (name, fmt) in zip(segments, members, strict=True):
-        rows = len(weights[name])
-        W, q, kept = (
-            pad_rows(part) for part in (weights[name].float().T, integers[:, segment.rows], masks.kept[:, segment.rows])
-        )
-        scales = Scales.concatenate(segment.scales, 0).map(pad_rows)
-        data = pack_with_zero(segment.grid, *descend(segment.grid, W, H, (scales, q), rounds, kept))
-        results[name, fmt] = data[:rows], kept[:, :rows].T
-    return results
+    """Return bytes and ``kept`` bool (rows, columns) by (tensor, format), for all block formats."""
+    found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    for batch in _batches(weights, formats, sparsity):
+        stack = pad_rows(torch.cat([weights[name][rows].float() for name, _, rows in batch]).T)
+        segments, start = [], 0
+        for name, fmt, rows in batch:
+            segments.append(Segment(ZERO_GRIDS[fmt], slice(start, start := start + len(weights[name][rows]))))
+        rules = [(segment.rows, sparsity[name]) for segment, (name, _, _) in zip(segments, batch, strict=True)]
+        masks = ColumnMasks(stack, importance, rules)
+        integers = column_loop(stack, U, importance, segments, masks)
+        for segment, (name, fmt, rows) in zip(segments, batch, strict=True):
+            W = weights[name][rows].float()
+            kept = masks.kept[:, segment.rows]
+            data = _finish(segment, W.T, integers[:, segment.rows], kept, H, rounds)
+            found.setdefault((name, fmt), []).append((data, kept.T))
+    return {key: (torch.cat([d for d, _ in parts]), torch.cat([k for _, k in parts])) for key, parts in found.items()}
+
+
+def _finish(segment: Segment, W: Tensor, q: Tensor, kept: Tensor, H: Tensor, rounds: int) -> Tensor:
+    """Return the bytes uint8 (N, row_bytes) of integers q after ``rounds`` of descent; W, q, kept are (columns, N)."""
+    N, scales = W.shape[1], Scales.concatenate(segment.scales, 0).map(pad_rows)
+    start = scales, pad_rows(q)
+    return pack_with_zero(segment.grid, *descend(segment.grid, pad_rows(W), H, start, rounds, pad_rows(kept)))[:N]
+
+
+def _batches(
+    weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], sparsity: Mapping[str, Sparsity]
+) -> Iterator[list[tuple[str, str, slice]]]:
+    """Yield batches (tensor, block format, rows), of about PRUNED_WEIGHTS weights, for one column loop each.
+
+    An n:m pattern is chosen row by row; a fraction over all rows of a tensor, which therefore stay together.
+    """
+    batch: list[tuple[str, str, slice]] = []
+    size = 0
+    for name, W in weights.items():
+        for fmt in (fmt for fmt in formats[name] if not fmt.is_float):
+            for rows in row_ranges(W) if sparsity[name].group else (slice(0, len(W)),):
+                weights_of_rows = W[rows].numel()
+                if batch and size + weights_of_rows > PRUNED_WEIGHTS:
+                    yield batch
+                    batch, size = [], 0
+                batch.append((name, fmt.name, rows))
+                size += weights_of_rows
+    if batch:
+        yield batch
 
 
 def _prune_dense(

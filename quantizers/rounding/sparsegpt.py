@@ -24,7 +24,7 @@ from quantizers.formats.table import QuantFormat
 from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend
-from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize
+from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize, row_ranges
 from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
@@ -112,7 +112,8 @@ def compensate_stack(
         importance = conditional_importance(U, H)
     else:
         importance = normalized_importance(importance, len(H), H.device)
-    factored = Factored(damped(H, taken).float(), U.float(), importance)
+    factored = Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U.float(), importance)
+    del U  # gigabytes in a wide layer, while its rows are rounded
     pieces: dict[tuple[str, str], list[Tensor]] = {}
     limit = BATCH_ROWS * (1 if H.device.type == "cpu" else ACCELERATOR_BATCHES)
     for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):
@@ -207,6 +208,20 @@ def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor 
 
     W (rows, columns) are the original weights, H is (columns, columns); compensated None takes the plain bytes.
     """
+    H = H.float()
+    found = [
+        _better(fmt, W[rows], plain[rows], None if compensated is None else compensated[rows], H)
+        for rows in row_ranges(W)
+    ]
+    data, errors, powers = (torch.cat(parts) for parts in zip(*found, strict=True))
+    error, power = float(errors.sum()), float(powers.sum())
+    return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
+
+
+def _better(
+    fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the better bytes uint8 (rows, row_bytes), their errors and those of zeroing W, float64 (rows,) each."""
     data = plain
     errors = row_errors(W - dequantize(fmt, data), H)
     if compensated is not None:
@@ -214,8 +229,7 @@ def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor 
         better = compensated_errors < errors
         data = torch.where(better[:, None], compensated, data)
         errors = torch.where(better, compensated_errors, errors)
-    error, power = float(errors.sum()), float(row_errors(W, H).sum())
-    return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
+    return data, errors, row_errors(W, H)
 
 
 def row_errors(dW: Tensor, H: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import FORMATS, QuantFormat
-from quantizers.rounding.nearest import CHUNK_COLUMNS, fit_rows, nearest_integers, normalized_importance
+from quantizers.rounding.nearest import CHUNK_COLUMNS, fit_rows, nearest_integers, normalized_importance, row_ranges
 
 _SHIFTED = (
     Grid(FORMATS["Q2_K"], 16, -1, 2, (-7, 15)),
@@ -62,8 +62,13 @@ def quantize_with_zero(fmt: QuantFormat, W: Tensor, importance: Tensor | None = 
     ``importance`` (columns,) is as for ``quantize``. Raises KeyError for a format without such a grid, and ValueError
     as ``normalized_importance``.
     """
-    grid, parts = ZERO_GRIDS[fmt.name], []
-    importance = normalized_importance(importance, W.shape[1], W.device)
+    grid, importance = ZERO_GRIDS[fmt.name], normalized_importance(importance, W.shape[1], W.device)
+    return torch.cat([_quantize_rows(grid, W[rows], importance) for rows in row_ranges(W)])
+
+
+def _quantize_rows(grid: Grid, W: Tensor, importance: Tensor) -> Tensor:
+    """Return bytes uint8 (rows, row_bytes) of W (rows, columns) under a normalized importance (columns,)."""
+    parts = []
     for columns, weight in zip(W.T.float().split(CHUNK_COLUMNS), importance.split(CHUNK_COLUMNS), strict=True):
         scales = fit_rows(grid, columns, weight)
         parts.append((scales, nearest_integers(grid, scales, columns)))
