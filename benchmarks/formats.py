@@ -114,7 +114,7 @@ class Bench:
         model.load_all()
         ids = torch.from_numpy(self.windows.take(self.test.split, self.test.tokens))
         full = final_hidden(model, ids)
-        reference = Reference(full, model.head, ids)
+        reference = Reference(full, model.head, ids, self.windows.unscored)
         error = power = 0.0
         for group in (InputGroup.load(group_file(self.calibration, name)) for name in self.groups):
             for name in group.tensors:

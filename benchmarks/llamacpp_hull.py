@@ -56,7 +56,7 @@ def their_files(reference: Outcome, config: RunConfig, directory: Path) -> dict[
     """llama-quantize's own file of each type, proved on the test text of ``reference``."""
     folder = make_plan(config).folder
     quantize = Path(os.environ["LLAMA_CPP_BIN"]) / "llama-quantize"
-    windows = TokenWindows.load(reference.run / layout.WINDOWS).windows["test"]
+    text = TokenWindows.load(reference.run / layout.WINDOWS)
     full = directory / "full.gguf"
     export_float(folder, full)
     proofs = {}
@@ -64,7 +64,7 @@ def their_files(reference: Outcome, config: RunConfig, directory: Path) -> dict[
         file = directory / f"{name}.gguf"
         command = [quantize, "--imatrix", reference.run / layout.IMATRIX, full, file, name, "2"]
         subprocess.run(command, check=True, capture_output=True)
-        proofs[name] = prove(file, folder, windows)
+        proofs[name] = prove(file, folder, text.windows["test"], unscored=text.unscored)
         logging.info("%s: %s bytes, KL %.6f", name, f"{proofs[name].file_bytes:,}", proofs[name].runtime_kl)
     return proofs
 

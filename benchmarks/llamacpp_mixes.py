@@ -87,8 +87,10 @@ def duel(config: RunConfig, mix: str, console: Console) -> Duel:
         }
     )
     outcome = run(ours, console)
-    windows = TokenWindows.load(outcome.run / layout.WINDOWS).windows["test"]
-    return Duel(mix, prove(path, folder, windows), outcome.proof, outcome.evaluations)
+    text = TokenWindows.load(outcome.run / layout.WINDOWS)
+    return Duel(
+        mix, prove(path, folder, text.windows["test"], unscored=text.unscored), outcome.proof, outcome.evaluations
+    )
 
 
 def main() -> None:

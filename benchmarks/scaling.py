@@ -138,7 +138,7 @@ def measure_activations(arguments: argparse.Namespace, console: Console) -> None
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "file.gguf"
             export_gguf(folder, lambda name: (formats[name], bank.packed(name, formats[name]).numpy()), path)  # noqa: B023
-            rows.append(prove(path, folder, windows, "q8"))
+            rows.append(prove(path, folder, windows, "q8", evaluators[0].windows.unscored))
     table = Table(title=f"{arguments.tokens:,} tokens of test text", title_justify="left")
     for column in ("KL float", "KL 8-bit", "KL llama.cpp", "float to llama.cpp", "8-bit to llama.cpp"):
         table.add_column(column, justify="right")

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from evaluators.data.documents import stdlib_documents
 from evaluators.data.stdlib import load_held_out
-from evaluators.data.windows import TokenWindows, load_tokenizer, stdlib_documents, token_windows
+from evaluators.data.tokenizer import load_tokenizer
+from evaluators.data.windows import TokenWindows, token_windows
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import BuildBankGroup
@@ -81,7 +83,7 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
     folder = ModelFolder(EMBEDDED)
     space = SearchSpace.per_tensor(quantizable_tensors(folder), LEVELS, fixed_bytes(folder))
     documents = stdlib_documents(load_held_out(EMBEDDED / "splits.json"))
-    windows = token_windows(load_tokenizer(folder), documents, 256, TOKENS, seed=0)
+    windows = token_windows(load_tokenizer(folder.path), documents, 256, TOKENS, seed=0)
 
     def small(directory: Path) -> SmallBank:
         groups = json.loads((directory / "groups.json").read_text())

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # package -> rooms or modules of other packages, by prefix
     "search": (COMMON, "quantizers.formats.table"),
     "quantizers": (COMMON,),
     "evaluators": (COMMON, "search", "quantizers"),
-    "exporters": (COMMON, "search", "quantizers", "evaluators.model.families"),
+    "exporters": (COMMON, "search", "quantizers", "evaluators.model.families", "evaluators.data.tokenizer"),
     "workers": (COMMON,),
     "bitgenome": PACKAGES,
 }
@@ -30,7 +30,7 @@ ONLY_IN = {  # third-party package -> where it may be imported, by path prefix; 
     "deap": ("search/strategies/genetic.py",),
     "optuna": ("search/strategies/optuna_tpe.py",),
     "gguf": ("exporters/", "quantizers/formats/table.py", "quantizers/formats/codebooks.py"),
-    "transformers": ("evaluators/", "exporters/metadata/tokenizer.py"),
+    "transformers": ("evaluators/",),
     "torch": ("quantizers/", "evaluators/", "exporters/", "workers/"),
 }
 SEARCH_MAY_IMPORT = {"numpy", "scipy", "deap", "optuna", "pydantic", *PACKAGES, *sys.stdlib_module_names}

@@ -25,6 +25,7 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json, atomic_write_text
 from bitgenome.config.storage import NAME
+from bitgenome.plan.text import keep_windows
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import mirrored
 from bitgenome.storage.worker_limit import withdraw_limit
@@ -68,6 +69,8 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
     states = begin(runs, path, location, order.resume)
     with Lease(location, f"the batch {location}"), mirrored(location) as mirror:
         make_directory(runs, path)
+        for run in runs:
+            keep_windows(run.plan, run.windows)
         if mirror:
             mirror.push()
         wait_for_orphans(path)

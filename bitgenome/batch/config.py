@@ -21,6 +21,7 @@ from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
+from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder
 
@@ -42,19 +43,19 @@ class MatrixConfig(Section):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Caches models by name, and digests of checked texts by model and settings: each is read once for all runs."""
+    """Caches models by name, and texts by model and settings: each is read once for all runs."""
 
     folders: dict[str, ModelFolder]
-    texts: dict[tuple[str, str], str]
+    texts: dict[tuple[str, str], TokenWindows]
 
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One run of a batch, with its plan and the digest of its text."""
+    """One run of a batch, with its plan and its text."""
 
     source: Path
     plan: Plan
-    text_digest: str
+    windows: TokenWindows
 
     @property
     def config(self) -> RunConfig:
@@ -91,7 +92,7 @@ class BatchRun:
         if open_folder(self.location).read(layout.BEST) is None:
             return False
         found = RunDirectory.open(self.location)
-        digests = {"text": self.text_digest, "model": self.plan.folder.digest}
+        digests = {"text": self.windows.digest, "model": self.plan.folder.digest}
         return found.config.digest == self.config.digest and digests.items() <= found.record["digests"].items()
 
 
@@ -122,7 +123,7 @@ def check(path: Path, settings: dict[str, Any], inputs: Inputs) -> BatchRun:
         plan = replace(plan, folder=inputs.folders.setdefault(config.model, plan.folder))
         text = (config.model, config.text.model_dump_json())
         if text not in inputs.texts:
-            inputs.texts[text] = read_windows(plan).digest
+            inputs.texts[text] = read_windows(plan, keep=False)  # a mistake in another run leaves nothing behind
         RunDirectory.find(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

@@ -7,7 +7,7 @@
 
 # A run
 RECORD = "run.json"  # configuration, digests, versions, seconds by stage
-WINDOWS = "windows.safetensors"  # token windows of every split; also beside a calibration
+WINDOWS = "windows.safetensors"  # token windows of every split; also of a shared text, and beside a calibration
 SENSITIVITY = "sensitivity.parquet"
 GENE_GROUPS = "gene-groups.json"
 SCALING = "scaling.json"
@@ -42,8 +42,8 @@ RESULTS_PARQUET, RESULTS_CSV = "results.parquet", "results.csv"
 
 # What runs share
 SHARED = "shared"  # names below it are digests of content: a file of the same name and size is the same file
-CALIBRATION_KIND, SAMPLES_KIND, SCALING_KIND, BANK_KIND, SENSITIVITY_KIND, MODEL_KIND = (
-    "calibration", "samples", "scaling", "bank", "sensitivity", "model",
+TEXT_KIND, CALIBRATION_KIND, SAMPLES_KIND, SCALING_KIND, BANK_KIND, SENSITIVITY_KIND, MODEL_KIND = (
+    "text", "calibration", "samples", "scaling", "bank", "sensitivity", "model",
 )  # fmt: skip
 GROUPS = "groups.json"  # names of the input groups of a calibration, or of samples
 MANIFEST = "manifest.json"  # sha256 of a bank's files

@@ -13,7 +13,7 @@ from bitgenome.observe.progress import tracker
 from bitgenome.plan.forecast import duration, forecast, rates_task
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
-from bitgenome.plan.text import read_windows
+from bitgenome.plan.text import read_windows, windows_of_run
 from bitgenome.run.export import export_checked
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import heal
@@ -38,7 +38,8 @@ def run(config: RunConfig, console: Console) -> Outcome:
     """
     plan = make_plan(config)
     check_memory(plan)
-    windows = read_windows(plan)  # before the directory is created: text that is too short leaves nothing behind
+    # before the directory is created: text that is too short leaves nothing behind
+    windows = windows_of_run(config) or read_windows(plan)
     plan.folder.check_finite()
     with (
         RunDirectory.owned(config) as directory,
@@ -79,7 +80,9 @@ def run_stages(
     with directory.stage("proof"):
         try:
             evaluation = plan.config.evaluation
-            proof = prove(gguf, plan.folder, windows.windows["test"], evaluation.activations, evaluation.memory)
+            proof = prove(
+                gguf, plan.folder, windows.windows["test"], evaluation.activations, evaluation.memory, windows.unscored
+            )
         except LlamaCppError as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = Outcome(

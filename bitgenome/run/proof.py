@@ -76,12 +76,18 @@ class ShippedModel(ModelFolder):
 
 @torch.inference_mode()
 def prove(
-    path: Path, folder: ModelFolder, windows: np.ndarray, activations: str = "float", memory: int | None = None
+    path: Path,
+    folder: ModelFolder,
+    windows: np.ndarray,
+    activations: str = "float",
+    memory: int | None = None,
+    unscored: int = 0,
 ) -> Proof:
     """Measure a GGUF file of ``folder``'s model on token windows (n, T), by simulation and by llama.cpp.
 
-    With ``activations`` q8 the simulation is repeated with 8-bit inputs. Weights are in memory one block at a time, and
-    at the end the two heads; ``memory`` bounds the windows that go through a block at once, by default by what is free.
+    The first ``unscored`` positions of each window do not count (``evaluators.data.windows.scored``). With
+    ``activations`` q8 the simulation is repeated with 8-bit inputs. Weights are in memory one block at a time, and at
+    the end the two heads; ``memory`` bounds the windows that go through a block at once, by default by what is free.
     Raises ValueError for a damaged file, and LlamaCppError if llama.cpp cannot run it.
     """
     file = PackedFile(path, folder)
@@ -103,7 +109,7 @@ def prove(
     with streamed(folder, shipped, device, at_once) as full, streamed(shipped, shipped, device, at_once) as simulated:
         full_states, states = pass_over(full, {}), pass_over(simulated, formats)
         full_head, head = full.head(None), simulated.head(formats.get(folder.head_tensor))
-    reference = Reference(full_states, full_head, ids)
+    reference = Reference(full_states, full_head, ids, unscored)
     measured = reference.compare(states, head)
     eight_bit = None
     if eight_bit_states is not None and eight_bit_input is not None:
@@ -116,6 +122,7 @@ def prove(
         log_probs(full_states, full_head),
         log_probs(states, head),
         eight_bit,
+        unscored,
     )
     assert found.reference is not None and found.simulated is not None
     return Proof(
@@ -152,9 +159,9 @@ def verify_file(file: Path | str, location: Path | str) -> Proof:
         local = directory.path / str(file).rpartition("/")[2] if is_url(file) else Path(file)
         try:
             check_floats(local, folder, directory.path)
-            test = TokenWindows.load(windows).windows["test"]
-            evaluation = plan.config.evaluation
-            return prove(local, folder, test, evaluation.activations, evaluation.memory)
+            text, evaluation = TokenWindows.load(windows), plan.config.evaluation
+            test = text.windows["test"]
+            return prove(local, folder, test, evaluation.activations, evaluation.memory, text.unscored)
         except (ValueError, LlamaCppError, SafetensorError) as error:
             raise UserError(str(error)) from None
 

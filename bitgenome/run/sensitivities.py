@@ -133,7 +133,8 @@ class Measurement:
         if self.setup.activations != "float":
             log.warning("sensitivities from gradients leave out what %s inputs lose", self.setup.activations)
         tasks = gradient_tasks(self.setup, self.fidelity, self.shape, GRADIENTS[self.measure])
-        losses = gradient_losses(self._resumed(tasks, pool, track, "estimating sensitivities"), self.shape)
+        parts = self._resumed(tasks, pool, track, "estimating sensitivities")
+        losses = gradient_losses(parts, self.shape, self.windows.unscored)
         bank = Bank(self.setup.bank)
         return [
             {"gene": gene.name, "choice": choice, "format": fmt.name, self.measure: float(loss)}

@@ -37,7 +37,7 @@ def load_held_out(splits_file: Path) -> dict[str, list[str]]:
     try:
         splits: dict[str, list[str]] = json.loads(splits_file.read_text(encoding="utf-8"))
         return {split: list(splits[split]) for split in SPLITS}
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"expected lists of modules for {', '.join(SPLITS)} in {splits_file}, found none") from None
 
 

@@ -1,21 +1,27 @@
 """This module cuts disjoint text into token windows for calibration, search, validation and test."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from safetensors.numpy import load_file, save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from bitgenome.common.errors import UserError
-from evaluators.data.stdlib import SPLITS, read_modules
-from evaluators.model.folder import ModelFolder, ModelFolderError
+from evaluators.data.documents import Document, TextError
+from evaluators.data.stdlib import SPLITS
+from evaluators.data.tokenizer import ModelTokenizer
 
+WHOLE_TEXT = 1 << 20  # characters of a split up to which all of it is encoded
+CHARACTERS = 6  # of a slice for each token that is wanted of it, at first
+SAMPLE_PIECES, SAMPLE_CHARACTERS = 4, 1024  # of the test text, as it is before a tokenizer reads it
+CUT_TOKENS = 8  # at the end of a slice, which may be parts of a word that goes on
+NEXT_LINE = 4096  # characters within which a slice looks for the start of a line
 
-class TextError(UserError):
-    """Raised for text that is missing, too short or shared by two splits; the message is one sentence for the user."""
+Values = TypeVar("Values", bound=Any)  # an array or tensor (n, T, ...)
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,14 @@ class TokenWindows:
     """Holds windows (n, T) of int64 token ids by split, and the sha256 of all of them.
 
     The windows of a split are spread over all of its documents and shuffled, so that any prefix is a fair sample.
+    ``unscored`` is 1 where every window begins with the BOS token, as llama.cpp runs the file, else 0: see ``scored``.
+    ``sample`` is some of the test text, before any tokenizer.
     """
 
     windows: Mapping[str, np.ndarray]
     digest: str
+    unscored: int = 0
+    sample: str = ""
 
     @property
     def window(self) -> int:
@@ -44,93 +54,168 @@ class TokenWindows:
 
     def to_bytes(self) -> bytes:
         """Return the windows as a safetensors file."""
-        return save(dict(self.windows), metadata={"digest": self.digest})
+        described = {"digest": self.digest, "unscored": str(self.unscored), "sample": self.sample}
+        return save(dict(self.windows), metadata=described)
 
     @classmethod
     def load(cls, path: Path) -> "TokenWindows":
-        """Read a file of ``to_bytes``; the digest is computed anew."""
-        windows = load_file(path)
-        return cls(windows, windows_digest(windows))
+        """Read a file of ``to_bytes``. Raises SafetensorError, OSError or ValueError for a file that is damaged."""
+        with safe_open(path, framework="np") as file:
+            described = file.metadata() or {}
+            windows = {split: file.get_tensor(split) for split in file.keys()}  # noqa: SIM118 - no mapping
+        unscored = int(described.get("unscored", 0))  # files of before have neither this nor a sample
+        digest = windows_digest(windows, unscored)
+        if described.get("digest") != digest:
+            raise ValueError(f"expected token windows of digest {described.get('digest')} in {path}, found {digest}")
+        return cls(windows, digest, unscored, described.get("sample", ""))
 
 
-def windows_digest(windows: Mapping[str, np.ndarray]) -> str:
+def scored(values: Values, unscored: int) -> Values:
+    """Return the positions of ``values`` (n, T, ...) whose predictions count: all but the first ``unscored``.
+
+    What a model says after BOS alone is no property of the text, so it is left out of KL, perplexity and every loss.
+    The Hessians see the position: later ones attend to it.
+    """
+    return values[:, unscored:]
+
+
+def windows_digest(windows: Mapping[str, np.ndarray], unscored: int = 0) -> str:
     """Return the sha256 over names, shapes and token ids of all splits, in the order of their names."""
     digest = hashlib.sha256()
     for split in sorted(windows):
         digest.update(f"{split}{windows[split].shape}".encode())
         digest.update(np.ascontiguousarray(windows[split]).tobytes())
+    if unscored:
+        digest.update(f"unscored{unscored}".encode())
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """Load the folder's own tokenizer. Raises ModelFolderError if there is none that can be read."""
+def saved_windows(path: Path) -> TokenWindows | None:
+    """Return the windows in a file of ``to_bytes``, or None where it is missing or damaged."""
     try:
-        return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelFolderError(f"expected a tokenizer in {folder.path}, found {reason}") from None
-
-
-def stdlib_documents(held_out: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Return the sources of the held-out modules by split, from the running interpreter's standard library."""
-    return {split: list(read_modules(held_out[split]).values()) for split in SPLITS}
-
-
-def file_documents(files: Mapping[str, Path]) -> dict[str, list[str]]:
-    """Read one document per split from UTF-8 ``files``.
-
-    Raises TextError for a file that is missing or shared by two splits.
-    """
-    if len({path.resolve() for path in files.values()}) < len(files):
-        raise TextError("expected a file of its own for each split, found the same file twice: splits must be disjoint")
-    for split, path in files.items():
-        if not path.is_file():
-            raise TextError(f"expected a text file for the {split} split, found nothing at {path}")
-    return {split: [path.read_text(encoding="utf-8", errors="replace")] for split, path in files.items()}
-
-
-def divide_file(path: Path, shares: Mapping[str, float]) -> dict[str, list[str]]:
-    """Divide the lines of one UTF-8 file into consecutive parts, one document per split.
-
-    ``shares`` are relative numbers of lines; they need not add up to 1. Raises TextError if there is no such file.
-    """
-    if not path.is_file():
-        raise TextError(f"expected a text file, found nothing at {path}")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    bounds = np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * len(lines)
-    cuts = bounds.astype(int)
-    return {split: ["".join(lines[start:stop])] for split, start, stop in zip(shares, cuts[:-1], cuts[1:], strict=True)}
+        return TokenWindows.load(path)
+    except (SafetensorError, OSError, ValueError):
+        return None
 
 
 def token_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Mapping[str, Sequence[str]],
+    tokenizer: ModelTokenizer,
+    documents: Mapping[str, Sequence[Document]],
     window: int,
     tokens: Mapping[str, int],
     seed: int,
 ) -> TokenWindows:
     """Cut each split's ``documents`` into windows of ``window`` tokens and choose ``tokens[split]`` tokens of them.
 
-    The chosen windows (at least one) are evenly spread over the split, then shuffled by ``seed``. Raises TextError if a
-    split holds fewer tokens than asked for.
+    The chosen windows (at least one) are evenly spread over the split, then shuffled by ``seed``. Each begins with the
+    BOS token where the tokenizer puts it before a text. A split of more than WHOLE_TEXT characters is not encoded as a
+    whole, but one evenly spread slice for each window, if slices hold a window each. Raises TextError if a split holds
+    fewer tokens than asked for.
     """
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
+    length = window - len(first)
     windows = {}
     for split, wanted in tokens.items():
-        ids = _encode(tokenizer, documents[split])
-        available, needed = len(ids) // window, max(1, wanted // window)
-        if available < needed:
-            raise TextError(
-                f"expected at least {needed * window} tokens of {split} text, found {len(ids)}: "
-                f"lower text.tokens.{split} or give more text"
-            )
-        chosen = np.linspace(0, available - 1, needed).round().astype(int)
-        rows = ids[: available * window].reshape(available, window)[chosen]
+        needed = max(1, wanted // window)
+        total = sum(map(len, documents[split]))
+        rows = _sliced(tokenizer, documents[split], needed, length) if total > WHOLE_TEXT else None
+        if rows is None:
+            rows = _spread(tokenizer, documents[split], needed, length, split)
+        rows = np.hstack([np.full((needed, len(first)), first, dtype=np.int64), rows])
         windows[split] = np.random.default_rng([seed, SPLITS.index(split)]).permutation(rows)
-    return TokenWindows(windows, windows_digest(windows))
+    digest = windows_digest(windows, len(first))
+    return TokenWindows(windows, digest, len(first), _sample(documents.get("test", ())))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> np.ndarray:
-    """Return the token ids of the documents in one row, int64 (n,), with an end-of-text token after each document."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"] if documents else []
-    return np.array([token for ids in encoded for token in [*ids, *separator]], dtype=np.int64)
+def _spread(
+    tokenizer: ModelTokenizer, documents: Sequence[Document], needed: int, length: int, split: str
+) -> np.ndarray:
+    """Encode all ``documents`` and return ``needed`` windows (needed, length), evenly spread over them."""
+    ids = np.concatenate([np.zeros(0, dtype=np.int64), *_encoded(tokenizer, documents)])
+    available = len(ids) // length
+    if available < needed:
+        raise TextError(
+            f"expected at least {needed * length} tokens of {split} text, found {len(ids)}: "
+            f"lower text.tokens.{split} or give more text"
+        )
+    chosen = np.linspace(0, available - 1, needed).round().astype(int)
+    return ids[: available * length].reshape(available, length)[chosen]
+
+
+def _encoded(tokenizer: ModelTokenizer, documents: Sequence[Document]) -> Iterator[np.ndarray]:
+    """Yield the ids of the documents, int64, in order and with an end-of-text token after each.
+
+    A document is encoded in pieces of WHOLE_TEXT characters, because an encoding takes a hundred times the memory of
+    its text; a word at such a cut becomes two.
+    """
+    separator = [] if tokenizer.eos is None else [tokenizer.eos]
+    for document in documents:
+        found = array("q")
+        for start in range(0, len(document), WHOLE_TEXT):
+            found.extend(tokenizer.encode([document[start : start + WHOLE_TEXT]])[0])
+        found.extend(separator)
+        yield np.frombuffer(found, dtype=np.int64)
+
+
+def _sliced(tokenizer: ModelTokenizer, documents: Sequence[Document], needed: int, length: int) -> np.ndarray | None:
+    """Return a window (needed, length) from the start of each of ``needed`` equal spans of the documents.
+
+    A span's text is encoded only as far as its window needs. None if a span holds too few tokens.
+    """
+    total = sum(map(len, documents))
+    rows = np.empty((needed, length), dtype=np.int64)
+    for index in range(needed):
+        start, stop = index * total // needed, (index + 1) * total // needed
+        if (ids := _slice(tokenizer, documents, start, stop, length)) is None:
+            return None
+        rows[index] = ids
+    return rows
+
+
+def _slice(
+    tokenizer: ModelTokenizer, documents: Sequence[Document], start: int, stop: int, length: int
+) -> list[int] | None:
+    """Return the first ``length`` ids of the text from ``start`` to ``stop`` over all documents, None if it has fewer.
+
+    They begin with a line, or with a word in a text without lines.
+    """
+    separator = [] if tokenizer.eos is None else [tokenizer.eos]
+    size = CHARACTERS * length
+    while True:
+        size = min(size, stop - start)
+        pieces = _pieces(documents, start, start + size)
+        if start:
+            pieces[0] = _from_line(pieces[0])
+        ids, *others = tokenizer.encode(pieces)
+        for other in others:
+            ids += separator + other
+        if len(ids) >= length + CUT_TOKENS:
+            return ids[:length]
+        if size == stop - start:
+            return None
+        size *= 2
+
+
+def _pieces(documents: Sequence[Document], start: int, stop: int) -> list[str]:
+    """Return what the documents hold from ``start`` to ``stop``, counted over all of them: a piece of each one met."""
+    pieces, before = [], 0
+    for document in documents:
+        here = slice(max(0, start - before), min(len(document), stop - before))
+        if here.start < here.stop:
+            pieces.append(document[here])
+        before += len(document)
+    return pieces
+
+
+def _from_line(text: str) -> str:
+    """Return ``text`` from its first start of a line, else of a word, within NEXT_LINE characters."""
+    head = text[: min(NEXT_LINE, len(text) // 4)]
+    return text[head.find("\n") + 1 or head.find(" ") + 1 :]
+
+
+def _sample(documents: Sequence[Document]) -> str:
+    """Return some pieces of the documents, evenly spread, with a blank line after each."""
+    total = sum(map(len, documents))
+    starts = range(0, total, max(SAMPLE_CHARACTERS, -(-total // SAMPLE_PIECES)))
+    pieces = ["".join(_pieces(documents, start, min(start + SAMPLE_CHARACTERS, total))) for start in starts]
+    return "".join(f"{piece}\n\n" for piece in pieces)

@@ -64,7 +64,7 @@ def compute_floor(evaluator: GenomeEvaluator, fidelity: Fidelity) -> ComputeFloo
     (expected,), (found,) = (s.final_states(ids, text, [{}]) for s in (exact, sweep))
     head = sweep.head(None)
     try:
-        kl = Reference(expected, head, ids).compare(found, head).kl
+        kl = Reference(expected, head, ids, evaluator.windows.unscored).compare(found, head).kl
     except FloatingPointError:
         kl = math.inf
     return ComputeFloor(str(sweep.model.compute).removeprefix("torch."), kl, ids.numel())

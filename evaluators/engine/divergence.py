@@ -1,7 +1,7 @@
 """This module compares a quantized model's outputs with the full-precision model's.
 
-All positions and the whole vocabulary count. Logits are computed for one chunk of positions at a time. Shapes: B
-windows, T positions of a window, P positions, D hidden size, V vocabulary.
+All scored positions (``evaluators.data.windows.scored``) and the whole vocabulary count. Logits are computed for one
+chunk of positions at a time. Shapes: B windows, T positions of a window, P positions, D hidden size, V vocabulary.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitgenome.common.numbers import perplexity_of
+from evaluators.data.windows import scored
 from evaluators.model.head import Head
 
 CHUNK_LOGITS = 1 << 20  # logits of one chunk: 4 MiB in float32, which stay in a CPU's cache
@@ -73,15 +74,15 @@ class _Chunk(NamedTuple):
 class Reference:
     """Compares candidates with the full-precision model, given by its final ``hidden`` states (B, T, D) and ``head``.
 
-    ``ids`` (B, T) are the tokens; ``targets`` (P,) holds the token that follows each position, -1 for a window's last.
-    Reference logits and probabilities are kept if they take at most ``cache_bytes`` bytes.
+    ``ids`` (B, T) are the tokens, of which the first ``unscored`` positions do not count; ``targets`` (P,) holds the
+    token that follows each position that counts, -1 for a window's last. Reference logits and
+    probabilities are kept if they take at most ``cache_bytes`` bytes.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, ids: Tensor, cache_bytes: int = CACHE_BYTES):
-        self.hidden = hidden.flatten(0, 1)
-        self.targets = torch.full_like(ids, -1)
-        self.targets[:, :-1] = ids[:, 1:]
-        self.targets = self.targets.flatten().to(hidden.device)
+    def __init__(self, hidden: Tensor, head: Head, ids: Tensor, unscored: int = 0, cache_bytes: int = CACHE_BYTES):
+        self.unscored = unscored
+        self.hidden = scored(hidden, unscored).flatten(0, 1)
+        self.targets = scored(next_tokens(ids), unscored).flatten().to(hidden.device)
         self._step = chunk_positions(head)
         cached = 2 * len(self.hidden) * len(head.weight) * head.weight.element_size() <= cache_bytes
         kept = list(self._compute(head)) if cached else None
@@ -105,17 +106,17 @@ class Reference:
     def errors(self, candidates: Sequence[Tensor], head: Head) -> list[Tensor]:
         """Return, for each candidate, the KL, squared logit error and cross-entropy of each window, float64 (B, 3).
 
-        ``candidates`` are final hidden states (B, T, D) of models with one ``head``. Errors are means over positions,
-        KL and cross-entropy in nats; they are not finite where the candidate's logits are not. Reference logits are
-        computed once for all candidates.
+        ``candidates`` are final hidden states (B, T, D) of models with one ``head``. Errors are means over the
+        positions that count, KL and cross-entropy in nats; they are not finite where the candidate's logits are not.
+        Reference logits are computed once for all candidates.
         """
         found = [torch.empty(3, len(self.hidden), dtype=torch.float64, device=self.hidden.device) for _ in candidates]
-        rows = [hidden.flatten(0, 1) for hidden in candidates]
+        rows = [scored(hidden, self.unscored).flatten(0, 1) for hidden in candidates]
         for index, chunk in enumerate(self._chunks()):
             part = slice(index * self._step, (index + 1) * self._step)
             for row, result in zip(rows, found, strict=True):
                 result[:, part] = self._chunk_errors(chunk, head(row[part]), self.targets[part])
-        B, T = candidates[0].shape[:2]
+        B, T = scored(candidates[0], self.unscored).shape[:2]
         counts = torch.tensor([T, T, T - 1], dtype=torch.float64, device=self.hidden.device)  # the last has no target
         return [result.view(3, B, T).sum(-1).T / counts for result in found]
 
@@ -127,6 +128,13 @@ class Reference:
         kl, log_ratio = kl_of_differences(chunk.logits, chunk.probs, difference)
         loss = (chunk.log_sum.double() + log_ratio - target_logits) * (targets >= 0)
         return torch.stack((kl, mse, loss))
+
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """Return the token after each position of ``ids`` (B, T), -1 for a window's last."""
+    targets = torch.full_like(ids, -1)
+    targets[:, :-1] = ids[:, 1:]
+    return targets
 
 
 def kl_of_differences(logits: Tensor, probs: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:

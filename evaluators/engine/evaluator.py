@@ -147,7 +147,8 @@ class GenomeEvaluator:
         if self._last is not None and self._last[0] == text:
             return self._last[1]
         self._last = None
-        reference = Reference(self._full_states[text], self.sweep.head(None), ids, self.memory.logits)
+        head, unscored = self.sweep.head(None), self.windows.unscored
+        reference = Reference(self._full_states[text], head, ids, unscored, self.memory.logits)
         if self.memory.logits:
             self._last = (text, reference)
         return reference

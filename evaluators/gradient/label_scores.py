@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from evaluators.data.windows import scored
 from evaluators.engine.divergence import chunk_positions
 from evaluators.healing.tuner import micro_batches, repeatable_attention
 from evaluators.model.block_model import BlockModel
@@ -103,17 +104,20 @@ def logit_scores(logits: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor) -> Iterator[Use]:
+def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int = 0) -> Iterator[Use]:
     """Yield every use of a weight on token ids ``ids`` (n, T), from the head down to the embedding's lookup.
 
-    ``uniform`` (n, T), float64 in [0, 1), decides the labels. A tied embedding is yielded twice. Embedding, final norm
-    and head must be loaded. A block that is not loaded is loaded while its own uses are yielded.
+    ``uniform`` (n, T), float64 in [0, 1), decides the labels; the first ``unscored`` positions of a window have none. A
+    tied embedding is yielded twice. Embedding, final norm and head must be loaded. A block that is not loaded is loaded
+    while its own uses are yielded.
     """
     ids, uniform = ids.to(model.device), uniform.to(model.device)
     *inputs, hidden = _forward(model, ids)
     hidden.requires_grad_(True)
     final = model.decoder.norm(hidden)
-    top, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten())
+    counted = torch.zeros_like(ids, dtype=torch.bool)
+    scored(counted, unscored).fill_(True)
+    top, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten(), counted.flatten())
     (scores,) = torch.autograd.grad(final, hidden, at_final.view_as(final))
     yield top
     del top, at_final, final
@@ -149,9 +153,10 @@ def at_hand(model: BlockModel, block: int) -> Iterator[None]:
             model.unload_block(block)
 
 
-def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[LinearUse, Tensor]:
+def _head_use(model: BlockModel, final: Tensor, uniform: Tensor, counted: Tensor) -> tuple[LinearUse, Tensor]:
     """Return the head's use and the scores (P, D) at the final hidden states ``final`` (P, D).
 
+    Scores are zero at positions that are not ``counted`` (P,).
     This is the only function that holds all P * V scores at once.
     """
     head = model.head
@@ -161,6 +166,7 @@ def _head_use(model: BlockModel, final: Tensor, uniform: Tensor) -> tuple[Linear
         part = slice(start, start + step)
         logits = head(final[part])
         scores[part] = logit_scores(logits, sampled_labels(logits, uniform[part]))
+        scores[part][~counted[part]] = 0
         head.hidden_gradient(logits, scores[part], out=below[part])  # also makes scores[part] those before a soft cap
     return LinearUse(model.head_name, final, scores), below
 

@@ -86,13 +86,15 @@ class GradientEvaluator:
         self.model.load_ends()
 
     def squares(self, ids: Tensor, uniform: Tensor, estimator: Estimator) -> list[list[float]]:
-        """Return, by gene and choice, E[(g' delta)^2] summed over the positions of ``ids`` (n, T): 2 nT times the KL.
+        """Return, by gene and choice, E[(g' delta)^2] summed over the scored positions of ``ids`` (n, T).
+
+        That is twice their number times the KL.
 
         ``uniform`` (n, T) in [0, 1) decides the sampled labels.
         """
         gene_of = {tensor: index for index, gene in enumerate(self.genes) for tensor in gene.tensors}
         sums: list[list[Tensor | float]] = [[0.0] * len(gene.formats) for gene in self.genes]
-        for use in model_scores(self.model, ids, uniform):
+        for use in model_scores(self.model, ids, uniform, self.windows.unscored):
             if (index := gene_of.get(use.name)) is None:
                 continue
             full = self.model.weight(use.name).data
@@ -139,10 +141,11 @@ def gradient_tasks(
     ]
 
 
-def gradient_losses(parts: list[list[list[float]]], windows: tuple[int, int]) -> list[np.ndarray]:
+def gradient_losses(parts: list[list[list[float]]], windows: tuple[int, int], unscored: int = 0) -> list[np.ndarray]:
     """Return, by gene, the estimated KL (choices,) in nats per token.
 
-    ``parts`` are the results of all tasks in order, ``windows`` is the shape (n, T) of the text.
+    ``parts`` are the results of all tasks in order, ``windows`` is the shape (n, T) of the text, of which the first
+    ``unscored`` positions of each window do not count.
     """
-    positions = windows[0] * windows[1]
+    positions = windows[0] * (windows[1] - unscored)
     return [np.sum(choices, axis=0) / (2 * positions) for choices in zip(*parts, strict=True)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitgenome.common.devices import best_device
-from evaluators.data.windows import TokenWindows
+from evaluators.data.windows import TokenWindows, scored
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluatorSetup, make_room
@@ -44,11 +44,14 @@ FULL, PLAIN, HEALED = "full", "plain", "healed"  # full precision; quantized; qu
 Tracks = dict[str, Tensor]  # "split/kind" -> hidden states (B, T, D) on the CPU, the input of the next block
 
 
-def output_error(output: Tensor, target: Tensor) -> Tensor:
+def output_error(output: Tensor, target: Tensor, unscored: int = 0) -> Tensor:
     """Return the mean over positions of |output - target|^2 / |target|^2, scalar, for tensors (B, T, D).
+
+    The first ``unscored`` positions of each window do not count.
 
     Errors are relative to each position's power because the RMS norm of the next block normalizes by it.
     """
+    output, target = scored(output, unscored), scored(target, unscored)
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
@@ -97,6 +100,7 @@ class _Stream:
         self.inputs = EightBitInputs(self.model, self.decoded) if task.setup.activations == "q8" else None
         self.formats = task.setup.space.formats_of(task.genome)
         windows = TokenWindows.load(task.setup.windows)
+        self.unscored = windows.unscored
         self.ids = {f.split: torch.from_numpy(windows.take(f.split, f.tokens)) for f in task.fidelities}
         calibration = torch.from_numpy(windows.windows[CALIBRATION])
         self.schedule = schedule(task.settings, *calibration.shape)
@@ -157,14 +161,15 @@ class _Stream:
         inputs, targets = self.tracks[f"{CALIBRATION}/{HEALED}"], self.tracks[f"{CALIBRATION}/{FULL}"]
 
         def loss_of(rows: Tensor) -> Tensor:
-            return output_error(run(inputs[rows].to(self.device)), targets[rows].to(self.device))
+            return output_error(run(inputs[rows].to(self.device)), targets[rows].to(self.device), self.unscored)
 
         own = {name: model.weight(name).data for name in self.task.names if model.block_of(name) == block}
         with tunable(model, own) as parameters:
-            before = float(output_error(self.through(run, inputs), targets))
+            before = float(output_error(self.through(run, inputs), targets, self.unscored))
             self.tune(parameters, loss_of)
             self.advance(HEALED, run)
-        self.errors.append([before, float(output_error(self.tracks[f"{CALIBRATION}/{HEALED}"], targets))])
+        after = float(output_error(self.tracks[f"{CALIBRATION}/{HEALED}"], targets, self.unscored))
+        self.errors.append([before, after])
         self.save(block + 1)
 
     def tune(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -> None:
@@ -195,7 +200,7 @@ class _Stream:
         def loss_of(rows: Tensor) -> Tensor:
             ids = self.ids[CALIBRATION][rows].to(self.device)
             hidden = self.head_input(model.decoder.norm(inputs[rows].to(self.device)))
-            return loss(hidden, head, targets[rows].to(self.device), full_head, ids)
+            return loss(hidden, head, targets[rows].to(self.device), full_head, ids, self.unscored)
 
         own = {name: model.weight(name).data for name in self.task.names if name not in self.floats}
         with tunable(model, own) as parameters:
@@ -209,7 +214,7 @@ class _Stream:
     def figures(self, split: str, full_head: Head, head: Head) -> Healed:
         """Return the divergences of the quantized and of the healed model on one split."""
         tracks = {kind: self.tracks[f"{split}/{kind}"].to(self.device) for kind in (FULL, PLAIN, HEALED)}
-        reference = Reference(tracks[FULL], full_head, self.ids[split])
+        reference = Reference(tracks[FULL], full_head, self.ids[split], self.unscored)
         plain, healed = (self.head_input(tracks[kind]) for kind in (PLAIN, HEALED))
         return Healed.measured(partial(reference.compare, plain, head), partial(reference.compare, healed, head))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evaluators.engine.divergence import chunk_positions
+from evaluators.data.windows import scored
+from evaluators.engine.divergence import chunk_positions, next_tokens
 from evaluators.model.head import Head
 from evaluators.settings import HealingSettings
 
@@ -21,9 +22,9 @@ class DistillationLoss:
     """Computes (1 - alpha) * temperature^2 * KL(P || Q) + alpha * cross-entropy of the text's own next token.
 
     P and Q are softmax(logits / temperature) of the full-precision and the trained model. The KL, in nats, is a mean
-    over all positions; the cross-entropy, at temperature 1, a mean over the positions that have a next token. The
-    factor temperature^2 keeps the size of the gradient (Hinton, Vinyals and Dean, "Distilling the knowledge in a
-    neural network", 2015, section 2). ``alpha`` 0 is the plain KL.
+    over the positions that are scored; the cross-entropy, at temperature 1, a mean over those of them that have a next
+    token. The factor temperature^2 keeps the size of the gradient (Hinton, Vinyals and Dean, "Distilling the knowledge
+    in a neural network", 2015, section 2). ``alpha`` 0 is the plain KL.
     """
 
     temperature: float = 1.0
@@ -34,17 +35,19 @@ class DistillationLoss:
         """Return the loss with the temperature and the alpha of ``settings``."""
         return cls(settings.chosen_temperature, settings.chosen_alpha)
 
-    def __call__(self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor, unscored: int = 0
+    ) -> Tensor:
         """Return the scalar loss, differentiable with respect to ``hidden`` (B, T, D) only.
 
         ``hidden`` are the trained model's final hidden states and ``head`` its head, ``reference`` (B, T, D) and
-        ``reference_head`` those of the full-precision model; ``ids`` (B, T) are the tokens.
+        ``reference_head`` those of the full-precision model; ``ids`` (B, T) are the tokens. The first
+        ``unscored`` positions of each window do not count.
         """
-        targets = torch.full_like(ids, -1)
-        targets[:, :-1] = ids[:, 1:]
-        loss: Tensor = _ChunkedLoss.apply(
-            hidden.flatten(0, 1), head, reference.flatten(0, 1), reference_head, targets.flatten(), self
+        rows, reference_rows, targets = (
+            scored(x, unscored).flatten(0, 1) for x in (hidden, reference, next_tokens(ids))
         )
+        loss: Tensor = _ChunkedLoss.apply(rows, head, reference_rows, reference_head, targets, self)
         return loss
 
 

@@ -53,7 +53,7 @@ class TrainedModel:
     def reference(self, ids: Tensor) -> Reference:
         """Return the unquantized model's reference for ``ids`` (n, T), with float32 tensors at their current values."""
         self.simulated.set_formats({})
-        return Reference(final_hidden(self.model, ids), self.full_head, ids)
+        return Reference(final_hidden(self.model, ids), self.full_head, ids, self.windows.unscored)
 
     @property
     def full_head(self) -> Head:
@@ -113,7 +113,8 @@ class HealGradient:
         ids = trained.calibration_ids(self.rows).to(model.device)
         with tunable(model, self.floats) as parameters, repeatable_attention(model.device):
             hidden = trained.simulated.head_input(model.run_from(0, model.embed(ids)))
-            self.loss(hidden, model.head, self.reference.to(model.device), trained.full_head, ids).backward()
+            reference, unscored = self.reference.to(model.device), trained.windows.unscored
+            self.loss(hidden, model.head, reference, trained.full_head, ids, unscored).backward()
             return {name: gradient_of(parameter) for name, parameter in parameters.items()}
 
 

@@ -70,13 +70,14 @@ class MethodBench:
     def __init__(self, setup: StudySetup):
         self.setup = setup
         self.model = BlockModel(ModelFolder(setup.model), best_device())
-        self.ids = torch.from_numpy(TokenWindows.load(setup.windows).take(setup.fidelity.split, setup.fidelity.tokens))
+        windows = TokenWindows.load(setup.windows)
+        self.ids = torch.from_numpy(windows.take(setup.fidelity.split, setup.fidelity.tokens))
         self.groups: dict[int, list[Path]] = {}
         for name in setup.groups:
             file = group_file(setup.calibration, name)
             self.groups.setdefault(self.model.block_of(group_tensors(file)[0]), []).append(file)
         hidden, head = self._run(lambda block: None)
-        self.reference = Reference(hidden, head, self.ids)
+        self.reference = Reference(hidden, head, self.ids, windows.unscored)
         self.full_perplexity = self.reference.compare(hidden, head).perplexity
 
     @torch.inference_mode()

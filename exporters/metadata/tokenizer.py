@@ -1,19 +1,17 @@
 """Translates a model's tokenizer to GGUF key-values: byte-level BPE ("gpt2") or SentencePiece-style BPE ("llama").
 
-The tables come from the tokenizer that transformers builds from the model directory, the same one that tokenizes the
-text. GGUF has no form for Unicode normalization (NFC in Qwen's tokenizer): llama.cpp does not normalize text.
+The tables are those of the tokenizer that encodes the text (``evaluators.data.tokenizer``). GGUF has no form for
+Unicode normalization (NFC in Qwen's tokenizer): llama.cpp does not normalize text.
 """
 
-import json
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gguf import TokenType
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from bitgenome.common.errors import UserError
+from evaluators.data.tokenizer import SPECIAL_NAMES, ModelTokenizer, TokenizerError, find_tokenizer
 from exporters.metadata.architectures import dimensions_of
 from exporters.metadata.key_values import KeyValues
 from exporters.metadata.pretokenizers import pretokenizer_name
@@ -22,23 +20,19 @@ from exporters.metadata.source import ModelSource
 log = logging.getLogger(__name__)
 
 SPACE_MARK = "▁"  # what SentencePiece writes for a space
-SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+SPECIAL_KEYS = dict(zip(SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True))
 UNMERGED_SCORE = -1e6  # of pieces that no merge produces: characters, bytes and special tokens
-
-
-class TokenizerError(UserError):
-    """Raised if a tokenizer has no GGUF form; the message is one sentence for the user."""
 
 
 def tokenizer_metadata(source: ModelSource, allow_missing: bool = False) -> KeyValues:
     """Return the key-values ``tokenizer.*`` for the tokenizer in ``source.path``.
 
     If it has none and ``allow_missing`` is set, the tokenizer model is "none": such a file takes token ids only.
-    Raises TokenizerError if there is no tokenizer, if it cannot be read or is not BPE, if it has more tokens than the
-    embedding has rows, or if llama.cpp does not normalize text as it does; UnknownPretokenizerError if llama.cpp
-    cannot split text the same way.
+    Raises TokenizerError if there is no tokenizer, if it cannot be read or is not BPE, if two of its tokens have the
+    same text or it has more than the embedding has rows, or if llama.cpp does not normalize text as it does or put the
+    same tokens around it; UnknownPretokenizerError if llama.cpp cannot split text the same way.
     """
-    tokenizer = _load(source.path)
+    tokenizer = find_tokenizer(source.path)
     keys = KeyValues()
     if tokenizer is None:
         if not allow_missing:
@@ -46,7 +40,7 @@ def tokenizer_metadata(source: ModelSource, allow_missing: bool = False) -> KeyV
         log.warning("%s has no tokenizer: the GGUF file will take token ids only", source.path)
         keys.string("tokenizer.ggml.model", "none")
         return keys
-    tables = json.loads(tokenizer.backend_tokenizer.to_str())
+    tables = tokenizer.tables
     model = tables["model"]
     if model.get("type") != "BPE":
         raise TokenizerError(f"expected a BPE tokenizer, found {model.get('type')!r} in {source.path}")
@@ -54,6 +48,7 @@ def tokenizer_metadata(source: ModelSource, allow_missing: bool = False) -> KeyV
     if model.get("byte_fallback"):
         _sentencepiece_keys(tables, pieces, keys)
     else:
+        _check_normalizer(tables)
         keys.string("tokenizer.ggml.model", "gpt2")
         keys.string("tokenizer.ggml.pre", pretokenizer_name(tables))
         _add_pieces(pieces, keys)
@@ -62,28 +57,48 @@ def tokenizer_metadata(source: ModelSource, allow_missing: bool = False) -> KeyV
     return keys
 
 
-def _load(path: Path) -> PreTrainedTokenizerBase | None:
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((path / name).is_file() for name in files):
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, use_fast=True)
-    except Exception as error:  # transformers passes on any error of its tokenizers
-        raise TokenizerError(f"expected a readable tokenizer in {path}, found {str(error).splitlines()[0]}") from error
-    if not tokenizer.is_fast:
-        raise TokenizerError(f"expected a tokenizer.json in {path}, found only {type(tokenizer).__name__}'s own files")
-    return tokenizer
+def _check_normalizer(tables: Mapping[str, Any]) -> None:
+    """Raise TokenizerError for a normalizer of a byte-level BPE other than NFC: GGUF cannot say any."""
+    kinds = [step["type"] for step in _normalizers(tables)]
+    if kinds not in ([], ["NFC"]):
+        raise TokenizerError(
+            f"expected no normalizer or NFC in a byte-level BPE tokenizer, found {', '.join(kinds)}: llama.cpp reads "
+            "text without it, and would make other tokens"
+        )
+
+
+def _normalizers(tables: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the normalizers in the order in which they are applied."""
+    waiting = [tables.get("normalizer")]
+    while waiting:
+        if step := waiting.pop(0):
+            if step["type"] == "Sequence":
+                waiting = [*step["normalizers"], *waiting]
+            else:
+                yield step
 
 
 def _pieces(tables: Mapping[str, Any], rows: int) -> list[tuple[str, TokenType]]:
-    """Return (text, type) for each of the embedding's ``rows`` token ids; ids without a token get an UNUSED filler."""
-    pieces = [(f"[PAD{i}]", TokenType.UNUSED) for i in range(rows)]
+    """Return (text, type) for each of the embedding's ``rows`` token ids; ids without a token get an UNUSED filler.
+
+    All texts are different: llama.cpp ends the process over two that are equal.
+    """
     added = {token["id"]: token for token in tables["added_tokens"]}
     named = {index: text for text, index in tables["model"]["vocab"].items()} | {
         index: token["content"] for index, token in added.items()
     }
     if max(named) >= rows:
         raise TokenizerError(f"expected at most {rows} tokens, the embedding's rows, found token id {max(named)}")
+    if len(set(named.values())) < len(named):
+        text = Counter(named.values()).most_common(1)[0][0]
+        ids = [index for index, other in named.items() if other == text]
+        raise TokenizerError(f"expected tokens of different texts, found {text!r} as tokens {ids[0]} and {ids[1]}")
+    taken, pieces = set(named.values()), []
+    for index in range(rows):
+        filler = f"[PAD{index}]"
+        while filler in taken:
+            filler = f"[{filler}]"  # of no other id: their numbers differ
+        pieces.append((filler, TokenType.UNUSED))
     unknown = tables["model"].get("unk_token")
     for index, text in named.items():
         kind = TokenType.NORMAL
@@ -131,8 +146,7 @@ def _space_prefix(tables: Mapping[str, Any]) -> bool:
 
     One difference remains: for a text that starts with a space, llama.cpp adds another, a Metaspace step does not.
     """
-    normalizer, pre_tokenizer = tables.get("normalizer") or {}, tables.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    pre_tokenizer, steps = tables.get("pre_tokenizer") or {}, list(_normalizers(tables))
     kinds = [step["type"] for step in steps]
     if not kinds and pre_tokenizer.get("type") == "Metaspace":
         return bool(pre_tokenizer.get("prepend_scheme", "always") != "never")
@@ -144,22 +158,26 @@ def _space_prefix(tables: Mapping[str, Any]) -> bool:
     return kinds[0] == "Prepend"
 
 
-def _special_keys(source: ModelSource, tokenizer: PreTrainedTokenizerBase, keys: KeyValues) -> None:
-    """Add special ids (the tokenizer's, else config.json's), whether BOS and EOS are added, and the chat template."""
-    ids = {}
+def _special_keys(source: ModelSource, tokenizer: ModelTokenizer, keys: KeyValues) -> None:
+    """Add special ids (the tokenizer's, else config.json's), whether BOS and EOS are added, and the chat template.
+
+    An id that no token has, such as -1 for none, is left out. Raises TokenizerError for other tokens around a text.
+    """
+    rows, ids = dimensions_of(source).vocabulary, {}
     for name, key in SPECIAL_KEYS.items():
-        index = getattr(tokenizer, f"{name}_token_id", None)
+        index: Any = tokenizer.special.get(name)
         if index is None:
             configured = source.config.get(f"{name}_token_id")
-            index = configured[0] if isinstance(configured, list) else configured
-        if index is not None:
+            index = configured[0] if isinstance(configured, list) and configured else configured
+        if isinstance(index, int) and 0 <= index < rows:
             ids[name] = index
             keys.uint32(f"tokenizer.ggml.{key}_token_id", index)
-    bare, framed = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
-    keys.boolean("tokenizer.ggml.add_bos_token", len(framed) > len(bare) and framed[0] == ids.get("bos"))
-    keys.boolean("tokenizer.ggml.add_eos_token", len(framed) > len(bare) and framed[-1] == ids.get("eos"))
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template:
-        keys.string("tokenizer.chat_template", template)
+    for name, found in (("bos", tokenizer.prefix), ("eos", tokenizer.suffix)):
+        if found not in ((), (ids.get(name),)):
+            raise TokenizerError(
+                f"expected a tokenizer that puts BOS before a text and EOS after it, or nothing, found tokens "
+                f"{list(found)} where {name} is {ids.get(name)}: a GGUF file cannot say so"
+            )
+        keys.boolean(f"tokenizer.ggml.add_{name}_token", bool(found))
+    if tokenizer.chat_template:
+        keys.string("tokenizer.chat_template", tokenizer.chat_template)

@@ -69,27 +69,30 @@ def compare(
     reference: LogProbs | None = None,
     simulated: LogProbs | None = None,
     eight_bit: LogProbs | None = None,
+    unscored: int = 0,
 ) -> RuntimeFigures:
     """Return the figures of ``runtime`` on token ids ``windows`` (n, T), compared with each model that is given.
 
-    ``vocabulary`` is V, which sets the size of a chunk.
+    ``vocabulary`` is V, which sets the size of a chunk. The first ``unscored`` positions of each window do not count.
 
     Raises FloatingPointError if log probabilities of the runtime are not finite.
     """
     targets = _targets(windows)
+    counted = _counted(windows, unscored)
     models = {"reference": reference, "simulated": simulated, "eight_bit": eight_bit}
     sums = {name: _Sums() for name in ("runtime", *models)}
     for start, stop in _chunks(len(targets), vocabulary):
-        ours = runtime(start, stop)
+        rows, followed = counted[start:stop], targets[start:stop][counted[start:stop]]
+        ours = runtime(start, stop)[rows]
         if not bool(torch.isfinite(ours).all()):
             raise FloatingPointError("llama.cpp's logits are not finite")
-        sums["runtime"].add(ours, ours, targets[start:stop])
+        sums["runtime"].add(ours, ours, followed)
         for name, model in models.items():
             if model is not None:
-                sums[name].add(model(start, stop), ours, targets[start:stop])
+                sums[name].add(model(start, stop)[rows], ours, followed)
     return RuntimeFigures(
         sums["runtime"].comparison().perplexity,
-        len(targets),
+        int(counted.sum()),
         **{name: sums[name].comparison() if model else None for name, model in models.items()},
     )
 
@@ -101,8 +104,11 @@ def measure_file(
     simulated: LogProbs | None = None,
     eight_bit: LogProbs | None = None,
     threads: int | None = None,
+    unscored: int = 0,
 ) -> RuntimeFigures:
     """Run the file in llama.cpp on token ids ``windows`` (n, T), and compare it with each model that is given.
+
+    The first ``unscored`` positions of each window do not count.
 
     llama.cpp returns hidden states, so the logits are computed here, with the file's dequantized head. Raises
     ValueError for a damaged file, LlamaCppError if llama.cpp cannot run it, and FloatingPointError as ``compare``.
@@ -110,7 +116,8 @@ def measure_file(
     head = read_gguf(path).head()
     with LlamaCppRuntime(path, windows.shape[1], threads) as runtime:
         hidden = runtime.hidden_states(windows)
-    return compare(log_probs(hidden, plain_head(head)), windows, head.shape[0], reference, simulated, eight_bit)
+    ours = log_probs(hidden, plain_head(head))
+    return compare(ours, windows, head.shape[0], reference, simulated, eight_bit, unscored)
 
 
 class _Sums:
@@ -141,6 +148,13 @@ def _targets(windows: np.ndarray) -> torch.Tensor:
     targets = torch.full(windows.shape, -1, dtype=torch.int64)
     targets[:, :-1] = torch.from_numpy(np.ascontiguousarray(windows[:, 1:], dtype=np.int64))
     return targets.flatten()
+
+
+def _counted(windows: np.ndarray, unscored: int) -> torch.Tensor:
+    """Return which positions count, bool (P,)."""
+    counted = torch.ones(windows.shape, dtype=torch.bool)
+    counted[:, :unscored] = False
+    return counted.flatten()
 
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:

@@ -133,7 +133,7 @@ def test_a_directory_of_another_run_is_refused_before_anything_starts(tmp_path: 
 def test_a_run_is_finished_by_its_result_of_the_same_settings_model_and_text(tmp_path: Path) -> None:
     (run,) = load_batch([write(tmp_path, matrix={"search.seed": [0]})])
     directory = RunDirectory.create(run.config)
-    directory.record.pin("text", run.text_digest)
+    directory.record.pin("text", run.windows.digest)
     directory.record.pin("model", run.plan.folder.digest)
     assert not run.finished
     (directory.path / "best.json").write_text("{}")

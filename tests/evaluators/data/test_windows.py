@@ -6,17 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluators.data.documents import TextError, divide_file, file_documents
 from evaluators.data.stdlib import SPLITS, load_held_out, read_modules, training_documents
-from evaluators.data.windows import (
-    TextError,
-    TokenWindows,
-    divide_file,
-    file_documents,
-    load_tokenizer,
-    token_windows,
-    windows_digest,
-)
-from evaluators.model.folder import ModelFolder
+from evaluators.data.tokenizer import load_tokenizer
+from evaluators.data.windows import TokenWindows, token_windows, windows_digest
 from tests.conftest import EMBEDDED, SmallBank
 
 
@@ -30,7 +23,7 @@ def test_splits_share_no_module_with_each_other_or_with_training() -> None:
 
 
 def test_windows_reach_over_the_whole_text_and_do_not_repeat() -> None:
-    tokenizer = load_tokenizer(ModelFolder(EMBEDDED))
+    tokenizer = load_tokenizer(EMBEDDED)
     text = "".join(f"value_{n} = {n}\n" for n in range(3000))
     rows = token_windows(tokenizer, {"test": [text]}, 32, {"test": 320}, seed=0).windows["test"]
     assert rows.shape == (10, 32)
@@ -50,7 +43,7 @@ def test_the_digest_changes_with_the_text_and_survives_the_file(small_bank: Smal
 
 
 def test_too_little_text_is_refused_with_both_numbers() -> None:
-    tokenizer = load_tokenizer(ModelFolder(EMBEDDED))
+    tokenizer = load_tokenizer(EMBEDDED)
     with pytest.raises(TextError, match=r"expected at least 4096 tokens of search text, found \d+: lower text.tokens"):
         token_windows(tokenizer, {"search": ["import os\n"]}, 512, {"search": 4096}, seed=0)
 

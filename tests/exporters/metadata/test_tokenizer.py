@@ -10,12 +10,12 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.float_gguf import export_float
+from evaluators.data.tokenizer import TokenizerError
 from evaluators.model.families import EXPORTABLE
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.pretokenizers import DIGITS, GPT2, KNOWN, Splitting, UnknownPretokenizerError
-from exporters.metadata.tokenizer import TokenizerError
 from exporters.runtime.llamacpp import LlamaCppRuntime
 from tests.exporters.conftest import QWEN_TOKENIZER
 from tests.small_models import byte_level_tokenizer, save_small_model, sentencepiece_tokenizer, split_by
