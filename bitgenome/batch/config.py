@@ -123,7 +123,7 @@ def check(path: Path, settings: dict[str, Any], inputs: Inputs) -> BatchRun:
         plan = replace(plan, folder=inputs.folders.setdefault(config.model, plan.folder))
         text = (config.model, config.text.model_dump_json())
         if text not in inputs.texts:
-            inputs.texts[text] = read_windows(plan, keep=False)  # a mistake in another run leaves nothing behind
+            inputs.texts[text] = read_windows(plan)
         RunDirectory.find(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

@@ -87,7 +87,7 @@ def plan(
 
     found = make_plan(load_config(config, overrides or ()))
     check_memory(found)
-    read_windows(found, keep=False)  # a text that a run would refuse is refused here
+    read_windows(found)  # a text that a run would refuse is refused here
     rates, workers = rates_here(found), workers_here(found)
     show_plan(found, rates, forecast(found, rates, workers), workers, full, console)
 

@@ -53,22 +53,17 @@ def check_text(text: TextConfig, folder: ModelFolder) -> None:
         )
 
 
-def read_windows(plan: ModelAndText, keep: bool = True) -> TokenWindows:
-    """Return the token windows of all splits: those kept under the storage path for this text, else encoded now.
+def read_windows(plan: ModelAndText) -> TokenWindows:
+    """Return the token windows of all splits: those that ``keep_windows`` has kept for this text, else encoded now.
 
-    What is encoded is kept for later runs unless ``keep`` is False, which writes nothing. Raises UserError for a text
-    that is missing, not UTF-8 or too short.
+    Raises UserError for a text that is missing, not UTF-8 or too short.
     """
     kept = plan.config.storage_path / layout.SHARED / layout.TEXT_KIND / text_digest(plan)[:16] / layout.WINDOWS
-    if (windows := saved_windows(kept)) is None:
-        windows = encode_text(plan)
-        if keep:
-            keep_windows(plan, windows)
-    return windows
+    return saved_windows(kept) or encode_text(plan)
 
 
 def keep_windows(plan: ModelAndText, windows: TokenWindows) -> None:
-    """Keep the windows of a plan's text for other runs of it."""
+    """Keep the windows of a plan's text under the storage path, for other runs of it."""
     file = shared_directory(plan.config, layout.TEXT_KIND, text_digest(plan)) / layout.WINDOWS
     if not file.is_file():
         atomic_write_bytes(file, windows.to_bytes())

@@ -13,7 +13,7 @@ from bitgenome.observe.progress import tracker
 from bitgenome.plan.forecast import duration, forecast, rates_task
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
-from bitgenome.plan.text import read_windows, windows_of_run
+from bitgenome.plan.text import keep_windows, read_windows, windows_of_run
 from bitgenome.run.export import export_checked
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import heal
@@ -39,13 +39,16 @@ def run(config: RunConfig, console: Console) -> Outcome:
     plan = make_plan(config)
     check_memory(plan)
     # before the directory is created: text that is too short leaves nothing behind
-    windows = windows_of_run(config) or read_windows(plan)
+    resumed = windows_of_run(config)
+    windows = resumed or read_windows(plan)
     plan.folder.check_finite()
     with (
         RunDirectory.owned(config) as directory,
         open_session(config, plan.folder, directory.path, directory.stage("workers")) as pool,
         monitor_run(config, pool) as monitor,
     ):
+        if resumed is None:
+            keep_windows(plan, windows)
         return run_stages(plan, windows, directory, pool, monitor, console)
 
 

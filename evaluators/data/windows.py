@@ -54,7 +54,8 @@ class TokenWindows:
 
     def to_bytes(self) -> bytes:
         """Return the windows as a safetensors file."""
-        described = {"digest": self.digest, "unscored": str(self.unscored), "sample": self.sample}
+        digest = windows_digest(self.windows, self.unscored)
+        described = {"digest": digest, "unscored": str(self.unscored), "sample": self.sample}
         return save(dict(self.windows), metadata=described)
 
     @classmethod
