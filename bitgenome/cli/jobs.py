@@ -17,7 +17,9 @@ Address = Annotated[
     str, typer.Option(help="The cluster's dashboard, http://HOST:PORT", envvar="RAY_API_SERVER_ADDRESS")
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use another machine's cluster that asks for no token")]
-RunName = Annotated[str, typer.Argument(help="Name of a run (its last attempt), or of an attempt", show_default=False)]
+RunName = Annotated[
+    str, typer.Argument(help="A run's name or directory (its last attempt), or an attempt", show_default=False)
+]
 KINDS = {dict: "mapping", list: "list"}
 DASHBOARD = "http://127.0.0.1:8265"
 
@@ -62,10 +64,11 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends")] = False,
 ) -> None:
     """Show what a run's job has written."""
+    from bitgenome.storage.run_names import run_name  # noqa: PLC0415
     from workers.cluster.jobs import Jobs  # noqa: PLC0415
 
     jobs = Jobs(address, insecure)
-    job = jobs.find(run)
+    job = jobs.find(run_name(run))
     if follow:
         show(jobs.follow(job))
     else:
@@ -74,10 +77,11 @@ def logs(
 
 def stop(run: RunName, address: Address = DASHBOARD, insecure: Insecure = False) -> None:
     """Stop a run's job; what is evaluated is kept, and a resubmission continues from there."""
+    from bitgenome.storage.run_names import run_name  # noqa: PLC0415
     from workers.cluster.jobs import Jobs  # noqa: PLC0415
 
     jobs = Jobs(address, insecure)
-    job = jobs.find(run)
+    job = jobs.find(run_name(run))
     console.print(f"{job} {jobs.stop(job)}; bitgenome submit continues it", soft_wrap=True)
 
 

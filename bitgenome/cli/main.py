@@ -20,9 +20,10 @@ from typer.exceptions import TyperException
 from bitgenome.cli.batch import batch
 from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.status import status
-from bitgenome.cli.terminal import ConfigFile, Overrides, console, errors
+from bitgenome.cli.terminal import RUNS, ConfigFile, Overrides, RunPath, Storage, console, errors
 from bitgenome.common.errors import UserError
 from bitgenome.observe.logs import log_handler
+from bitgenome.observe.progress import tracked, tracker
 from workers.cluster.worker_logs import LOG_JSON
 from workers.errors import TaskError, WorkersLostError
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:  # commands import what they need when called, so that small o
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 terminated = threading.Event()
-
-RunPath = Annotated[str, typer.Argument(help="Run directory, or its URL", show_default=False)]
 
 
 def show_version(wanted: bool) -> None:
@@ -64,11 +63,12 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(run: RunPath) -> None:
+def resume(run: RunPath, storage: Storage = RUNS) -> None:
     """Continue an interrupted run to the same result."""
     from bitgenome.run.resume import config_to_resume  # noqa: PLC0415
+    from bitgenome.storage.run_names import run_location  # noqa: PLC0415
 
-    execute(config_to_resume(run))
+    execute(config_to_resume(run_location(run, storage)))
 
 
 @app.command()
@@ -93,24 +93,29 @@ def plan(
 
 
 @app.command()
-def export(run: RunPath) -> None:
+def export(run: RunPath, storage: Storage = RUNS) -> None:
     """Write the GGUF and the recipe of a finished run again, from its bank."""
     from bitgenome.run.export import export_again  # noqa: PLC0415
+    from bitgenome.storage.run_names import run_location  # noqa: PLC0415
 
-    gguf = export_again(run)
-    console.print(f"wrote {run}/{gguf.name} and {run}/recipe.txt", soft_wrap=True)
+    location = run_location(run, storage)
+    gguf = export_again(location)
+    console.print(f"wrote {location}/{gguf.name} and {location}/recipe.txt", soft_wrap=True)
 
 
 @app.command()
 def verify(
-    file: Annotated[str, typer.Argument(help="GGUF file of a run, or its URL", show_default=False)],
-    run: Annotated[str | None, typer.Option(help="Its run directory, if the file has left it")] = None,
+    file: Annotated[str, typer.Argument(help="A run, or a GGUF file in its directory or URL", show_default=False)],
+    run: Annotated[str | None, typer.Option(help="The file's run, if the file has left its directory")] = None,
+    storage: Storage = RUNS,
 ) -> None:
-    """Read a file back through llama.cpp: perplexity, KL and speed beside the simulated figures."""
+    """Check that a run's file is as it was shipped, and measure it in llama.cpp beside the simulated figures."""
     from bitgenome.cli.report import show_proof  # noqa: PLC0415
-    from bitgenome.run.proof import verify_file  # noqa: PLC0415
+    from bitgenome.run.verify import verify_file  # noqa: PLC0415
+    from bitgenome.storage.run_names import run_and_file  # noqa: PLC0415
 
-    show_proof(verify_file(file, run or file.rpartition("/")[0] or "."), console)
+    location, gguf = run_and_file(file, storage, run)
+    show_proof(tracked(tracker(console), "measuring", lambda: verify_file(gguf, location)), console)
 
 
 @app.command()

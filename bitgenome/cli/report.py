@@ -28,6 +28,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(lead_on_validation(outcome.winner))
     if outcome.healing:
         console.print(verdict(outcome.healing))
+    assert outcome.proof is not None
     show_proof(outcome.proof, console)
     under = 100 * (1 - outcome.proof.file_bytes / outcome.budget_bytes)
     console.print(

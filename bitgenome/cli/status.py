@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,25 +13,25 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bitgenome.cli.terminal import console
-from bitgenome.common import layout
+from bitgenome.cli.terminal import RUN_ARGUMENT, RUNS, Storage, console
 from bitgenome.observe.run_status import RunReader, RunStatus, runs_under
-from workers.storage.folders import is_url
 
 EVERY_S = 2.0
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(help="A run directory or its URL, or a name under --storage")] = None,
-    storage: Annotated[str, typer.Option(help="Where the runs lie: a folder or URL")] = "runs",
+    run: Annotated[str | None, RUN_ARGUMENT] = None,
+    storage: Storage = RUNS,
     watch: Annotated[bool, typer.Option("--watch", help="Again every 2 s, until the run ends")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, an object a line")] = False,
 ) -> None:
     """Show what a run is doing, or all of a storage path; reads their directories, needs no cluster."""
     from bitgenome.config.file import refuse_secrets  # noqa: PLC0415 - pydantic is slow to import
+    from bitgenome.storage.run_names import run_location  # noqa: PLC0415
 
     refuse_secrets({"a run": run, "--storage": storage}, "bitgenome status")
-    readers = [RunReader(location) for location in (runs_under(storage) if run is None else [run_at(run, storage)])]
+    locations = runs_under(storage) if run is None else [run_location(run, storage)]
+    readers = [RunReader(location) for location in locations]
     looks = looks_at(readers, watch)
     if as_json:
         for found in looks:
@@ -46,11 +45,6 @@ def status(
         show_lines(looks)
     else:
         console.print(view(next(looks), single=run is not None))
-
-
-def run_at(run: str, storage: str) -> str:
-    """Return ``run`` itself if it is a URL or a run directory, else the path of the run with that name."""
-    return run if is_url(run) or (Path(run) / layout.RECORD).is_file() else f"{storage.rstrip('/')}/{run}"
 
 
 def looks_at(readers: list[RunReader], again: bool) -> Iterator[list[RunStatus]]:

@@ -4,19 +4,22 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitgenome.common import layout
+from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import UserError
-from bitgenome.common.files import atomic_write_text
+from bitgenome.common.files import atomic_write_json, atomic_write_text
 from bitgenome.plan.plan import Plan
 from bitgenome.run.gene_groups import plan_of_run
 from bitgenome.run.healing import Healing, shipped_healing
 from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.run_result import RunResult
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank, damaged_tensors
 from exporters.files.gguf_writer import export_gguf
@@ -27,11 +30,14 @@ from exporters.metadata.tensor_names import tensor_table
 from quantizers.formats.table import QuantFormat
 from search.types import Evaluation
 
+MOST_NAME_BYTES = 240  # of a file's name; file systems take 255, and a temporary name is longer than the final one
+
 
 def gguf_path(plan: Plan, run: RunDirectory, winner: Evaluation) -> Path:
-    """Return the path of the run's GGUF file, which names the model and the bits per weight."""
-    bits = plan.space.bits_per_weight(winner.genome)
-    return run.path / f"{plan.folder.name}-{bits:.2f}bpw.gguf"
+    """Return the path of the run's GGUF file, which names the model, cut where it is long, and the bits per weight."""
+    ending = f"-{plan.space.bits_per_weight(winner.genome):.2f}bpw.gguf"
+    name = plan.folder.name.encode()[: MOST_NAME_BYTES - len(ending)].decode(errors="ignore")
+    return run.path / f"{name}{ending}"
 
 
 def export_winner(
@@ -39,8 +45,9 @@ def export_winner(
 ) -> Path:
     """Write the GGUF file and the recipe of ``winner``, and return the file's path.
 
-    The float32 tensors of ``healing`` replace the model's. Raises UserError if the file does not have the size that was
-    searched, for example because the tokenizer has changed.
+    The float32 tensors of ``healing`` replace the model's. The file is written beside, read back, and replaces an
+    earlier one only if it is right: raises UserError if it has not the size that was searched, for example because the
+    tokenizer has changed, if it is over the budget, or if it does not hold the weights that were scored.
     """
     bank = Bank(bank_directory)
     formats = plan.space.formats_of(winner.genome)
@@ -48,6 +55,13 @@ def export_winner(
 
     def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
         return formats[name], bank.packed(name, formats[name]).numpy()
+
+    def check(written: Path) -> None:
+        check_size(written.stat().st_size, path, plan, winner)
+        different = differing_tensors(written, plan.folder, bank, formats)
+        different += differing_floats(written, plan.folder, healing.tensors if healing else {})
+        if different:
+            raise UserError(f"expected {path} to hold the weights that were scored, found {different[0]} to differ")
 
     healed = healing.figures["validation"].after if healing else None
     provenance = Provenance(
@@ -59,12 +73,7 @@ def export_winner(
         run_digest=plan.config.digest,
         version=version("bitgenome"),
     )
-    size = export_gguf(plan.folder, packed, path, provenance, healing.tensors if healing else None)
-    if size != winner.file_bytes:
-        raise UserError(
-            f"expected {path} to have the {winner.file_bytes:,} bytes that were searched, found {size:,}: "
-            f"has the tokenizer in {plan.folder.path} changed?"
-        )
+    export_gguf(plan.folder, packed, path, provenance, healing.tensors if healing else None, check=check)
     names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
     by_gguf_name = {names[name]: fmt for name, fmt in formats.items()}
     atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name)) + "\n")
@@ -72,36 +81,31 @@ def export_winner(
     return path
 
 
-def export_checked(
-    plan: Plan, bank_directory: Path, run: RunDirectory, winner: Evaluation, healing: Healing | None
-) -> Path:
-    """Write the file, read it back, and return its path.
-
-    Raises UserError if it does not hold the bytes that were scored.
-    """
-    gguf = export_winner(plan, bank_directory, run, winner, healing)
-    formats = plan.space.formats_of(winner.genome)
-    different = differing_tensors(gguf, plan.folder, Bank(bank_directory), formats)
-    different += differing_floats(gguf, plan.folder, healing.tensors if healing else {})
-    if different:
-        raise UserError(f"expected the file to hold the bytes that were scored, found {different[0]} to differ")
-    return gguf
+def check_size(size: int, path: Path, plan: Plan, winner: Evaluation) -> None:
+    """Raise UserError unless a written file of ``size`` bytes has the size that was searched, within the budget."""
+    if size != winner.file_bytes:
+        raise UserError(
+            f"expected {path} to have the {winner.file_bytes:,} bytes that were searched, found {size:,}: "
+            f"has the tokenizer or the chat template in {plan.folder.path} changed?"
+        )
+    if size > plan.budget.file_bytes:
+        raise UserError(f"expected {path} within the budget of {plan.budget.file_bytes:,} bytes, found {size:,}")
 
 
 def export_again(location: Path | str) -> Path:
     """Write GGUF and recipe of a finished run from its record and bank, and return the file's path.
 
-    ``location`` is the run's path or URL. Raises UserError if the run is not finished or its bank is damaged.
+    ``location`` is the run's path or URL. Raises UserError if the run is not finished, its bank is damaged, or the file
+    is not right; an earlier file is then as it was.
     """
     directory = RunDirectory.open(location)
     with directory.own():
-        best = directory.path / layout.BEST
-        if not best.is_file():
+        result = RunResult.read(directory.path)
+        if result is None:
             raise UserError(
                 f"expected a finished run with {layout.BEST}, found none in {location}: bitgenome resume {location}"
             )
-        record = json.loads(best.read_text(encoding="utf-8"))
-        winner, healing = Evaluation.from_json(record["winner"]), shipped_healing(directory.path, record)
+        winner, healing = result.evaluation, shipped_healing(directory.path, result.model_dump())
         plan = plan_of_run(directory)
         directory.record.pin("model", plan.folder.digest)
         plan = quantized_plan(plan, directory)
@@ -110,7 +114,21 @@ def export_again(location: Path | str) -> Path:
             raise UserError(
                 f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {location} rebuilds it"
             )
-        return export_winner(plan, bank, directory, winner, healing)
+        path = export_winner(plan, bank, directory, winner, healing)
+        record_file(directory.path, path)
+        return path
+
+
+def record_file(run: Path, path: Path) -> None:
+    """Write name, size and sha256 of the file at ``path`` into best.json of the run directory ``run``."""
+    best = run / layout.BEST
+    record = json.loads(best.read_text(encoding="utf-8")) | shipped_file(path)
+    atomic_write_json(best, record)
+
+
+def shipped_file(path: Path) -> dict[str, Any]:
+    """Return name, size and sha256 of the file at ``path``, as best.json holds them."""
+    return {"gguf": path.name, "gguf_bytes": path.stat().st_size, "gguf_sha256": digest_of_file(path)}
 
 
 def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:

@@ -1,5 +1,6 @@
 """Collects what a run ends in: the closing table's rows on test text, and best.json."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -40,10 +41,11 @@ class Outcome:
     bits_per_weight: float
     rows: tuple[Row, ...]  # the winner first
     healing: Healing | None  # None: healing was off
-    proof: Proof
+    proof: Proof | None  # None until llama.cpp has run the file
     evaluations: int
     seconds: dict[str, float]  # by stage
     expected: dict[str, float]  # by stage, as forecast at the start
+    file: Mapping[str, Any]  # name, size and sha256 of the file
     gguf: Path
     recipe: Path
     run: Path
@@ -75,7 +77,10 @@ def comparison_rows(
 
 
 def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
-    """Write best.json into the run directory."""
+    """Write best.json into the run directory: once with what was searched, and again with the proof.
+
+    llama.cpp may refuse the file; then ``resume`` proves it, and ``export`` writes it again.
+    """
     winner = outcome.winner
     record = {
         "winner": winner.evaluation.to_json(),
@@ -85,8 +90,8 @@ def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
         "bits_per_weight": outcome.bits_per_weight,
         "rows": [asdict(row) for row in outcome.rows],
         "healing": outcome.healing and outcome.healing.to_json(),
-        "proof": outcome.proof.to_json(),
-        "gguf": outcome.gguf.name,
+        "proof": outcome.proof and outcome.proof.to_json(),
+        **outcome.file,
     }
     atomic_write_json(directory.path / layout.BEST, record)
 

@@ -2,6 +2,8 @@
 
 import logging
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
@@ -9,12 +11,12 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.monitoring import Monitor, monitor_run
-from bitgenome.observe.progress import tracker
+from bitgenome.observe.progress import tracked, tracker
 from bitgenome.plan.forecast import duration, forecast, rates_task
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import keep_windows, read_windows, windows_of_run
-from bitgenome.run.export import export_checked
+from bitgenome.run.export import export_winner, shipped_file
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import heal
 from bitgenome.run.outcome import Outcome, comparison_rows, save_outcome
@@ -71,37 +73,40 @@ def run_stages(
     with directory.stage("healing"):
         shape = windows.windows["calibration"].shape
         healing = heal(plan, setup, winner, shape, directory, pool, track)
-    shipped = healing if healing and healing.applied else None
+    applied = healing if healing and healing.applied else None
     with directory.stage("test"):
         evaluate = monitor.watch(pool_evaluate(setup.in_float32, pool, track, "measuring on test text"))
         with closing(EvaluationLog(directory.path / layout.EVALUATIONS, directory.check)) as archive:
-            rows = comparison_rows(plan, result, shipped, evaluate, archive)
+            rows = comparison_rows(plan, result, applied, evaluate, archive)
             evaluations = len(archive)
     pool.close()  # the rest runs in this process: a cluster may shrink meanwhile
     with directory.stage("export"):
-        gguf = export_checked(plan, setup.bank, directory, winner, shipped)
-    with directory.stage("proof"):
-        try:
-            evaluation = plan.config.evaluation
-            proof = prove(
-                gguf, plan.folder, windows.windows["test"], evaluation.activations, evaluation.memory, windows.unscored
-            )
-        except LlamaCppError as error:
-            raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
+        gguf = export_winner(plan, setup.bank, directory, winner, applied)
+        shipped = shipped_file(gguf)
     outcome = Outcome(
         budget_bytes=plan.budget.file_bytes,
         winner=result.winner,
         bits_per_weight=plan.space.bits_per_weight(winner.genome),
         rows=rows,
         healing=healing,
-        proof=proof,
+        proof=None,
         evaluations=evaluations,
         seconds=directory.record.seconds,
         expected=expected,
+        file=shipped,
         gguf=gguf,
         recipe=directory.path / layout.RECIPE,
         run=directory.path,
     )
+    save_outcome(directory, outcome, plan)
+    with directory.stage("proof"):
+        test, how = windows.windows["test"], plan.config.evaluation
+        prove_file = partial(prove, gguf, plan.folder, test, how.activations, how.memory, windows.unscored)
+        try:
+            proof = tracked(track, "proving", prove_file)
+        except LlamaCppError as error:
+            raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
+    outcome = replace(outcome, proof=proof, seconds=directory.record.seconds)
     save_outcome(directory, outcome, plan)
     return outcome
 

@@ -1,26 +1,15 @@
 """Measures a file on held-out text, by simulation and by llama.cpp."""
 
-import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from bitgenome.common import layout
 from bitgenome.common.devices import best_device, worker_memory
-from bitgenome.common.errors import UserError
-from bitgenome.plan.plan import make_plan
-from bitgenome.run.export import differing_floats
-from bitgenome.run.healing import shipped_healing
-from bitgenome.run.prepare import quantized_plan
-from bitgenome.storage.run_directory import RunDirectory
-from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference
 from evaluators.engine.memory import windows_at_once
 from evaluators.engine.streamed import streamed
@@ -29,9 +18,8 @@ from evaluators.model.folder import ModelFolder
 from evaluators.model.sizes import ModelShape
 from exporters.files.packed_file import PackedFile
 from exporters.runtime.comparison import compare, log_probs
-from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime, generation_speed
+from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
 from quantizers.formats.table import QuantFormat
-from workers.storage.folders import is_url
 
 
 @dataclass(frozen=True)
@@ -141,39 +129,3 @@ def prove(
         eight_bit_kl=eight_bit_kl,
         eight_bit_to_runtime_kl=found.eight_bit.kl if found.eight_bit else None,
     )
-
-
-def verify_file(file: Path | str, location: Path | str) -> Proof:
-    """Measure a file with the model and test text of its run, which is at the path or URL ``location``.
-
-    A file behind a URL is read from its run's mirror. Raises UserError for a file or run that cannot be used.
-    """
-    directory = RunDirectory.open(location)
-    with directory.own() if directory.mirror else nullcontext():
-        windows = directory.path / layout.WINDOWS
-        if not windows.is_file():
-            raise UserError(f"expected {layout.WINDOWS} with the test text in {location}, found none")
-        plan = make_plan(directory.config)
-        directory.record.pin("model", plan.folder.digest)
-        folder = quantized_plan(plan, directory).folder
-        local = directory.path / str(file).rpartition("/")[2] if is_url(file) else Path(file)
-        try:
-            check_floats(local, folder, directory.path)
-            text, evaluation = TokenWindows.load(windows), plan.config.evaluation
-            test = text.windows["test"]
-            return prove(local, folder, test, evaluation.activations, evaluation.memory, text.unscored)
-        except (ValueError, LlamaCppError, SafetensorError) as error:
-            raise UserError(str(error)) from None
-
-
-def check_floats(file: Path, folder: ModelFolder, run: Path) -> None:
-    """Raise UserError if ``file`` is the run's own but has other float32 tensors than the run has measured."""
-    best = run / layout.BEST
-    record = json.loads(best.read_text(encoding="utf-8")) if best.is_file() else {}
-    if record.get("gguf") != file.name:
-        return
-    healing = shipped_healing(run, record)
-    if different := differing_floats(file, folder, healing.tensors if healing else {}):
-        raise UserError(
-            f"expected the float32 tensors of {run} in {file}, found {different[0]} to differ: bitgenome export {run}"
-        )

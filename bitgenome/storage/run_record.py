@@ -16,6 +16,10 @@ from bitgenome.config.run import RunConfig
 from bitgenome.storage.lease import LeaseLostError
 
 SCHEMA = 1
+CHANGED = {  # what may have changed, by the key of a digest
+    "model": ": have its weights, config.json or tokenizer files changed, such as chat_template.jinja (which versions "
+    "before left out)? Put them back, or begin a run of another name"
+}
 RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "deap", "gguf", "numpy", "xllamacpp")
 
 
@@ -70,6 +74,7 @@ class RunRecord(UserDict[str, Any]):
         if found != value:
             raise UserError(
                 f"expected the {key} that {self.file.parent} was begun with ({found[:12]}), found {value[:12]}"
+                f"{CHANGED.get(key, '')}"
             )
         if key not in digests:
             digests[key] = value

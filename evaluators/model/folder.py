@@ -22,6 +22,13 @@ CONVERSION = (
 )
 
 
+# which the file's tokenizer is made of, beside tokenizer.json and tokenizer_config.json
+TOKENIZER_FILES = (
+    "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
 class ModelFolderError(UserError):
     """Raised for a folder that is not a readable model; the message is one sentence for the user."""
 
@@ -124,13 +131,19 @@ class ModelFolder:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over config.json, the tokenizer's JSON files, a scaled view's factors and every weights file."""
+        """sha256 over config.json, the tokenizer's files, a scaled view's factors and every weights file.
+
+        The tokenizer's files that earlier versions left out come last, by name: without them the digest is theirs.
+        """
         digest = hashlib.sha256()
         names = ("config.json", "tokenizer.json", "tokenizer_config.json", layout.SCALING_FACTORS)
         small = [self.path / name for name in names]
         for file in [*filter(Path.is_file, small), *sorted(set(self._files.values()))]:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
+        templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        for file in [*filter(Path.is_file, (self.path / name for name in TOKENIZER_FILES)), *templates]:
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
 

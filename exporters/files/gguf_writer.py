@@ -88,13 +88,14 @@ def export_gguf(
     f32_overrides: Mapping[str, torch.Tensor] | None = None,
     *,
     allow_missing_tokenizer: bool = False,
+    check: Callable[[Path], None] = lambda written: None,
 ) -> int:
     """Write ``source`` to ``path`` atomically, one tensor in memory at a time, and return the file's size in bytes.
 
     ``packed`` maps a Hugging Face name to its format and its bytes, uint8 (rows, row_bytes) in transformers' row
     order. ``f32_overrides`` replaces float32 tensors (norms, biases) by Hugging Face name. Raises ValueError if bytes
-    or overrides do not fit their tensor, and then leaves ``path`` as it was. For a model that cannot be exported it
-    raises as ``fixed_bytes`` does.
+    or overrides do not fit their tensor, and then leaves ``path`` as it was; so does ``check``, which gets the written
+    file before it replaces ``path``, by raising. For a model that cannot be exported it raises as ``fixed_bytes`` does.
     """
     layout = _Layout(source, allow_missing_tokenizer)
     overrides = dict(f32_overrides or {})
@@ -114,7 +115,7 @@ def export_gguf(
             )
         return quant_format.ggml_type, to_file_rows(entry, rows)
 
-    return _write(layout, data, Path(path), provenance)
+    return _write(layout, data, Path(path), provenance, check)
 
 
 def _float_rows(
@@ -142,20 +143,23 @@ def _write(
     data: Callable[[TensorEntry], tuple[GGMLQuantizationType, np.ndarray]],
     path: Path,
     provenance: Provenance | None,
+    check: Callable[[Path], None],
 ) -> int:
     types: dict[str, GGMLQuantizationType] = {}
     start = len(layout.header({}, provenance))
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.seek(start)
-        for entry in layout.entries:
-            types[entry.gguf_name], rows = data(entry)
-            file.write(np.ascontiguousarray(rows).data)
-            file.write(bytes(padded(rows.nbytes) - rows.nbytes))
-        size = file.tell()
-        header = layout.header(types, provenance)
-        assert len(header) == start, "the header's length must not depend on the types"
-        file.seek(0)
-        file.write(header)
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            file.seek(start)
+            for entry in layout.entries:
+                types[entry.gguf_name], rows = data(entry)
+                file.write(np.ascontiguousarray(rows).data)
+                file.write(bytes(padded(rows.nbytes) - rows.nbytes))
+            size = file.tell()
+            header = layout.header(types, provenance)
+            assert len(header) == start, "the header's length must not depend on the types"
+            file.seek(0)
+            file.write(header)
+        check(temporary)
     log.info("wrote %s: %d tensors, %d bytes", path, len(layout.entries), size)
     return size
 

@@ -1,30 +1,40 @@
 """Runs GGUF files in llama.cpp through xllamacpp, for their hidden states, their tokens and their speed.
 
-Shapes: n windows, T positions, D hidden size. The server runs inside this process and listens only on the loopback
-interface.
+Shapes: n windows, T positions, D hidden size. The server is a process of its own (``exporters.runtime.server``), since
+llama.cpp aborts its process where it dislikes a file; it listens only on the loopback interface.
 """
 
 import http.client
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import numpy as np
-import xllamacpp
 
 from bitgenome.common.cpus import usable_cpus
+from bitgenome.common.steps import steps
 from exporters.files.gguf_reader import GgufContents, read_gguf
 
-LOOPBACK = "127.0.0.1"
-ERRORS = 1  # llama.cpp's log level; it prints to stderr why it refuses a file, and nothing else
+SERVER = Path(__file__).with_name("server.py")
+DEATH_S = 5.0  # within which a process that gave no answer shows whether it has died
+LAST_WORDS = 300  # characters shown of what llama.cpp said last
+SOURCE_FOLDER = re.compile(r"^/\S*/(?=\S+:\d+: )")  # of "/where/it/was/built/llama-vocab.cpp:2665: "
+ERROR_LINE = re.compile(r"^[\d.]+ E (?:\w+ +)*?(?=\w+: )")  # of "0.00.033.924 E srv load_model: failed"
 RAW = -1  # embd_normalize: no normalization
 
 
 class LlamaCppError(RuntimeError):
-    """Raised if llama.cpp cannot load or run a file."""
+    """Raised if llama.cpp cannot load or run a file, or dies of it."""
 
 
 @dataclass(frozen=True)
@@ -37,40 +47,114 @@ class Speed:
     generated_tokens: int
 
 
-class LlamaCppRuntime:
-    """A context manager that runs a file in llama.cpp on windows of up to ``context`` tokens.
+class Server:
+    """A context manager that runs a file in llama.cpp in a process of its own, and asks it over HTTP.
 
-    Each window is one batch of one sequence, with a float32 KV cache and without flash attention, so that only
-    llama.cpp's matrix products differ from a float computation. Requests time out after ``timeout_seconds``. Raises
-    ValueError for a damaged file, and on entry LlamaCppError if llama.cpp refuses the file.
+    ``context`` is the most tokens of a request, ``states`` whether hidden states are wanted or text. Requests time out
+    after ``timeout_seconds``. Raises ValueError for a damaged file; entering and asking raise LlamaCppError, with
+    llama.cpp's last words, if it refuses the file or dies.
     """
 
-    def __init__(self, path: str | Path, context: int, threads: int | None = None, timeout_seconds: float = 600.0):
+    def __init__(self, path: str | Path, context: int, threads: int | None, timeout_seconds: float, states: bool):
         self.contents = read_gguf(path)
         self.context = context
-        self.threads = threads or default_threads()
         self.timeout_seconds = timeout_seconds
-        self._server: Any = None
+        file = str(Path(path).absolute())
+        self._settings = {"path": file, "context": context, "threads": threads or default_threads(), "states": states}
         self._connection: http.client.HTTPConnection | None = None
 
-    def __enter__(self) -> "LlamaCppRuntime":
-        params = _params(self.contents, self.context, self.threads)
-        params.embedding = True
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self._server = _start(params)
-        address = urlsplit(self._server.listening_address)
-        self._connection = http.client.HTTPConnection(address.hostname, address.port, timeout=self.timeout_seconds)
-        self._window(np.zeros(1, dtype=np.int64))  # a server that is stopped before its first task hangs
+    def __enter__(self) -> Self:
+        self._said = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # ggml would start a debugger before it aborts
+        )  # fmt: skip
+        try:
+            self._connect()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
+
+    def _connect(self) -> None:
+        """Hand the settings to the process, and connect to the address that it tells."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(self._settings).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # it has died already: the next line is empty
+            pass
+        line = self._process.stdout.readline()
+        if not line:
+            raise LlamaCppError(f"llama.cpp cannot load {self.contents.path}: {self._end()}")
+        address = urlsplit(line.decode().strip())
+        self._connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=self.timeout_seconds)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection = self._server = None  # the server stops when it is garbage-collected
+            self._connection = None
+        self._process.kill()  # it has nothing to save, and llama.cpp's own ending may hang
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def ask(self, route: str, body: dict[str, Any]) -> Any:
+        """Return the answer to a request, from JSON. Raises LlamaCppError if there is none, or a refusal."""
+        if self._connection is None:
+            raise LlamaCppError("the runtime is not running: use it in a with statement")
+        try:
+            self._connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+            response = self._connection.getresponse()
+            answer = response.read()
+        except TimeoutError:
+            raise LlamaCppError(f"llama.cpp gave no answer to {route} within {self.timeout_seconds:g} s") from None
+        except (OSError, http.client.HTTPException):
+            raise LlamaCppError(f"llama.cpp gave no answer to {route}: {self._end()}") from None
+        if response.status != http.HTTPStatus.OK:
+            raise LlamaCppError(f"llama.cpp refused {route}: {answer.decode(errors='replace')[:LAST_WORDS]}")
+        return json.loads(answer)
+
+    def _end(self) -> str:
+        """Return how the process ended, and what it said last."""
+        try:
+            code = self._process.wait(DEATH_S)
+        except subprocess.TimeoutExpired:
+            return "its process hangs"
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace")
+        if code >= 0:
+            return f"it refused it, saying: {reason(said)}"
+        name = signal.Signals(-code).name
+        hint = " (the system kills where memory runs out)" if -code == signal.SIGKILL else ""
+        return f"it died by {name}{hint}, saying: {last_words(said)}"
+
+
+def reason(said: str) -> str:
+    """Return the first error that llama.cpp logged, which is the cause of those after it."""
+    errors = [line for line in said.splitlines() if ERROR_LINE.match(line)]
+    return ERROR_LINE.sub("", errors[0])[:LAST_WORDS] if errors else last_words(said)
+
+
+def last_words(said: str) -> str:
+    """Return the last line that llama.cpp wrote, without the folder in which it was built."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return SOURCE_FOLDER.sub("", lines[-1])[:LAST_WORDS] if lines else "nothing"
+
+
+class LlamaCppRuntime(Server):
+    """A context manager that runs a file in llama.cpp on windows of up to ``context`` tokens.
+
+    Each window is one batch of one sequence, with a float32 KV cache and without flash attention, so that only
+    llama.cpp's matrix products differ from a float computation. Raises what Server raises.
+    """
+
+    def __init__(self, path: str | Path, context: int, threads: int | None = None, timeout_seconds: float = 600.0):
+        super().__init__(path, context, threads, timeout_seconds, states=True)
 
     def hidden_states(self, windows: np.ndarray) -> np.ndarray:
         """Return final hidden states, float32 (n, T, D) after the output norm, for token ids ``windows`` (n, T).
@@ -80,10 +164,10 @@ class LlamaCppRuntime:
         """
         if windows.ndim != 2 or windows.shape[1] > self.context:
             raise ValueError(f"expected windows (n, T <= {self.context}), found shape {windows.shape}")
-        return np.stack([self._window(window) for window in windows])
+        return np.stack([self._window(window) for window in steps(windows, len(windows), "window")])
 
     def _window(self, window: np.ndarray) -> np.ndarray:
-        answer = self._post("/embedding", {"content": window.tolist(), "embd_normalize": RAW})
+        answer = self.ask("/embedding", {"content": window.tolist(), "embd_normalize": RAW})
         states = np.asarray(answer[0]["embedding"], dtype=np.float32)
         if states.shape[0] != len(window):
             raise LlamaCppError(f"expected {len(window)} hidden states, found {states.shape[0]}")
@@ -95,20 +179,7 @@ class LlamaCppRuntime:
         Raises ValueError if the file has no tokenizer, LlamaCppError if llama.cpp gives no valid answer.
         """
         _require_tokenizer(self.contents)
-        return list(self._post("/tokenize", {"content": text, "add_special": add_special})["tokens"])
-
-    def _post(self, route: str, body: dict[str, Any]) -> Any:
-        if self._connection is None:
-            raise LlamaCppError("the runtime is not running: use it in a with statement")
-        try:
-            self._connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-            response = self._connection.getresponse()
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise LlamaCppError(f"llama.cpp gave no answer to {route}: {error}") from error
-        if response.status != http.HTTPStatus.OK:
-            raise LlamaCppError(f"llama.cpp refused {route}: {answer.decode(errors='replace')[:300]}")
-        return json.loads(answer)
+        return list(self.ask("/tokenize", {"content": text, "add_special": add_special})["tokens"])
 
 
 def generation_speed(
@@ -118,15 +189,13 @@ def generation_speed(
 
     Raises as LlamaCppRuntime does, and ValueError for a file without a tokenizer.
     """
-    contents = read_gguf(path)
-    _require_tokenizer(contents)
-    params = _params(contents, prompt_tokens + new_tokens, threads or default_threads())
-    params.warmup = True
-    server = _start(params)
-    vocabulary = contents.tensors["token_embd.weight"].shape[0]
+    server = Server(path, prompt_tokens + new_tokens, threads, timeout_seconds=600.0, states=False)
+    _require_tokenizer(server.contents)
+    vocabulary = server.contents.tensors["token_embd.weight"].shape[0]
     prompt = [i % vocabulary for i in range(prompt_tokens)]  # the time does not depend on the ids
     request = {"prompt": prompt, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False, "temperature": 0.0}
-    timings = server.handle_completions(request)["timings"]
+    with server:
+        timings = server.ask("/completion", request)["timings"]
     return Speed(
         timings["prompt_per_second"], timings["predicted_per_second"], timings["prompt_n"], timings["predicted_n"]
     )
@@ -141,25 +210,3 @@ def _require_tokenizer(contents: GgufContents) -> None:
     """Raise ValueError for a file without a tokenizer: on text requests llama.cpp would abort the process."""
     if contents.key_values.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         raise ValueError(f"expected a GGUF file with a tokenizer, found none in {contents.path}")
-
-
-def _params(contents: GgufContents, context: int, threads: int) -> Any:
-    """Return the settings that all uses of a file share."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(contents.path)
-    params.hostnames = [LOOPBACK]
-    params.n_ctx = params.n_batch = params.n_ubatch = context
-    params.n_parallel = 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.fit_params = False  # use these sizes instead of searching for ones that fit a device
-    params.cache_ram_mib = 0
-    params.warmup = False
-    params.verbosity = ERRORS
-    return params
-
-
-def _start(params: Any) -> Any:
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise LlamaCppError(f"llama.cpp cannot load {params.model.path}: {error}") from error

@@ -1,6 +1,7 @@
 """The Ray pool: a dispatcher whose workers are long-lived Ray actors, one each."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -10,7 +11,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from bitgenome.common.errors import UserError
+from bitgenome.common.steps import Step
 from workers.cluster.ray_cluster import Placement, check_own_node, check_room, nodes
+from workers.cluster.ray_steps import StepWriter, forget_steps, read_step
 from workers.cluster.ray_worker import Worker
 from workers.errors import TaskError
 from workers.pool.backend import Event, Finished, Lost, Ready, waiting_events
@@ -37,7 +40,7 @@ class RayBackend:
         check_own_node()
         name = f"bitgenome:{self._run}:worker-{worker}"
         actor = ray.remote(Worker).options(name=name, namespace=self._namespace, **self._placement.options())
-        self._actors[worker] = actor.remote(self._threads, self._placement.gpus)
+        self._actors[worker] = actor.remote(self._threads, StepWriter(self._key(worker)), self._placement.gpus)
         self.check(worker)
 
     def check(self, worker: int) -> None:
@@ -51,8 +54,13 @@ class RayBackend:
     def wait(self, timeout: float) -> list[Event]:
         return waiting_events(self._events, timeout)
 
+    def steps(self, labels: Mapping[int, str]) -> list[Step]:
+        found = [read_step(self._key(worker), label) for worker, label in labels.items()]
+        return [step for step in found if step]
+
     def stop(self, worker: int) -> None:
         ray.kill(self._actors.pop(worker))
+        forget_steps(self._key(worker))
 
     def capacity(self) -> int | None:
         return self._placement.room(nodes())
@@ -63,6 +71,10 @@ class RayBackend:
 
     def needs(self) -> str:
         return str(self._placement)
+
+    def _key(self, worker: int) -> str:
+        """Return the key under which a worker writes its steps."""
+        return f"{self._namespace}:{worker}"
 
     def _ready(self, worker: int, answer: Any) -> None:
         try:

@@ -1,8 +1,10 @@
 """The actor that runs tasks on a Ray cluster."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from bitgenome.common.steps import Step, heard_by
 from workers.pool.base import Task, peak_memory_bytes, run_task, set_threads
 
 
@@ -10,10 +12,10 @@ class Worker:
     """A worker runs tasks and keeps their state warm.
 
     It computes with ``threads`` threads, and takes the share ``gpus`` of an accelerator's memory if that is below 1.
-    With 0 threads it does not load PyTorch by itself.
+    With 0 threads it does not load PyTorch by itself. ``tell`` takes a task's label and the last step that it told.
     """
 
-    def __init__(self, threads: int, gpus: float = 0.0) -> None:
+    def __init__(self, threads: int, tell: Callable[[str, Step], None], gpus: float = 0.0) -> None:
         if threads:
             set_threads(threads)
         if threads and 0 < gpus < 1:
@@ -21,9 +23,15 @@ class Worker:
 
             take_share(gpus)
         self._state: dict[Any, Any] = {}
+        self._tell = tell
 
     def run(self, task: Task) -> tuple[Any, float, int]:
         """Return the task's result, the seconds it took, and the most bytes that this worker has held."""
         started = time.perf_counter()
-        result = run_task(task, self._state)
+
+        def hear(running: Sequence[Step]) -> None:
+            self._tell(task.label, running[-1])
+
+        with heard_by(hear):
+            result = run_task(task, self._state)
         return result, time.perf_counter() - started, peak_memory_bytes()

@@ -1,9 +1,11 @@
 """The interface of a backend, which holds the workers of a dispatcher, and the events that it reports."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+from bitgenome.common.steps import Step
 from workers.pool.base import Task
 
 
@@ -61,6 +63,9 @@ class Backend(Protocol):
 
     def wait(self, timeout: float) -> list[Event]:
         """Return the events since the last call; [] after ``timeout`` seconds without any."""
+
+    def steps(self, labels: Mapping[int, str]) -> list[Step]:
+        """Return the last steps that the tasks of workers told; ``labels`` are those of the tasks, by worker."""
 
     def stop(self, worker: int) -> None:
         """End a worker, whatever it does. Events of it may still come, and mean nothing."""

@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any, Literal
 
+from bitgenome.common.steps import tell
 from workers.errors import ClusterError, WorkersLostError
 from workers.pool.backend import Backend, Event, Finished, Lost
 from workers.pool.base import Pool, PoolStatistics, Task, work_of
@@ -20,6 +21,7 @@ from workers.pool.scheduling import AHEAD, Durations, Elasticity, Patience, want
 log = logging.getLogger(__name__)
 
 RESIZE_S = 1.0  # seconds between two checks of the limit and of the room for workers
+STEPS_S = 5.0  # seconds between two looks at how far the tasks are
 FAILED_STARTS = 8  # tolerated in a row, plus one for each worker held
 
 
@@ -107,7 +109,7 @@ class Dispatcher(Pool):
         self._single: dict[int, _Worker] = {}  # workers with one call
         self._failed_starts = 0
         self._most = self.elasticity.ceiling(self.limit(), None)  # workers that may be held, whatever room there is
-        self._last_alive = self._next_tick = self._next_resize = clock()
+        self._last_alive = self._next_tick = self._next_resize = self._next_steps = clock()
         self._start(min(self.elasticity.minimum, self._ceiling()))
 
     @property
@@ -122,6 +124,7 @@ class Dispatcher(Pool):
     def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
         job = _Job(tasks)
         self._last_alive = self._next_tick = self._next_resize = self._clock()
+        self._next_steps = self._clock() + STEPS_S
         try:
             for wanted in range(len(tasks)):
                 while wanted in job.unanswered:
@@ -143,9 +146,17 @@ class Dispatcher(Pool):
         if self._clock() >= self._next_tick:
             self._look_after(job)
             self._next_tick = self._clock() + job.durations.tick
+        if self._clock() >= self._next_steps:
+            self._tell_steps(job)
         self._count(job)
-        for event in self._backend.wait(max(0.0, self._next_tick - self._clock())):
+        for event in self._backend.wait(max(0.0, min(self._next_tick, self._next_steps) - self._clock())):
             self._take_in(event)
+
+    def _tell_steps(self, job: _Job) -> None:
+        """Pass on how far the tasks on workers are, and let the next look wait."""
+        begun = [worker.calls[0] for worker in self._workers.values() if worker.calls]
+        tell(self._backend.steps({call.worker.number: job.tasks[call.task].label for call in begun if call.job is job}))
+        self._next_steps = self._clock() + STEPS_S
 
     def _send_out(self, job: _Job, wanted: int) -> None:
         last = wanted + AHEAD * max(1, len(self._workers))

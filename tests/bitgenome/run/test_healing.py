@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from bitgenome.common.errors import UserError
 from bitgenome.run.export import differing_floats, differing_tensors, export_again
-from bitgenome.run.proof import verify_file
+from bitgenome.run.verify import verify_file
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
 from exporters.files.gguf_reader import read_gguf
@@ -61,7 +61,7 @@ def test_a_file_whose_norms_are_not_those_measured_does_not_verify(runs: Runs, f
     norm = read_gguf(file).tensors["output_norm.weight"]
     try:
         file.write_bytes(whole[: norm.offset] + torch.ones(64).numpy().tobytes() + whole[norm.offset + 256 :])
-        with pytest.raises(UserError, match="found model.norm.weight to differ: bitgenome export"):
+        with pytest.raises(UserError, match="found tensor model.norm.weight to differ: bitgenome export"):
             verify_file(file, runs.storage / "base")
     finally:
         file.write_bytes(whole)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from bitgenome.common.steps import steps
+
 
 @dataclass(frozen=True)
 class Sleep:
@@ -24,6 +26,19 @@ class Sleep:
     def run(self, state: dict[Any, Any]) -> int:
         time.sleep(self.seconds)
         return self.number
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Go through three blocks, a pause before each."""
+
+    seconds: float
+    label: str = "blocks"
+
+    def run(self, state: dict[Any, Any]) -> int:
+        for _ in steps(range(3), 3, "block"):
+            time.sleep(self.seconds)
+        return 3
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Workers in simulated time: a backend whose clock moves only while the dispatcher waits."""
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
+from bitgenome.common.steps import Step
 from workers.pool.backend import Event, Finished, Lost, Ready
 from workers.pool.base import Task
 
@@ -97,6 +98,9 @@ class SimulatedBackend:
 
     def _of(self, event: Event) -> int:
         return self._calls[event.call] if isinstance(event, Finished) else event.worker
+
+    def steps(self, labels: Mapping[int, str]) -> list[Step]:
+        return []
 
     def stop(self, worker: int) -> None:
         self.log.append((self.now, "stop", worker))

@@ -1,19 +1,21 @@
 """Every pool keeps the contract of workers.pool.base.Pool; the Ray pool survives its workers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import ray
 
-from tests.workers.pool.pool_tasks import CountCalls, DieAlways, DieOnce, Fail, Sleep, SleepOnce, Threads
+from bitgenome.common.steps import Step, heard_by
+from tests.workers.pool.pool_tasks import Blocks, CountCalls, DieAlways, DieOnce, Fail, Sleep, SleepOnce, Threads
 from tests.workers.pool.thread_backend import ThreadBackend
 from workers.cluster.open_pool import open_pool
 from workers.cluster.ray_cluster import Placement, connect
 from workers.cluster.ray_pool import RayPool
 from workers.cluster.settings import WorkerSettings
 from workers.errors import ClusterError, TaskError, WorkersLostError
+from workers.pool import dispatcher
 from workers.pool.base import Pool, SerialPool
 from workers.pool.dispatcher import Dispatcher
 from workers.pool.scheduling import Elasticity, Patience
@@ -50,6 +52,13 @@ class PoolContract:
 
     def test_workers_compute_with_the_threads_they_were_given(self, pool: Pool) -> None:
         assert set(pool.map([Threads()] * 3)) == {1}
+
+    def test_a_long_task_tells_how_far_it_is(self, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher, "STEPS_S", 0.1)
+        heard: list[Sequence[Step]] = []
+        with heard_by(heard.append):
+            assert list(pool.map([Blocks(0.4)])) == [3]
+        assert Step(0, 3, "block") in [step for running in heard for step in running]
 
     def test_a_pool_counts_what_it_did(self, pool: Pool) -> None:
         before, busy = pool.statistics.completed, pool.statistics.busy_seconds

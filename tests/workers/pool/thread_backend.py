@@ -1,9 +1,12 @@
 """Workers as threads of this process: a backend for tests and for measuring the driver without a cluster."""
 
 import threading
+from collections.abc import Mapping
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+from bitgenome.common.steps import Step
 from workers.cluster.ray_worker import Worker
 from workers.pool.backend import Event, Finished, Ready, waiting_events
 from workers.pool.base import Task
@@ -18,13 +21,14 @@ class ThreadBackend:
         self._threads = threads
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._queues: dict[int, Queue] = {}
+        self._steps: dict[int, tuple[str, Step]] = {}
 
     def start(self, worker: int) -> None:
         self._queues[worker] = SimpleQueue()
         threading.Thread(target=self._serve, args=(worker, self._queues[worker]), daemon=True).start()
 
     def _serve(self, worker: int, queue: Queue) -> None:
-        process = Worker(self._threads)
+        process = Worker(self._threads, partial(self._note, worker))
         self._events.put(Ready(worker))
         while (order := queue.get()) is not None:
             call, task = order
@@ -42,6 +46,13 @@ class ThreadBackend:
 
     def wait(self, timeout: float) -> list[Event]:
         return waiting_events(self._events, timeout)
+
+    def _note(self, worker: int, label: str, step: Step) -> None:
+        self._steps[worker] = label, step
+
+    def steps(self, labels: Mapping[int, str]) -> list[Step]:
+        found = [(label, self._steps.get(worker, ("", None))) for worker, label in labels.items()]
+        return [step for label, (of, step) in found if step and label == of]
 
     def stop(self, worker: int) -> None:
         self._queues.pop(worker).put(None)

@@ -1,0 +1,63 @@
+"""Reads best.json: what a run ended in."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bitgenome.common import layout
+from bitgenome.common.errors import UserError
+from search.types import Evaluation
+
+
+class RunResult(BaseModel):
+    """Holds the object in a run's best.json, of which only what other commands read is named here."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    winner: dict[str, Any]
+    gguf: str  # name of the file in the run directory
+    bits_per_weight: float
+    budget_bytes: int
+    healing: dict[str, Any] | None = None
+    proof: dict[str, Any] | None = None  # None: llama.cpp has not run the file
+    gguf_bytes: int | None = None  # None in runs of earlier versions
+    gguf_sha256: str | None = None
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The winner, as evaluated on validation text."""
+        return Evaluation.from_json(self.winner)
+
+    @classmethod
+    def parse(cls, content: bytes, source: str, run: str | Path) -> Self:
+        """Return the result of ``run`` in ``content``. Raises UserError, naming ``source``, if there is none."""
+        try:
+            result = cls.model_validate(json.loads(content))
+            checked = result.evaluation
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"expected the result of a run in {source}, found {what_is_wrong(error)}: "
+                f"bitgenome resume {run} writes it again"
+            ) from None
+        if not all(isinstance(choice, int) for choice in checked.genome) or Path(result.gguf).name != result.gguf:
+            raise UserError(f"expected a genome and a file's name in {source}, found others: bitgenome resume {run}")
+        return result
+
+    @classmethod
+    def read(cls, run: Path) -> Self | None:
+        """Return the result of the run directory ``run``, None if it has none. Raises UserError as ``parse`` does."""
+        file = run / layout.BEST
+        return cls.parse(file.read_bytes(), str(file), run) if file.is_file() else None
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Return in a few words what a reader of JSON did not like."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg'].lower()}" if place else str(first["msg"]).lower()
+    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
+        return "no JSON"
+    return f"something else ({' '.join(str(error).split())[:80]})"
