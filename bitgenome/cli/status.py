@@ -62,15 +62,17 @@ def show_lines(looks: Iterator[list[RunStatus]]) -> None:
     said: dict[str, str] = {}
     for found in looks:
         for one in found:
-            line = f"{one.name}: {one.state}, {one.stage}, {progress_of(one)}, {best_of(one)}"
+            line = f"{one.name}: {one.state}, {one.error or one.stage}, {progress_of(one)}, {best_of(one)}"
             if said.get(one.path) != line:
                 typer.echo(line)
             said[one.path] = line
 
 
-def view(found: list[RunStatus], single: bool) -> Group | Table:
+def view(found: list[RunStatus], single: bool) -> Group:
     """Return one run in detail, or all as a table."""
-    return details(found[0]) if single else table_of(found)
+    if single:
+        return details(found[0])
+    return Group(table_of(found), *(Text(one.error or "") for one in found if one.state == "damaged"))
 
 
 def table_of(found: list[RunStatus]) -> Table:

@@ -2,20 +2,25 @@
 
 Of a run behind a URL the remote files are read, as of the last push; no mirror is touched.
 
-A run may be writing meanwhile, or have been killed while it wrote: incomplete lines and missing files are skipped.
+A run may be writing meanwhile, or have been killed while it wrote: incomplete lines and missing files are skipped. What
+no run writes makes the state ``damaged``, with a sentence on it.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitgenome.common import layout
-from bitgenome.common.errors import UserError
+from bitgenome.common.errors import StorageError, UserError, expecting
 from bitgenome.common.files import json_object
 from bitgenome.storage.lease import TTL_S, Claim, since_start, this_machine
 from bitgenome.storage.run_files import RunFiles, run_files
+from bitgenome.storage.run_record import RunRecord
+from bitgenome.storage.run_result import RunResult
 from workers.storage.folders import is_url, mirror_root, open_folder
 
 
@@ -25,22 +30,22 @@ class RunStatus:
 
     name: str
     path: str
-    state: str  # running, stopped, finished or failed
-    error: str | None  # why it failed
-    stage: str | None  # the last stage that began
-    stage_since: float | None  # seconds since the epoch
-    generation: int
-    evaluations: int  # genomes evaluated by the search
-    expected: int | None
-    best_loss: float | None
-    best_kl: float | None
-    best_bytes: int | None
-    bits_per_weight: float | None
-    budget_bytes: int | None
-    seconds: dict[str, float]  # by stage, over all attempts
-    seconds_left: float | None  # until the search ends
-    workers: int | None  # when the run began
-    last_line: str | None  # of events.log
+    state: str  # running, stopped, finished, failed or damaged
+    error: str | None = None  # why it failed, or what is damaged
+    stage: str | None = None  # the last stage that began
+    stage_since: float | None = None  # seconds since the epoch
+    generation: int = 0
+    evaluations: int = 0  # genomes evaluated by the search
+    expected: int | None = None
+    best_loss: float | None = None
+    best_kl: float | None = None
+    best_bytes: int | None = None
+    bits_per_weight: float | None = None
+    budget_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, over all attempts
+    seconds_left: float | None = None  # until the search ends
+    workers: int | None = None  # when the run began
+    last_line: str | None = None  # of events.log
 
 
 class Lines:
@@ -55,16 +60,15 @@ class Lines:
         self.count = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Yield the objects of complete lines that were appended since the last call."""
+        """Yield the objects of complete lines that were appended since the last call. Raises ValueError."""
         if self._files.size(self._name) < self._offset:  # truncated or replaced
             self._offset = self.count = 0
         for line in self._files.lines(self._name, self._offset):
             if not line.endswith(b"\n"):
                 return
-            self._offset += len(line)
+            yield json.loads(line)
+            self._offset += len(line)  # not if the reader did not understand the line: it comes again
             self.count += 1
-            if record := json_object(line):
-                yield record
 
 
 class RunReader:
@@ -94,25 +98,40 @@ class RunReader:
         ``running`` tells that the caller watches the run's process and knows that it runs; otherwise its lease is read.
         """
         self._files.look()
-        record = self._files.record(layout.RECORD)
-        for evaluation in self._lines.new():
-            self._learn(evaluation)
-        state = "running" if running else self._state(record)
-        winner = self._files.record(layout.BEST) if state == "finished" else {}
-        best = winner.get("winner") or self._best.get(self._text, {})
+        try:
+            return self._read(running)
+        except StorageError:
+            raise
+        except UserError as error:  # of one run of many: the others are shown too
+            return RunStatus(self.name, self.location, "damaged", str(error))
+
+    def _read(self, running: bool) -> RunStatus:
+        """Return the present state. Raises UserError for a file that no run writes."""
+        with self._expecting("a run record", layout.RECORD):
+            record = RunRecord.parse(self._files.content(layout.RECORD), Path(), self._source(layout.RECORD)).data
+            state = "running" if running else self._state(record)
+            seconds = self._seconds(record, state)
+            stage = record.get("stage") or {}
+            stage_name, since = stage.get("name"), stage.get("since")
+        with self._expecting("evaluations", layout.EVALUATIONS):
+            for evaluation in self._lines.new():
+                self._learn(evaluation)
+            best = self._best.get(self._text, {})
+        if state == "finished" and self._files.size(layout.BEST):
+            best = RunResult.parse(self._files.content(layout.BEST), self._source(layout.BEST), self.location).winner
+        with self._expecting("generations", layout.GENERATIONS):
+            generations = self._files.tail(layout.GENERATIONS)
+            last = json.loads(generations[-1])["generation"] if generations else 0
         size, weights = best.get("file_bytes"), record.get("weights")
-        generations = self._files.tail(layout.GENERATIONS)
-        last = json_object(generations[-1].encode()) if generations else {}
         events = self._files.tail(layout.EVENTS)
-        stage = record.get("stage") or {}
         return RunStatus(
             name=self.name,
             path=self.location,
             state=state,
-            error=record.get("error") if state == "failed" else None,
-            stage=stage.get("name"),
-            stage_since=stage.get("since"),
-            generation=last.get("generation", 0),
+            error=str(record.get("error")) if state == "failed" else None,
+            stage=stage_name,
+            stage_since=since,
+            generation=last,
             evaluations=len(self._genomes),
             expected=record.get("expected_evaluations"),
             best_loss=best.get("loss"),
@@ -120,21 +139,28 @@ class RunReader:
             best_bytes=size,
             bits_per_weight=8 * size / weights if size and weights else None,
             budget_bytes=record.get("budget_bytes"),
-            seconds=self._seconds(record, state),
+            seconds=seconds,
             seconds_left=self._seconds_left(record, state),
             workers=record.get("workers"),
             last_line=events[-1] if events else None,
         )
 
+    def _expecting(self, what: str, name: str) -> AbstractContextManager[None]:
+        """Return a context that says what is wrong with the file ``name``."""
+        return expecting(what, self._source(name), f"restore it, or begin a run of another name than {self.name}")
+
+    def _source(self, name: str) -> str:
+        return f"{self.location}/{name}"
+
     def _learn(self, evaluation: Mapping[str, Any]) -> None:
         """Take one evaluation into account, if it is on search text."""
-        if evaluation.get("split") != "search":
+        if evaluation["split"] != "search":
             return
-        self._genomes.add(tuple(evaluation.get("genome", ())))
-        text = (evaluation.get("tokens", 0), evaluation.get("draw", 0))
+        self._genomes.add(tuple(evaluation["genome"]))
+        text = (int(evaluation["tokens"]), int(evaluation.get("draw", 0)))
         if text[0] >= self._text[0]:
             self._text = text
-        loss, best = evaluation.get("loss"), self._best.get(text)
+        loss, best = evaluation["loss"], self._best.get(text)
         if loss is not None and (best is None or loss < best["loss"]):
             self._best[text] = dict(evaluation)
 
@@ -142,7 +168,9 @@ class RunReader:
         """Return running, finished, failed or stopped."""
         if is_owned(self._lease_place(record)):
             return "running"
-        return record.get("ended") or ("finished" if self._files.size(layout.BEST) else "stopped")
+        if (ended := record.get("ended")) or not self._files.size(layout.BEST):
+            return str(ended or "stopped")
+        return "finished" if self._files.record(layout.BEST).get("proof") else "stopped"
 
     def _lease_place(self, record: Mapping[str, Any]) -> str:
         """Return the path or URL where the run's driver holds its lease: of a mirror, the URL."""
@@ -155,7 +183,7 @@ class RunReader:
     @staticmethod
     def _seconds(record: Mapping[str, Any], state: str) -> dict[str, float]:
         """Return the seconds of every stage, those of the running one until the present."""
-        seconds, stage = dict(record.get("stages", {})), record.get("stage") or {}
+        seconds, stage = {str(k): float(v) for k, v in record.get("stages", {}).items()}, record.get("stage") or {}
         if state == "running" and "since" in stage:
             seconds[stage["name"]] = round(seconds.get(stage["name"], 0.0) + max(0.0, time.time() - stage["since"]), 2)
         return seconds

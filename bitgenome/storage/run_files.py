@@ -33,9 +33,13 @@ class RunFiles(ABC):
         """Return the byte at which the last segment of a file begins; 0 without segments."""
         return 0
 
+    def content(self, name: str) -> bytes:
+        """Return the bytes of a file, b"" if there is none."""
+        return b"".join(self.lines(name))
+
     def record(self, name: str) -> dict[str, Any]:
         """Return the object in a file, or {} if there is none that can be read."""
-        return json_object(b"".join(self.lines(name)))
+        return json_object(self.content(name))
 
     def tail(self, name: str) -> list[str]:
         """Return the last complete lines, from ``TAIL_BYTES`` at most; of a file in segments, from the last segment."""

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from bitgenome.common import layout
-from bitgenome.common.errors import UserError
+from bitgenome.common.errors import UserError, expecting
 from search.types import Evaluation
 
 
@@ -33,14 +33,9 @@ class RunResult(BaseModel):
     @classmethod
     def parse(cls, content: bytes, source: str, run: str | Path) -> Self:
         """Return the result of ``run`` in ``content``. Raises UserError, naming ``source``, if there is none."""
-        try:
+        with expecting("the result of a run", source, f"bitgenome resume {run} writes it again"):
             result = cls.model_validate(json.loads(content))
             checked = result.evaluation
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"expected the result of a run in {source}, found {what_is_wrong(error)}: "
-                f"bitgenome resume {run} writes it again"
-            ) from None
         if not all(isinstance(choice, int) for choice in checked.genome) or Path(result.gguf).name != result.gguf:
             raise UserError(f"expected a genome and a file's name in {source}, found others: bitgenome resume {run}")
         return result
@@ -50,14 +45,3 @@ class RunResult(BaseModel):
         """Return the result of the run directory ``run``, None if it has none. Raises UserError as ``parse`` does."""
         file = run / layout.BEST
         return cls.parse(file.read_bytes(), str(file), run) if file.is_file() else None
-
-
-def what_is_wrong(error: Exception) -> str:
-    """Return in a few words what a reader of JSON did not like."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}: {first['msg'].lower()}" if place else str(first["msg"]).lower()
-    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError):
-        return "no JSON"
-    return f"something else ({' '.join(str(error).split())[:80]})"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def append(path: Path, *records: dict[str, Any], end: str = "\n") -> None:
 @pytest.fixture
 def run(runs: Runs, request: pytest.FixtureRequest) -> RunDirectory:
     """A new run directory of the test's own."""
-    name = request.node.name.replace("_", "-")
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name).strip("-")
     directory = RunDirectory.create(load_config(runs.write(name, workers={"ray": "off"})))
     directory.record |= {"weights": 4000, "expected_evaluations": 24}
     directory.record.save()
@@ -96,18 +97,32 @@ def test_progress_grows_with_the_files_and_half_written_lines_wait_for_their_end
     found = reader.read()
     assert (found.evaluations, found.best_loss) == (5, 0.3), "the best is that of the search's present text"
     log.write_text("")
-    append(log, evaluation(7, 0.75), {"no": "evaluation"})
+    append(log, evaluation(7, 0.75))
     (run.path / "generations.jsonl").write_text('{"generation": 2}\n{"generation": 3, "genom')
     assert reader.read().generation == 2
 
 
-def test_files_that_are_not_there_or_broken_are_passed_over(run: RunDirectory) -> None:
-    for name in ("evaluations.jsonl", "generations.jsonl", "best.json", "events.log"):
-        (run.path / name).write_bytes(b"\xff\x00{[\n\n")
+@pytest.mark.parametrize("name", ["evaluations.jsonl", "generations.jsonl", "best.json", "run.json"])
+@pytest.mark.parametrize("content", [b"\xff\x00{[\n", b'{"no": "such"}\n', b'"text"\n', b"[1]\n"], ids=range(4))
+def test_a_file_that_no_run_writes_is_said_and_does_not_hide_other_runs(
+    run: RunDirectory, name: str, content: bytes
+) -> None:
+    if name == "best.json":
+        run.record["ended"] = "finished"
+        run.record.save()
+    (run.path / name).write_bytes(content)
+    reader = RunReader(run.path)
+    for _ in range(2):
+        found = reader.read()
+        assert found.state == "damaged" and str(found.error).startswith("expected ")
+        assert str(run.path / name) in str(found.error) and "\n" not in str(found.error)
+
+
+def test_files_that_are_not_there_or_torn_are_passed_over(run: RunDirectory) -> None:
+    (run.path / "events.log").write_bytes(b"\xff\x00{[\n\n")
+    (run.path / "evaluations.jsonl").write_bytes(b'{"genome": [1')
     found = RunReader(run.path).read()
-    assert (found.evaluations, found.generation, found.expected) == (0, 0, 24)
-    (run.path / "run.json").write_text("{")
-    assert RunReader(run.path).read().expected is None
+    assert (found.state, found.evaluations, found.generation, found.expected) == ("stopped", 0, 0, 24)
 
 
 def test_the_time_left_follows_the_rate_of_this_attempt(run: RunDirectory) -> None:
@@ -233,6 +248,5 @@ def test_a_run_that_is_not_there_is_answered_in_one_sentence(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert (
-        capsys.readouterr().err == f"error: expected a run directory with run.json, found none at {tmp_path}/nobody\n"
-    )
+    found = f"a run directory with run.json, or the name of a run in {tmp_path}, found neither at nobody"
+    assert capsys.readouterr().err == f"error: expected {found}\n"
