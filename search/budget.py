@@ -98,6 +98,11 @@ def _checked(space: SearchSpace, file_bytes: int, asked: str, scale: float, word
     smallest, largest = space.file_bytes(space.smallest()), space.file_bytes(space.largest())
     if smallest <= file_bytes <= largest:
         return Budget(file_bytes)
+    if smallest == largest:
+        raise ValueError(
+            f"budget of {asked} ({file_bytes:,} bytes) cannot be met: with these levels this model's files have one "
+            f"size, file_size: {smallest}"
+        )
     low, high = words.format(_rounded(smallest / scale, math.ceil)), words.format(_rounded(largest / scale, math.floor))
     raise ValueError(
         f"budget of {asked} ({file_bytes:,} bytes) cannot be met: this model's files lie between {low} "

@@ -77,6 +77,12 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was found in model files is remembered apart from the user's own cache."""
+    os.environ.setdefault("BITGENOME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
     """The bank of little text; no test changes it."""

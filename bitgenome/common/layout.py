@@ -3,7 +3,12 @@
 <storage_path>/<run>/                   a run, or a study
 <storage_path>/batch-<name>/            a batch
 <storage_path>/shared/<kind>/<digest>/  artefacts that several runs use, by a digest of all that they depend on
+<cache>/<digest>/                       this machine's copy of what is behind a URL
+<cache>/found/                          what was found in large files, so that each is read once
 """
+
+import os
+from pathlib import Path
 
 # A run
 RECORD = "run.json"  # configuration, digests, versions, seconds by stage
@@ -61,3 +66,11 @@ PUSH_STATE = ".pushed.json"  # local: the last push from this mirror, and which 
 
 GROWING = (EVALUATIONS, TOLD, EVENTS, JOURNAL, STUDY_RESULTS, COMPARISON_LOG)  # append-only files of lines
 POINTERS = (MANIFEST, GROUPS, SCALED_VIEW, SENSITIVITY, RECORD, CHECKPOINT)  # sent last: each says that others exist
+
+# A user's cache folder
+FOUND = "found"
+
+
+def cache_root() -> Path:
+    """Return this user's cache folder on this machine: $BITGENOME_CACHE, else ~/.cache/bitgenome."""
+    return Path(os.environ.get("BITGENOME_CACHE") or Path.home() / ".cache" / "bitgenome").resolve()

@@ -14,6 +14,33 @@ from bitgenome.common.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML as SafeLoader does, and refuses a mapping with the same key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in first:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} in line {first[key]} and again in line {line}: give it once"
+                )
+            first[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """Return the plain data of a YAML text. Raises yaml.YAMLError if it is none, or gives a key twice."""
+    loader = _UniqueKeys(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 URL_WITH_PASSWORD = re.compile(r"[\w+.-]+://[^/@\s]*:[^/@\s]+@")
 STANDARD_INPUT = Path("-")
 
@@ -27,7 +54,7 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if path != STANDARD_INPUT and not path.is_file():
         raise UserError(f"expected a configuration file, found nothing at {path}")
     try:
-        data = yaml.safe_load(sys.stdin.read() if path == STANDARD_INPUT else path.read_text(encoding="utf-8"))
+        data = load_yaml(sys.stdin.read() if path == STANDARD_INPUT else path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"expected YAML in {path}, found {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -46,7 +73,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"expected --set KEY=VALUE, found {override!r}")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_yaml(value)
     except yaml.YAMLError:
         raise UserError(f"expected a YAML value in --set {override}, found {value!r}") from None
     set_key(data, key, parsed, f"--set {key}")

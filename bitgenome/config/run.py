@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bitgenome.common.section import Section
 from bitgenome.config.file import parse_section, read_settings
+from bitgenome.config.paths import UserPathOrName
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.storage import NAME, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
@@ -82,7 +83,7 @@ class RunConfig(StoredSection):
     """Configuration of a run: a model, a budget, and how to search for a genome within it."""
 
     name: str = Field(pattern=NAME, description="name of the run and of its directory below storage_path")
-    model: str = Field(description="Hugging Face folder or id")
+    model: UserPathOrName = Field(description="Hugging Face folder or id")
     budget: BudgetConfig = Field(description="largest size of the file")
     levels: tuple[str, ...] = Field(
         LEVEL_PRESETS["fine"],

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from bitgenome.common.section import Section
+from bitgenome.config.paths import UserPath
 from workers.storage.folders import is_url, mirror_root
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, studies and batches: a directory below storage_path
@@ -14,7 +15,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, studies and batches: a direct
 class StoredSection(Section):
     """Settings of something that is stored, such as a run or a study."""
 
-    storage_path: Path = Field(
+    storage_path: UserPath = Field(
         Path("runs"), description="folder, or URL such as s3://bucket/prefix or file:///nfs/runs"
     )
     storage_url: str | None = Field(None, description="of which storage_path is the mirror: filled in, not given")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.file import parse_section, read_settings
+from bitgenome.config.paths import UserPathOrName
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.run import absolute_model
 from bitgenome.config.storage import NAME, StoredSection
@@ -25,7 +26,7 @@ class StudyConfig(StoredSection):
     """Settings of a study, all but its methods."""
 
     name: str = Field(pattern=NAME, description="name of the study and of its directory below storage_path")
-    model: str = Field(description="Hugging Face folder or id")
+    model: UserPathOrName = Field(description="Hugging Face folder or id")
     tensors: Literal["blocks", "all"] = Field("blocks", description="all: embedding and head too")
     activation_samples: int = Field(2048, ge=2, description="positions of calibration text, for mutual information")
     text: TextConfig = Field(TextConfig(), description="calibration and test text")

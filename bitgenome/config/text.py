@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from bitgenome.common.section import Section
+from bitgenome.config.paths import UserPath
 from evaluators.data.stdlib import SPLITS
 
 
@@ -42,15 +43,15 @@ class TextConfig(Section):
     """
 
     source: Literal["stdlib", "file", "files"] = Field("stdlib", description="where text comes from")
-    splits: Path = Field(
+    splits: UserPath = Field(
         Path("models/stdlib-6m/splits.json"), description="of stdlib: the JSON file that names held-out modules"
     )
-    path: Path | None = Field(None, description="of file: one text file")
+    path: UserPath | None = Field(None, description="of file: one text file")
     shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2},
         description="of file: what share of its lines each split gets",
     )
-    files: dict[str, Path] | None = Field(None, description="of files: a file for each split")
+    files: dict[str, UserPath] | None = Field(None, description="of files: a file for each split")
     window: int = Field(512, ge=8, description="tokens that are read together")
     tokens: TokensConfig = Field(TokensConfig(), description="number of tokens of each split")
     seed: int = Field(0, ge=0, lt=2**32, description="of the order of windows")

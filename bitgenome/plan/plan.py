@@ -1,5 +1,6 @@
 """Plans a run before any weight is read: genes, sizes, budget and evaluations."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
@@ -9,14 +10,18 @@ from bitgenome.config.run import BudgetConfig, RunConfig
 from bitgenome.plan.pruning import sparsity_by_tensor
 from bitgenome.plan.text import check_text
 from bitgenome.storage.staged import local_model
+from evaluators.model.checks import check_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.scaling import check_scalable
 from exporters.files.gguf_writer import fixed_bytes
+from exporters.metadata.hyperparameters import attention_window, model_metadata
 from exporters.metadata.tensor_names import quantizable_tensors
 from quantizers.settings import CompensationSettings, Sparsity
 from search.budget import Budget
 from search.gene_groups import kind_labels, layer_labels, tied_genes
 from search.types import SearchSpace
+
+log = logging.getLogger(__name__)
 
 COMPENSATION_KEYS = {field.name for field in fields(CompensationSettings)}
 LABELS = {"kind": kind_labels, "layer": layer_labels}  # groups that need no measurement
@@ -63,7 +68,8 @@ def make_plan(config: RunConfig) -> Plan:
 
     Raises UserError (one sentence) for the first that does not fit.
     """
-    folder = ModelFolder(local_model(config.model))
+    folder = checked_folder(config.model)
+    check_window(config.text.window, folder)
     shapes = quantizable_tensors(folder)
     if config.quantization.scaling.active:
         check_scalable(folder)
@@ -84,6 +90,33 @@ def make_plan(config: RunConfig) -> Plan:
     space, budget = tied_space(config, folder, free, labels)
     check_text(config.text, folder)
     return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
+
+
+def checked_folder(model: str) -> ModelFolder:
+    """Return a model's folder; raise UserError unless it can be exported and its weights fit its config.json."""
+    folder = ModelFolder(local_model(model))
+    model_metadata(folder)
+    check_model(folder)
+    return folder
+
+
+def check_window(tokens: int, folder: ModelFolder) -> None:
+    """Raise UserError if windows of ``tokens`` are longer than the model's sliding window, which llama.cpp ignores.
+
+    Up to that length model and file compute the same; warns that for longer ones they do not.
+    """
+    window = attention_window(folder)
+    if window is None:
+        return
+    if tokens > window:
+        raise UserError(
+            f"expected text.window at most the model's sliding window ({window}), found {tokens}: llama.cpp attends to "
+            "all tokens, so longer texts would be scored otherwise than the file computes them"
+        )
+    if window < folder.config["max_position_embeddings"]:
+        log.warning(
+            "the model attends to %d tokens back, llama.cpp to all: texts longer than %d tokens differ", window, window
+        )
 
 
 def tied_space(

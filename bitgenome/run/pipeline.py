@@ -43,7 +43,7 @@ def run(config: RunConfig, console: Console) -> Outcome:
     # before the directory is created: text that is too short leaves nothing behind
     resumed = windows_of_run(config)
     windows = resumed or read_windows(plan)
-    plan.folder.check_finite()
+    plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
     with (
         RunDirectory.owned(config) as directory,
         open_session(config, plan.folder, directory.path, directory.stage("workers")) as pool,

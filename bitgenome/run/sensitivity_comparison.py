@@ -78,7 +78,7 @@ def compare_sensitivities(
     budgets_of(plan, bits)  # raises before any work
     check_memory(plan)
     windows = read_windows(plan)
-    plan.folder.check_finite()
+    plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
     with RunDirectory.owned(config) as directory:
         return directory.path, comparison(plan, windows, directory, count, bits, console)
 

@@ -24,6 +24,7 @@ from bitgenome.storage.staged import local_model
 from bitgenome.study.grouping_report import costs, write_grouping_report
 from bitgenome.study.report import write_report
 from evaluators.data.windows import TokenWindows
+from evaluators.model.checks import check_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.activation_samples import sample_positions
 from evaluators.study.bench import MeasureMethod, MethodResult, StudySetup
@@ -61,6 +62,7 @@ def plan_study(study: Study) -> StudyPlan:
     Raises UserError for the first that does not fit.
     """
     folder = ModelFolder(local_model(study.config.model))
+    check_model(folder)
     columns = min(shape[-1] for shape in quantizable_tensors(folder).values())
     for method in study.methods:
         try:
@@ -130,7 +132,7 @@ class StudyRun:
     def setup(self) -> StudySetup:
         """What workers need to measure methods; calibrates unless an earlier run or study did."""
         plan, config = self.plan, self.plan.config
-        plan.folder.check_finite()
+        plan.folder.check_values()
         windows_file = (plan.path / layout.WINDOWS).resolve()
         atomic_write_bytes(windows_file, self.windows.to_bytes())
         calibration, groups = calibrate(plan, self.windows, self.pool, self.track)

@@ -38,8 +38,11 @@ class BlockModel:
                 self.model = AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
                 )
-        except (ValueError, KeyError, OSError) as error:
-            raise ModelFolderError(f"expected an architecture that transformers knows, found {error}") from None
+        except Exception as error:  # whatever transformers makes of a config.json that does not fit
+            found = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelFolderError(
+                f"expected a model that transformers can build from {folder.path}, found {found}"
+            ) from None
         self.model.eval().requires_grad_(False)
         self.decoder = self.model.get_decoder()
         self.blocks: nn.ModuleList = self.decoder.layers

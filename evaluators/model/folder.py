@@ -1,8 +1,7 @@
 """This module reads a Hugging Face model folder lazily: configuration, tensor shapes, one tensor at a time."""
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ from safetensors import SafetensorError, safe_open
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
+from bitgenome.common.json_files import read_json_object, refuse_lfs_pointer
+from bitgenome.common.remembered import Found, found_in
 from evaluators.model.scaled_view import scaled, source_of
+from evaluators.model.weights_file import survey
 
 CONVERSION = (
     "convert it once, if you trust its author, with transformers' AutoModelForCausalLM.from_pretrained(FOLDER)"
-    ".save_pretrained(FOLDER, safe_serialization=True)"
+    ".save_pretrained(FOLDER)"
 )
-
-
+LARGEST_HALF = 65504.0  # of float16, in which GGUF types store weights or their scales
 # which the file's tokenizer is made of, beside tokenizer.json and tokenizer_config.json
 TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -47,10 +48,7 @@ class ModelFolder:
         config = self.path / "config.json"
         if not config.is_file():
             raise ModelFolderError(f"expected config.json in the model folder, found none in {self.path}")
-        try:
-            self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelFolderError(f"expected JSON in {config}, found {error}") from None
+        self.config: dict[str, Any] = read_json_object(config)
         self._source = source_of(self.path)
         self._files = self._index(self._source or self.path)
 
@@ -59,10 +57,7 @@ class ModelFolder:
         """Return the file of every tensor, sorted by tensor name."""
         index_file = path / "model.safetensors.index.json"
         if index_file.is_file():
-            listed = json.loads(index_file.read_text(encoding="utf-8")).get("weight_map", {}).values()
-            if outside := [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]:
-                raise ModelFolderError(f"expected weights inside the model folder, found {outside[0]} in {index_file}")
-            files = sorted({path / name for name in listed})
+            files = _listed_files(index_file)
         elif (path / "model.safetensors").is_file():
             files = [path / "model.safetensors"]  # alone: other *.safetensors beside it are copies in other layouts
         else:
@@ -73,6 +68,7 @@ class ModelFolder:
             raise ModelFolderError(f"expected *.safetensors weights in {path}, found {found}")
         index: dict[str, Path] = {}
         for file in files:
+            refuse_lfs_pointer(file)
             try:
                 with safe_open(file, framework="pt") as tensors:
                     index.update(dict.fromkeys(tensors.keys(), file))
@@ -98,13 +94,43 @@ class ModelFolder:
             tensor: torch.Tensor = tensors.get_tensor(name)
         return scaled(self.path, name, tensor) if self._source else tensor
 
-    def check_finite(self) -> None:
-        """Read every tensor once; raise ModelFolderError, naming the tensor, at the first infinite or NaN value."""
+    @cached_property
+    def types(self) -> Mapping[str, str]:
+        """Type of every stored tensor as safetensors names it, such as BF16, by Hugging Face name."""
+        types = {}
         for name, file in self._files.items():
-            if not (tensor := self.read(name)).isfinite().all():
+            with safe_open(file, framework="pt") as tensors:
+                types[name] = str(tensors.get_slice(name).get_dtype())
+        return types
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that stores a tensor."""
+        return self._files[name]
+
+    @cached_property
+    def _surveys(self) -> Mapping[Path, Found]:
+        """What ``survey`` finds in each weights file; a file that has not changed since the last time is not read."""
+        files = sorted(set(self._files.values()))
+        return found_in(files, "weights", self._source or self.path, survey)
+
+    def check_values(self, in_half: Iterable[str] = ()) -> None:
+        """Raise ModelFolderError for an infinite or NaN value, and for one beyond float16 in a tensor of ``in_half``.
+
+        The tensor is named. Weights are read once, and not at all if they have not changed since the last time.
+        """
+        halves = set(in_half)
+        for name, file in self._files.items():
+            largest = self._surveys[file]["largest"].get(name, 0.0)
+            if largest is None:
+                tensor = self.read(name)
                 raise ModelFolderError(
                     f"expected finite weights, found {int((~tensor.isfinite()).sum())} of {tensor.numel()} not finite "
                     f"in {name} of {file}"
+                )
+            if name in halves and largest > LARGEST_HALF:
+                raise ModelFolderError(
+                    f"expected weights of at most {LARGEST_HALF:g}, the largest float16, in which GGUF types store "
+                    f"weights or their scales, found {largest:g} in {name} of {file}"
                 )
 
     @property
@@ -137,14 +163,32 @@ class ModelFolder:
         """
         digest = hashlib.sha256()
         names = ("config.json", "tokenizer.json", "tokenizer_config.json", layout.SCALING_FACTORS)
-        small = [self.path / name for name in names]
-        for file in [*filter(Path.is_file, small), *sorted(set(self._files.values()))]:
+        for file in filter(Path.is_file, (self.path / name for name in names)):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
+        for _, survey_of_file in sorted(self._surveys.items()):
+            digest.update(bytes.fromhex(survey_of_file["sha256"]))
         templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
         for file in [*filter(Path.is_file, (self.path / name for name in TOKENIZER_FILES)), *templates]:
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
+
+
+def _listed_files(index_file: Path) -> list[Path]:
+    """Return the files that an index lists; raise ModelFolderError unless all of them are there."""
+    weight_map = read_json_object(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFolderError(f"expected weight_map with a file for every tensor in {index_file}, found none")
+    listed = sorted(set(weight_map.values()))
+    if outside := [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ModelFolderError(f"expected weights inside the model folder, found {outside[0]} in {index_file}")
+    files = [index_file.parent / name for name in listed]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ModelFolderError(
+            f"expected the {len(files)} files that {index_file} lists, found no {missing[0].name}"
+            + (f" and {len(missing) - 1} more missing" if len(missing) > 1 else "")
+        )
+    return files
 
 
 def resolve_model(name: str) -> Path:

@@ -5,7 +5,6 @@ The folder holds config.json, the tokenizer, ``scaling.safetensors`` with vector
 are read, so a view takes only the disk space of its vectors, whatever the model's size.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_bytes, atomic_write_json
+from bitgenome.common.json_files import read_json_object
 
 ROWS, COLUMNS = ":rows", ":columns"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # configuration and tokenizer
@@ -40,7 +40,7 @@ def write_scaled_view(directory: Path, source: Path, factors: Mapping[str, Tenso
 def source_of(folder: Path) -> Path | None:
     """Return the folder whose weights the scaled view ``folder`` reads; None if ``folder`` is no scaled view."""
     file = folder / layout.SCALED_VIEW
-    return Path(json.loads(file.read_text(encoding="utf-8"))["weights"]) if file.is_file() else None
+    return Path(read_json_object(file)["weights"]) if file.is_file() else None
 
 
 def scaled(folder: Path, name: str, tensor: Tensor) -> Tensor:

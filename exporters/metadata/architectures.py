@@ -56,7 +56,10 @@ def dimensions_of(source: ModelSource) -> Dimensions:
     """
     config, architecture = source.config, architecture_of(source)
     heads, hidden = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    head_dim = _integer(config, "head_dim", hidden // heads)
+    epsilon = config.get("rms_norm_eps", 1e-6)  # transformers' default
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+        raise UnsupportedArchitectureError(f"expected a number as rms_norm_eps in config.json, found {epsilon!r}")
     if heads * head_dim != hidden and not architecture.free_head_dim:
         raise UnsupportedArchitectureError(
             f"expected heads of {hidden // heads} = {hidden} / {heads} for {config['model_type']}, found {head_dim}"
@@ -66,15 +69,18 @@ def dimensions_of(source: ModelSource) -> Dimensions:
         hidden=hidden,
         feed_forward=_integer(config, "intermediate_size"),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=_integer(config, "num_key_value_heads", heads),
         head_dim=head_dim,
         vocabulary=_integer(config, "vocab_size"),
         context=_integer(config, "max_position_embeddings"),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),  # transformers' default
+        norm_epsilon=float(epsilon),
     )
 
 
-def _integer(config: Mapping[str, Any], key: str) -> int:
-    if not isinstance(config.get(key), int):
-        raise UnsupportedArchitectureError(f"expected an integer {key} in config.json, found {config.get(key)!r}")
-    return int(config[key])
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise UnsupportedArchitectureError(
+            f"expected an integer {key} above 0 in config.json, found {config.get(key)!r}"
+        )
+    return value

@@ -1,15 +1,15 @@
 """Builds the key-values from which llama.cpp sets up a model's graph (names: constants.py of the gguf package)."""
 
-import logging
-
 from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-from exporters.metadata.architectures import architecture_of, dimensions_of
+from exporters.metadata.architectures import UnsupportedArchitectureError, architecture_of, dimensions_of
 from exporters.metadata.key_values import KeyValues
 from exporters.metadata.rope import rope_of, scaling_keys
 from exporters.metadata.source import ModelSource
 
-log = logging.getLogger(__name__)
+WINDOWED = ("mistral", "qwen2", "qwen3")  # families whose blocks may have a sliding window
+DEFAULT_WINDOW = 4096  # transformers' default for them
+DEFAULT_FULL_LAYERS = 28  # transformers' default of max_window_layers
 
 
 def model_metadata(source: ModelSource) -> KeyValues:
@@ -47,18 +47,26 @@ def model_metadata(source: ModelSource) -> KeyValues:
             keys.uint32(f"{prefix}.{name}", setting)
         else:
             keys.float32(f"{prefix}.{name}", setting)
-    _sliding_window(source, prefix, sizes.context, keys)
+    if (window := attention_window(source)) is not None:
+        keys.uint32(f"{prefix}.attention.sliding_window", window)
     return keys
 
 
-def _sliding_window(source: ModelSource, prefix: str, context: int, keys: KeyValues) -> None:
-    """Record a sliding window, and warn if it is shorter than the context: these llama.cpp graphs ignore it."""
-    window = source.config.get("sliding_window")
-    if not window or source.config.get("use_sliding_window") is False:
-        return
-    keys.uint32(f"{prefix}.attention.sliding_window", int(window))
-    if window < context:
-        log.warning(
-            "the model attends to %d tokens back, llama.cpp's %s graph to all: texts longer than %d tokens differ",
-            window, prefix, window,
-        )  # fmt: skip
+def attention_window(source: ModelSource) -> int | None:
+    """Return how many tokens back the model attends in some of its blocks, None for all tokens in every block.
+
+    llama.cpp's graphs of llama (which mistral uses), qwen2 and qwen3 ignore such a window: they attend to all tokens.
+    Raises UnsupportedArchitectureError for a window that is no number.
+    """
+    config = source.config
+    window = config.get("sliding_window", DEFAULT_WINDOW if config.get("model_type") in WINDOWED else None)
+    if window is None or config.get("model_type") not in WINDOWED:
+        return None
+    if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
+        raise UnsupportedArchitectureError(f"expected an integer sliding_window in config.json, found {window!r}")
+    if config["model_type"] == "mistral":
+        return window
+    layers, kinds = dimensions_of(source).layers, config.get("layer_types")
+    first = config.get("max_window_layers", DEFAULT_FULL_LAYERS)
+    some = "sliding_attention" in kinds if isinstance(kinds, list) else first < layers
+    return window if config.get("use_sliding_window") and some else None

@@ -30,12 +30,17 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
 
     Raises UnsupportedArchitectureError for a scaling that llama.cpp would compute differently.
     """
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    parameters: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise UnsupportedArchitectureError(f"expected an object for {key} in config.json, found {given!r}")
+        parameters |= given
     theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or DEFAULT_THETA
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     partial = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if kind not in _ALLOWED:
+    if not isinstance(kind, str) or kind not in _ALLOWED:
         raise UnsupportedArchitectureError(
             f"expected rope scaling of type {', '.join(_ALLOWED)}, found {kind!r} in config.json"
         )
@@ -46,9 +51,17 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
         raise UnsupportedArchitectureError(
             f"rope scaling {kind!r} with {', '.join(sorted(extra))} has no equivalent in llama.cpp"
         )
+    required = _ALLOWED[kind] - (set() if kind == "llama3" else OPTIONAL)
+    numbers = {name: parameters.get(name) for name in _ALLOWED[kind] if name in required or parameters.get(name)}
+    for name, value in {"rope_theta": theta, **numbers}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UnsupportedArchitectureError(
+                f"expected a positive number as {name} for rope scaling {kind!r} in config.json, found {value!r}"
+            )
     return Rope(float(theta), kind, parameters)
 
 
+OPTIONAL = {"original_max_position_embeddings", *YARN_DEFAULTS}  # have defaults, except in llama3
 _ALLOWED: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},

@@ -17,6 +17,7 @@ from typing import Any
 
 from bitgenome.common.errors import StorageError
 from bitgenome.common.files import atomic_write_bytes, replacing, sync_folder
+from bitgenome.common.layout import cache_root
 
 REMEDIES = {"s3": "pip install 'bitgenome[s3]'"}  # for protocols whose package is missing
 
@@ -273,11 +274,6 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         with target.open("xb") as stream:
             stream.write(source.read_bytes())
-
-
-def cache_root() -> Path:
-    """Return this machine's directory for copies of remote files: $BITGENOME_CACHE, else ~/.cache/bitgenome."""
-    return Path(os.environ.get("BITGENOME_CACHE") or Path.home() / ".cache" / "bitgenome").resolve()
 
 
 def mirror_root(url: str) -> Path:

@@ -22,7 +22,7 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import StorageError
 from workers.pool.base import Pool, PoolStatistics, Task, work_of
-from workers.storage.folders import cache_root, mirror_root, open_folder
+from workers.storage.folders import mirror_root, open_folder
 from workers.storage.transfers import fetch, follow, local_sizes, send, send_missing
 
 
@@ -185,7 +185,7 @@ class StagedPool(Pool):
 
 def this_node() -> str:
     """Return the name of this node: its host, and its cache directory."""
-    return f"{socket.gethostname()} {cache_root()}"
+    return f"{socket.gethostname()} {layout.cache_root()}"
 
 
 def is_shared(name: str) -> bool:

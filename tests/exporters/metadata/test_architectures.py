@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
+from transformers import CONFIG_MAPPING, LlamaConfig, OPTConfig, OPTForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.architectures import UnsupportedArchitectureError
+from exporters.metadata.hyperparameters import attention_window
 from exporters.metadata.rope import frequency_factors, rope_of
 from exporters.metadata.tensor_names import quantizable_tensors, tensor_table
 
@@ -57,8 +58,27 @@ def test_any_other_tensor_without_a_place_is_refused(name: str) -> None:
 
 
 def test_a_missing_size_is_named() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match=r"integer hidden_size in .*, found None"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"integer hidden_size above 0 in .*, found None"):
         tensor_table(Source({}, hidden_size=None))
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"model_type": "llama", "sliding_window": 8}, None),
+        ({"model_type": "mistral", "sliding_window": 8}, 8),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "qwen2", "sliding_window": 8}, None),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, None),  # from block 28 on
+        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+    ],
+)
+def test_a_sliding_window_is_the_one_of_transformers(config: dict[str, object], window: int | None) -> None:
+    assert attention_window(Source({}, **config)) == window
+    built = CONFIG_MAPPING[str(config["model_type"])](**config, num_hidden_layers=1)
+    sliding = config["model_type"] == "mistral" or "sliding_attention" in getattr(built, "layer_types", ())
+    assert (getattr(built, "sliding_window", None) if sliding else None) == window
 
 
 def test_old_and_new_spellings_of_rope_settings_are_the_same() -> None:
@@ -74,9 +94,20 @@ def test_old_and_new_spellings_of_rope_settings_are_the_same() -> None:
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "default, linear, yarn, llama3, found 'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "'yarn' with mscale has no equivalent"),
         ({"partial_rotary_factor": 0.5}, "whole heads, found a factor of 0.5"),
+        ({"rope_scaling": "yarn"}, "expected an object for rope_scaling in config.json, found 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "positive number as factor for rope scaling 'linear' .* found None"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "positive number as factor .* found 'two'"),
+        ({"rope_scaling": {"type": ["linear"]}}, "expected rope scaling of type"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "number as .* for rope scaling 'llama3'",
+        ),
+        ({"rope_theta": -1.0}, "positive number as rope_theta"),
     ],
 )
-def test_rope_settings_without_an_equivalent_are_refused(config: dict[str, object], message: str) -> None:
+def test_rope_settings_that_are_wrong_or_have_no_equivalent_are_refused(
+    config: dict[str, object], message: str
+) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=message):
         rope_of(config)
 
