@@ -26,7 +26,9 @@ class HealingSettings(Section):
     enabled: Literal["auto", "on", "off"] = Field(
         "auto", description="auto and on take the tuned tensors if they help; on warns if they do not"
     )
-    variant: Literal["full", "blockwise"] = Field("full", description="the whole model, or one block in memory")
+    variant: Literal["auto", "full", "blockwise"] = Field(
+        "auto", description="the whole model, or one block in memory; auto: the whole where it fits"
+    )
     steps: int = Field(60, ge=1, description="of the whole model, or of each block")
     batch_tokens: int = Field(1024, ge=1, description="tokens of calibration text a step, at least one window")
     learning_rate: float | None = Field(None, gt=0, description="of Adam at its highest; by default by the divergence")

@@ -1,17 +1,26 @@
-"""Estimates how much of a worker's memory the evaluations of a run need, before they start."""
+"""Predicts the peak memory of every stage of a run before it starts, from the model's sizes alone."""
+
+from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
 
 from bitgenome.common.devices import best_device, compute_type, host_share, worker_memory
+from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
 from bitgenome.plan.plan import Plan
 from evaluators.engine.memory import Load, SweepMemory, sweep_memory
-from evaluators.model.sizes import ModelShape
+from evaluators.engine.streamed import pass_memory
+from evaluators.healing.memory import chunk_bytes, healing_memory, reference_bytes
+from evaluators.model.sizes import ModelShape, StageMemory, larger
+from evaluators.prepare.memory import bank_memory, calibration_memory
+from exporters.runtime.comparison import CHUNK_BYTES
+from quantizers.formats.table import QuantFormat
 
 GENES_TOGETHER = 8  # neighbours in one sweep, which branch off the full-precision model in the same blocks
 MOST_TOGETHER = 32  # genomes of one task: bounds what a lost worker costs, and the time between signs of progress
 KEPT_GENOMES = 4  # whose prefixes workers keep
+PACKED_COPIES = 3  # of a tensor's bytes: from the file, in another order of rows, from the bank
 REFERENCES = 12  # approximate number of seeds and uniform genomes that the winner is compared with
 
 
@@ -51,13 +60,104 @@ def worker_sweep_memory(plan: Plan) -> SweepMemory:
     return sweep_memory(shape, formats, config.text.window, heaviest_load(plan), limit, compute)
 
 
+def healing_variant(plan: Plan, limit: int | None = None, device: torch.device | None = None) -> str:
+    """Return the variant of healing that is configured, or for auto: full where that fits in ``limit`` bytes.
+
+    ``limit`` is what a worker may use on ``device``; the defaults are this machine's. Raises UserError for a configured
+    ``full`` that does not fit.
+    """
+    device = device or best_device()
+    limit = limit or worker_limit(plan.config, device)
+    wanted = plan.config.healing.variant
+    if wanted == "blockwise":
+        return wanted
+    memory = stage_healing(plan, "full", device)
+    needed = memory.host_bytes if device.type == "cpu" else memory.device_bytes
+    if needed <= limit:
+        return "full"
+    if wanted == "full":
+        raise UserError(
+            f"expected {needed / 2**30:.2f} GiB of memory for a worker with healing.variant: full, "
+            f"found {limit / 2**30:.2f} GiB: auto or blockwise heals one block at a time"
+        )
+    return "blockwise"
+
+
+def stage_healing(plan: Plan, variant: str, device: torch.device) -> StageMemory:
+    """Return the peak of healing by ``variant``."""
+    text = plan.config.text
+    tokens = {split: getattr(text.tokens, split) for split in ("calibration", "validation", "test")}
+    return healing_memory(ModelShape.of(plan.folder), variant, plan.config.healing, text.window, tokens, device)
+
+
+def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | None = None) -> dict[str, StageMemory]:
+    """Return the predicted peak of every stage of a run by name, in one process beside what that takes itself.
+
+    ``limit`` is what a worker may use on ``device``; the defaults are this machine's. Raises UserError if not even one
+    block fits.
+    """
+    device = device or best_device()
+    config, text, shape = plan.config, plan.config.text, ModelShape.of(plan.folder)
+    limit = limit or worker_limit(config, device)
+    formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
+    compute = compute_type(config.evaluation.compute, device)
+    sweep = sweep_memory(shape, formats, text.window, heaviest_load(plan), limit, compute).stage(device)
+    exact = sweep_memory(shape, formats, text.window, heaviest_load(plan), limit).stage(device)
+    stages = {
+        "calibration": calibration_memory(shape, text.tokens.calibration, text.window, device),
+        "bank": bank_memory(shape, formats, device),
+        "sensitivity": sweep,
+        "search": sweep,
+        "validation": sweep,
+    }
+    if config.healing.enabled != "off":
+        stages["healing"] = stage_healing(plan, healing_variant(plan, limit, device), device)
+    q8, size = config.evaluation.activations == "q8", plan.budget.file_bytes
+    stages |= {"test": exact, "export": export_memory(shape, formats)}
+    stages["proof"] = proof_memory(shape, text.window, text.tokens.test, size, limit, device, q8=q8)
+    return stages
+
+
+def export_memory(shape: ModelShape, formats: Mapping[str, Sequence[QuantFormat]]) -> StageMemory:
+    """Return what writing and checking the file takes: the largest tensor's packed bytes, from file and bank."""
+    largest = max(fmt.tensor_bytes(shape.tensors[name]) for name, fmts in formats.items() for fmt in fmts)
+    return StageMemory(host={"packed tensor": PACKED_COPIES * largest})
+
+
+def proof_memory(
+    shape: ModelShape, window: int, tokens: int, file_bytes: int, limit: int, device: torch.device, *, q8: bool = False
+) -> StageMemory:
+    """Return what the proof takes: llama.cpp with the mapped file; then passes block by block; then the two heads.
+
+    ``q8`` says whether 8-bit inputs are simulated too.
+    """
+    positions = max(window, tokens // window * window)
+    states = positions * shape.state_bytes
+    runtime = StageMemory(host={"file in llama.cpp": file_bytes, "hidden states of llama.cpp": states})
+    held = {"hidden states of passes before": (2 if q8 else 0) * states + states}
+    passes = pass_memory(shape, window, positions, limit, device)
+    one_pass = StageMemory.on(device, held, {"hidden states of llama.cpp": states})
+    both = StageMemory({**one_pass.device, **passes.device}, {**one_pass.host, **passes.host})
+    heads = {
+        "heads": 2 * shape.head_bytes,
+        "hidden states": (5 if q8 else 3) * states,
+        "logits": chunk_bytes(shape) + reference_bytes(shape, positions),
+    }
+    comparison = {"hidden states of llama.cpp": states, "log probabilities": 5 * CHUNK_BYTES}
+    return larger(runtime, larger(both, StageMemory.on(device, heads, comparison)))
+
+
 def check_memory(plan: Plan) -> None:
     """Raise UserError if a worker of this machine, or of the configured size, could not hold even one block.
+
+    So it does for a configured ``healing.variant: full`` that does not fit.
 
     The machines of a remote cluster are unknown here: they are checked when their workers start.
     """
     if plan.config.evaluation.memory or plan.config.workers.ray in ("off", "auto", "local"):
         worker_sweep_memory(plan)
+        if plan.config.healing.enabled != "off":
+            healing_variant(plan)
 
 
 def process_bytes() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
-from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES
+from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
 from bitgenome.plan.plan import Plan
 from evaluators.healing.tuner import MICRO_TOKENS
 from evaluators.probes.rates import Rates, Rounding
@@ -142,7 +142,7 @@ class Work:
         measured = 3 * (text.tokens.validation + text.tokens.search)
         forward = self.layers * rates.block_float32
         read = min(trained, text.tokens.calibration)
-        if config.variant == "full":
+        if healing_variant(self.plan) == "full":
             busy = min(self.workers, max(1, batch // MICRO_TOKENS))
             steps = trained * (self.layers * rates.block_gradient + rates.head_gradient)
             return (steps + read * forward) / busy + measured * (forward + rates.head) / min(self.workers, 2)

@@ -6,16 +6,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.errors import UserError
 from bitgenome.observe.progress import Track
+from bitgenome.plan.memory import healing_variant, stage_healing
 from bitgenome.plan.plan import Plan
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
+from evaluators.healing.memory import MeasureRoom
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
 from exporters.metadata.tensor_names import tensor_table
@@ -71,6 +74,30 @@ def float_tensors(plan: Plan) -> tuple[str, ...]:
     return tuple(entry.hf_name for entry in tensor_table(plan.folder) if not entry.quantizable)
 
 
+def decide_variant(plan: Plan, run: RunDirectory, pool: Pool) -> str:
+    """Return the variant of healing, decided once for a run: by settings or a worker's memory; or "off".
+
+    It decides the result, so a resumed run keeps to it. Raises UserError for a configured ``full`` that does not fit.
+    """
+    if plan.config.healing.enabled == "off":
+        return "off"
+    if "healing_variant" not in run.record:
+        ((free, kind),) = pool.map([MeasureRoom()])
+        limit, device = plan.config.evaluation.memory or free, torch.device(kind)
+        variant = healing_variant(plan, limit, device)
+        if plan.config.healing.variant == "auto" and variant == "blockwise":
+            whole = stage_healing(plan, "full", device)
+            log.info(
+                "healing goes block by block: the whole model takes %.2f GiB of a worker, which has %.2f",
+                (whole.device_bytes or whole.host_bytes) / 2**30,
+                limit / 2**30,
+            )
+        run.record["healing_variant"] = variant
+        run.record.save()
+    found: str = run.record["healing_variant"]
+    return found
+
+
 def heal(
     plan: Plan,
     setup: EvaluatorSetup,
@@ -79,16 +106,19 @@ def heal(
     run: RunDirectory,
     pool: Pool,
     track: Track,
+    variant: str,
 ) -> Healing | None:
     """Tune the float32 tensors of ``winner``, continue an interrupted tuning, or load a finished one.
 
-    ``winner`` was measured on validation text; ``windows`` is the shape (n, T) of the calibration text. Returns None if
-    healing is off. The tensors are used only if the KL on validation text falls, with ``enabled: on`` as with ``auto``.
+    ``winner`` was measured on validation text; ``windows`` is the shape (n, T) of the calibration text; ``variant`` is
+    that of ``decide_variant``. Returns None if healing is off. The tensors are used only if the KL on validation text
+    falls, with ``enabled: on`` as with ``auto``.
     """
     config = plan.config.healing
     if config.enabled == "off":
         return None
-    genome, settings = winner.genome, config.with_rate_for(winner.kl)
+    genome = winner.genome
+    settings = config.model_copy(update={"variant": variant}).with_rate_for(winner.kl)
     digests = (plan.folder.digest, run.record["digests"]["text"], setup.bank.name, setup.activations)
     tokens = {split: getattr(plan.config.text.tokens, split) for split in SPLITS}
     key = digest_of(*digests, tokens, list(genome), settings.deciding)

@@ -18,7 +18,7 @@ from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import keep_windows, read_windows, windows_of_run
 from bitgenome.run.export import export_winner, shipped_file
 from bitgenome.run.gene_groups import with_gene_groups
-from bitgenome.run.healing import heal
+from bitgenome.run.healing import decide_variant, heal
 from bitgenome.run.outcome import Outcome, comparison_rows, save_outcome
 from bitgenome.run.prepare import prepare
 from bitgenome.run.proof import prove
@@ -63,6 +63,7 @@ def run_stages(
     """
     track = tracker(console)
     expected = expected_seconds(plan, directory, pool)
+    variant = decide_variant(plan, directory, pool)  # while no worker holds anything
     plan = with_gene_groups(plan, windows, directory, pool, track)
     artefacts = prepare(plan, windows, directory, pool, track)
     plan, setup = artefacts.plan, artefacts.setup
@@ -72,7 +73,7 @@ def run_stages(
     winner = result.winner.evaluation
     with directory.stage("healing"):
         shape = windows.windows["calibration"].shape
-        healing = heal(plan, setup, winner, shape, directory, pool, track)
+        healing = heal(plan, setup, winner, shape, directory, pool, track, variant)
     applied = healing if healing and healing.applied else None
     with directory.stage("test"):
         evaluate = monitor.watch(pool_evaluate(setup.in_float32, pool, track, "measuring on test text"))

@@ -12,7 +12,7 @@ from bitgenome.common.errors import UserError
 from evaluators.engine.divergence import CACHE_BYTES as LOGIT_BYTES
 from evaluators.engine.divergence import chunk_size
 from evaluators.model.forward import BATCH_TOKENS
-from evaluators.model.sizes import FLOAT_BYTES, ModelShape
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory
 from quantizers.formats.table import QuantFormat
 
 KEPT_TEXTS = 3  # texts whose full-precision outputs are kept: the rungs of a ladder
@@ -55,6 +55,12 @@ class SweepMemory:
     def resident(self) -> bool:
         """Whether every tensor stays in memory in every format, so that nothing is streamed."""
         return self.weights >= self.all_weights
+
+    def stage(self, device: torch.device) -> StageMemory:
+        """Return the shares as a stage's memory; hidden states between blocks are on the device if all weights are."""
+        there = {"weights": self.weights, "work": self.work, "reference logits": self.logits}
+        states = {"hidden states": self.states + self.cache + self.reference}
+        return StageMemory.on(device, there | states, {}) if self.resident else StageMemory.on(device, there, states)
 
     @property
     def peak(self) -> int:

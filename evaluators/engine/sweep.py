@@ -24,7 +24,7 @@ from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.batches import Batches
 from evaluators.engine.prefix_cache import Chunks, PrefixCache
 from evaluators.engine.replay import Replay, input_groups
-from evaluators.engine.weights import ModelWeights
+from evaluators.engine.weights import ModelWeights, embedded
 from evaluators.model.head import Head
 from quantizers.formats.table import QuantFormat
 
@@ -134,13 +134,9 @@ class Sweep:
                 self.cache.put((text, prefix), node.states)
 
     def _embedded(self, ids: Tensor, candidate: Candidate) -> Chunks:
-        """Return the states before the first block; only those rows of the embedding are read that the text uses."""
-        name = self.model.embedding_name
-        used, places = ids.unique(return_inverse=True)
-        self.model.place(name, self.weights.rows(name, candidate.get(name), used))
-        states = [self.model.embed(rows).to(self.storage) for rows in self.batches.split(places)]
-        self.model.place(name, None)
-        return states
+        """Return the states before the first block."""
+        fmt = candidate.get(self.model.embedding_name)
+        return [rows.to(self.storage) for rows in embedded(self.weights, fmt, ids, self.batches.windows)]
 
     def _through_block(self, block: int, nodes: Sequence[Node]) -> list[Node]:
         """Return the nodes after ``block``; the states of ``nodes``, before it, are freed one by one."""

@@ -1,6 +1,6 @@
 """This module provides a model's tensors, in full precision or decoded from the bank, and keeps as many as fit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -107,6 +107,18 @@ class ModelWeights:
             return stored.pin_memory()
         stored.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
         return stored
+
+
+def embedded(weights: ModelWeights, fmt: QuantFormat | None, ids: Tensor, windows: int) -> Iterator[Tensor]:
+    """Yield the embeddings of token ids (B, T), on the model's device, for ``windows`` windows at a time.
+
+    Only those rows of the embedding, in the format ``fmt``, are decoded that the text uses.
+    """
+    model, name = weights.model, weights.model.embedding_name
+    used, places = ids.unique(return_inverse=True)
+    model.place(name, weights.rows(name, fmt, used))
+    yield from (model.embed(rows) for rows in places.split(windows))
+    model.place(name, None)
 
 
 class _Held:

@@ -19,6 +19,7 @@ from evaluators.data.windows import TokenWindows, scored
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluatorSetup, make_room
+from evaluators.engine.weights import ModelWeights, embedded
 from evaluators.healing.distillation import DistillationLoss
 from evaluators.healing.tuner import (
     FloatTuner,
@@ -31,7 +32,7 @@ from evaluators.healing.tuner import (
 from evaluators.healing.whole import Healed
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
-from evaluators.model.forward import chunked
+from evaluators.model.forward import BATCH_TOKENS, chunked
 from evaluators.model.head import Head
 from evaluators.prepare.bank import Bank
 from evaluators.settings import HealingSettings
@@ -51,8 +52,13 @@ def output_error(output: Tensor, target: Tensor, unscored: int = 0) -> Tensor:
 
     Errors are relative to each position's power because the RMS norm of the next block normalizes by it.
     """
+    return position_errors(output, target, unscored).mean()
+
+
+def position_errors(output: Tensor, target: Tensor, unscored: int) -> Tensor:
+    """Return |output - target|^2 / |target|^2 (B, T - unscored) for tensors (B, T, D)."""
     output, target = scored(output, unscored), scored(target, unscored)
-    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+    return (output - target).square().sum(-1) / target.square().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,15 @@ class _Stream:
 
     def embedded(self) -> Tracks:
         """Return the input of the first block for all splits and kinds."""
-        model = BlockModel(self.folder, self.device)  # a separate model, so that the embedding is freed afterwards
-        model.load_ends()
-        tracks = {f"{split}/{FULL}": self.through(model.embed, ids) for split, ids in self.ids.items()}
-        self.decode(model, [model.embedding_name])
-        quantized = {split: self.through(model.embed, ids) for split, ids in self.ids.items()}
+        weights = ModelWeights(self.model, self.bank, capacity=0)
+
+        def states(fmt: QuantFormat | None, ids: Tensor) -> Tensor:
+            at_once = max(1, BATCH_TOKENS // ids.shape[1])
+            return torch.cat([rows.cpu() for rows in embedded(weights, fmt, ids, at_once)])
+
+        fmt = self.formats.get(self.model.embedding_name)
+        tracks = {f"{split}/{FULL}": states(None, ids) for split, ids in self.ids.items()}
+        quantized = {split: states(fmt, ids) for split, ids in self.ids.items()}
         tracks |= {f"{split}/{PLAIN}": hidden for split, hidden in quantized.items() if split != CALIBRATION}
         return tracks | {f"{split}/{HEALED}": hidden.clone() for split, hidden in quantized.items()}
 
@@ -165,12 +175,22 @@ class _Stream:
 
         own = {name: model.weight(name).data for name in self.task.names if model.block_of(name) == block}
         with tunable(model, own) as parameters:
-            before = float(output_error(self.through(run, inputs), targets, self.unscored))
+            before = self.error_of(run, inputs, targets)
             self.tune(parameters, loss_of)
             self.advance(HEALED, run)
-        after = float(output_error(self.tracks[f"{CALIBRATION}/{HEALED}"], targets, self.unscored))
-        self.errors.append([before, after])
+        healed = self.tracks[f"{CALIBRATION}/{HEALED}"]
+        self.errors.append([before, self.error_of(lambda rows: rows, healed, targets)])
         self.save(block + 1)
+
+    def error_of(self, run: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> float:
+        """Return the ``output_error`` of ``run`` on ``inputs`` (B, T, D), computed chunk by chunk."""
+        step = max(1, BATCH_TOKENS // inputs.shape[1])
+        with torch.no_grad():
+            parts = [
+                position_errors(run(rows.to(self.device)).cpu(), wanted, self.unscored)
+                for rows, wanted in zip(inputs.split(step), targets.split(step), strict=True)
+            ]
+        return float(torch.cat(parts).mean())
 
     def tune(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -> None:
         """Train ``parameters`` on the schedule; ``loss_of`` maps window indices (batch,) to their mean loss."""
@@ -189,7 +209,7 @@ class _Stream:
     def finish(self) -> dict[str, Healed]:
         """Train the output norm on the divergence itself, save all float32 tensors, and return the figures by split."""
         model, loss = self.model, DistillationLoss.of(self.task.settings)
-        model.load_ends()
+        model.load_head()
         self.advance(FULL, model.decoder.norm)
         full_head = model.head
         self.decode(model, [model.head_name])

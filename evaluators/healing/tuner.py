@@ -5,6 +5,8 @@ Shapes: n windows, T positions.
 
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bitgenome.common.files import atomic_write_bytes
+from bitgenome.common.files import replacing
 from evaluators.model.block_model import BlockModel
 from evaluators.settings import HealingSettings
 
@@ -92,9 +94,19 @@ class HealingCheckpoint:
     key: str  # digest of everything that decides the result
 
     def save(self, tensors: Mapping[str, Tensor], **record: Any) -> None:
-        """Replace the file by ``tensors`` and ``record``, whose values must be JSON."""
+        """Replace the file by ``tensors`` and ``record``, whose values must be JSON; no tensor is copied.
+
+        Raises StorageError if the disk is full or cannot be written.
+        """
         metadata = {"record": json.dumps({"key": self.key, **record})}
-        atomic_write_bytes(self.path, save({n: t.contiguous() for n, t in tensors.items()}, metadata))
+        with replacing(self.path) as temporary:
+            try:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata)
+            except SafetensorError as error:  # the system's own error, in words
+                code = re.search(r"os error (\d+)", str(error))
+                raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from None
+            with temporary.open("rb") as written:  # a new file, which ``replacing`` does not know
+                os.fsync(written.fileno())
 
     def load(self, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and record, or None if the file is missing, damaged or has another key.

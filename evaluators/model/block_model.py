@@ -99,10 +99,20 @@ class BlockModel:
 
     def load_ends(self) -> None:
         """Load embedding, final norm and head. Raises ModelFolderError if the folder lacks one of them."""
-        self._load(self.decoder.embed_tokens, self.embedding_name.removesuffix("weight"))
-        self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
         if not self.folder.tied:
+            self._load_embedding()
+        self.load_head()
+
+    def load_head(self) -> None:
+        """Load final norm and head. Raises ModelFolderError if the folder lacks one of them."""
+        self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
+        if self.folder.tied:
+            self._load_embedding()
+        else:
             self._load(self.model.lm_head, "lm_head.")
+
+    def _load_embedding(self) -> None:
+        self._load(self.decoder.embed_tokens, self.embedding_name.removesuffix("weight"))
 
     def load_all(self) -> None:
         """Load the whole model."""

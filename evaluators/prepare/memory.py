@@ -1,0 +1,86 @@
+"""This module predicts what calibration and the bank hold, from the model's sizes alone.
+
+Sizes are in bytes, in one worker beside what its process itself takes. Legend: C columns of an input, R rows of all
+tensors that read it.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+
+from evaluators.model.sizes import FLOAT_BYTES, LAYERS, ModelShape, StageMemory, larger
+from evaluators.prepare.calibration import CHUNK_TOKENS
+from quantizers.formats.table import QuantFormat
+from quantizers.rounding.sparsegpt import ACCELERATOR_BATCHES, BATCH_ROWS
+
+DOUBLE_BYTES = 8
+BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a block that read one tensor
+
+
+def input_groups(shape: ModelShape) -> list[tuple[str, ...]]:
+    """Return the names of the matrices that read one input, group by group: of all blocks, of head and embedding."""
+    groups: dict[str, list[str]] = {}
+    for name, size in shape.tensors.items():
+        if len(size) != 2:
+            continue
+        *path, kind, _ = name.split(".")
+        shared = next((kinds[0] for kinds in SAME_INPUT if kind in kinds), kind)
+        groups.setdefault(".".join([*path, shared]), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def calibration_memory(shape: ModelShape, tokens: int, window: int, device: torch.device) -> StageMemory:
+    """Return what calibrating on ``tokens`` tokens takes: one block, the Hessians of its inputs, and hidden states.
+
+    A Hessian is summed in float64 and stored in float32, beside the product of the chunk that is added to it.
+    """
+    positions = max(window, tokens // window * window)
+    chunk = min(positions, max(1, CHUNK_TOKENS // window) * window)
+    inputs = [shape.tensors[names[0]][1] for names in input_groups(shape) if f"{LAYERS}0." in names[0]]
+    there = {
+        "block": shape.block_bytes(),
+        "head and embedding": shape.head_bytes
+        + (shape.bytes_of(shape.embedding) if shape.embedding != shape.head else 0),
+        "Hessians": sum(C * C for C in inputs) * (DOUBLE_BYTES + FLOAT_BYTES)
+        + max(inputs, default=0) ** 2 * FLOAT_BYTES,
+        "activations": chunk * shape.activation_bytes(window),
+    }
+    return StageMemory.on(device, there, {"hidden states": (positions + chunk) * shape.state_bytes})
+
+
+def bank_memory(shape: ModelShape, formats: Mapping[str, Sequence[QuantFormat]], device: torch.device) -> StageMemory:
+    """Return what quantizing the largest input group takes; ``formats`` are by Hugging Face name."""
+    groups = [names for names in input_groups(shape) if any(name in formats for name in names)]
+    found = StageMemory()
+    for names in groups:
+        found = larger(found, group_memory(shape, [name for name in names if name in formats], formats, device))
+    return found
+
+
+def group_memory(
+    shape: ModelShape, names: Sequence[str], formats: Mapping[str, Sequence[QuantFormat]], device: torch.device
+) -> StageMemory:
+    """Return what quantizing the tensors ``names``, which read one input, takes.
+
+    Besides their weights and packed bytes these are the Hessian, its float64 factor with a copy while it is inverted,
+    and a batch of rows in all formats.
+    """
+    C = shape.tensors[names[0]][1]
+    levels = max(len(formats[name]) for name in names)
+    rows = min(
+        sum(shape.tensors[name][0] for name in names), BATCH_ROWS * (1 if device.type == "cpu" else ACCELERATOR_BATCHES)
+    )
+    packed = sum(fmt.tensor_bytes(shape.tensors[name]) for name in names for fmt in formats[name])
+    largest = max(prod(shape.tensors[name]) for name in names) * FLOAT_BYTES
+    there = {
+        "weights": sum(shape.weights(name) for name in names) * FLOAT_BYTES,
+        "Hessian": C * C * FLOAT_BYTES,
+        "factor": C * C * (DOUBLE_BYTES + 2 * FLOAT_BYTES),
+        "packed": packed,
+        "rows": rows * levels * C * FLOAT_BYTES * BATCH_COPIES,
+    }
+    there["rows"] = max(there["rows"], 2 * largest) if device.type == "cpu" else there["rows"]
+    host = {"Hessian as read": C * C * FLOAT_BYTES, "packed, to be written": packed}
+    return StageMemory.on(device, there, host if device.type != "cpu" else {"packed, to be written": packed})
