@@ -64,7 +64,7 @@ def their_files(reference: Outcome, config: RunConfig, directory: Path) -> dict[
         file = directory / f"{name}.gguf"
         command = [quantize, "--imatrix", reference.run / layout.IMATRIX, full, file, name, "2"]
         subprocess.run(command, check=True, capture_output=True)
-        proofs[name] = prove(file, folder, text.windows["test"], unscored=text.unscored)
+        proofs[name] = prove(file, folder, text)
         logging.info("%s: %s bytes, KL %.6f", name, f"{proofs[name].file_bytes:,}", proofs[name].runtime_kl)
     return proofs
 

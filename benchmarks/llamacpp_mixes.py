@@ -88,9 +88,7 @@ def duel(config: RunConfig, mix: str, console: Console) -> Duel:
     )
     outcome = run(ours, console)
     text = TokenWindows.load(outcome.run / layout.WINDOWS)
-    return Duel(
-        mix, prove(path, folder, text.windows["test"], unscored=text.unscored), outcome.proof, outcome.evaluations
-    )
+    return Duel(mix, prove(path, folder, text), outcome.proof, outcome.evaluations)
 
 
 def main() -> None:

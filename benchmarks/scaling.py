@@ -129,7 +129,8 @@ def measure_activations(arguments: argparse.Namespace, console: Console) -> None
     setup, *_ = prepared(arguments, "none")
     evaluators = [GenomeEvaluator(replace(setup, activations=kind)) for kind in ("float", "q8")]
     folder, bank = ModelFolder(setup.model), Bank(setup.bank)
-    windows = evaluators[0].windows.take("test", arguments.tokens)
+    text = evaluators[0].windows
+    text = replace(text, windows={"test": text.take("test", arguments.tokens)})
     rows, seconds = [], ([], [])
     for genome in neighbours((LEVELS.index("W4"),) * len(setup.space.genes), len(LEVELS), arguments.files):
         formats = setup.space.formats_of(genome)
@@ -138,7 +139,7 @@ def measure_activations(arguments: argparse.Namespace, console: Console) -> None
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "file.gguf"
             export_gguf(folder, lambda name: (formats[name], bank.packed(name, formats[name]).numpy()), path)  # noqa: B023
-            rows.append(prove(path, folder, windows, "q8", evaluators[0].windows.unscored))
+            rows.append(prove(path, folder, text, "q8"))
     table = Table(title=f"{arguments.tokens:,} tokens of test text", title_justify="left")
     for column in ("KL float", "KL 8-bit", "KL llama.cpp", "float to llama.cpp", "8-bit to llama.cpp"):
         table.add_column(column, justify="right")

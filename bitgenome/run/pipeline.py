@@ -101,8 +101,8 @@ def run_stages(
     )
     save_outcome(directory, outcome, plan)
     with directory.stage("proof"):
-        test, how = windows.windows["test"], plan.config.evaluation
-        prove_file = partial(prove, gguf, plan.folder, test, how.activations, how.memory, windows.unscored)
+        how = plan.config.evaluation
+        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory)
         try:
             proof = tracked(track, "proving", prove_file)
         except LlamaCppError as error:

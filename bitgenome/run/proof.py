@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bitgenome.common.devices import best_device, worker_memory
+from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference
 from evaluators.engine.memory import windows_at_once
 from evaluators.engine.streamed import streamed
@@ -19,6 +19,7 @@ from evaluators.model.sizes import ModelShape
 from exporters.files.packed_file import PackedFile
 from exporters.runtime.comparison import compare, log_probs
 from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
+from exporters.runtime.tokens import check_tokens
 from quantizers.formats.table import QuantFormat
 
 
@@ -64,23 +65,19 @@ class ShippedModel(ModelFolder):
 
 @torch.inference_mode()
 def prove(
-    path: Path,
-    folder: ModelFolder,
-    windows: np.ndarray,
-    activations: str = "float",
-    memory: int | None = None,
-    unscored: int = 0,
+    path: Path, folder: ModelFolder, text: TokenWindows, activations: str = "float", memory: int | None = None
 ) -> Proof:
-    """Measure a GGUF file of ``folder``'s model on token windows (n, T), by simulation and by llama.cpp.
+    """Measure a GGUF file of ``folder``'s model on the test windows (n, T) of ``text``, by simulation and by llama.cpp.
 
-    The first ``unscored`` positions of each window do not count (``evaluators.data.windows.scored``). With
-    ``activations`` q8 the simulation is repeated with 8-bit inputs. Weights are in memory one block at a time, and at
-    the end the two heads; ``memory`` bounds the windows that go through a block at once, by default by what is free.
-    Raises ValueError for a damaged file, and LlamaCppError if llama.cpp cannot run it.
+    With ``activations`` q8 the simulation is repeated with 8-bit inputs. A warning says where llama.cpp makes other
+    tokens of the text than the model. Weights are in memory one block at a time, and at the end the two heads;
+    ``memory`` bounds the windows that go through a block at once, by default by what is free. Raises ValueError for a
+    damaged file, and LlamaCppError if llama.cpp cannot run it.
     """
-    file = PackedFile(path, folder)
+    file, windows = PackedFile(path, folder), text.windows["test"]
     with LlamaCppRuntime(path, windows.shape[1]) as runtime:
         from_runtime = runtime.hidden_states(windows)
+        check_tokens(runtime, folder.path, text.sample)
     speed = generation_speed(path)  # before heads and hidden states, so that llama.cpp's memory is not beside theirs
     ids, device = torch.from_numpy(windows), best_device()
     at_once = windows_at_once(ModelShape.of(folder), windows.shape[1], windows.size, memory or worker_memory(device))
@@ -97,7 +94,7 @@ def prove(
     with streamed(folder, shipped, device, at_once) as full, streamed(shipped, shipped, device, at_once) as simulated:
         full_states, states = pass_over(full, {}), pass_over(simulated, formats)
         full_head, head = full.head(None), simulated.head(formats.get(folder.head_tensor))
-    reference = Reference(full_states, full_head, ids, unscored)
+    reference = Reference(full_states, full_head, ids, text.unscored)
     measured = reference.compare(states, head)
     eight_bit = None
     if eight_bit_states is not None and eight_bit_input is not None:
@@ -110,7 +107,7 @@ def prove(
         log_probs(full_states, full_head),
         log_probs(states, head),
         eight_bit,
-        unscored,
+        text.unscored,
     )
     assert found.reference is not None and found.simulated is not None
     return Proof(

@@ -48,8 +48,7 @@ def verify_file(file: Path | str | None, location: Path | str) -> Proof:
             if result and local.name == result.gguf:
                 check_shipped(local, result, plan, directory)
             text, how = TokenWindows.load(windows), plan.config.evaluation
-            test = text.windows["test"]
-            return prove(local, plan.folder, test, how.activations, how.memory, text.unscored)
+            return prove(local, plan.folder, text, how.activations, how.memory)
         except (ValueError, LlamaCppError, SafetensorError) as error:
             raise UserError(str(error)) from None
 

@@ -106,6 +106,7 @@ def _opened(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelToke
             backend, built_by = Tokenizer.from_file(str(folder / TOKENIZER)), TOKENIZER
         except Exception as error:  # the library raises no narrower class
             raise TokenizerError(f"expected a tokenizer in {folder / TOKENIZER}, found {_line(error)}") from None
+        _check_ids(folder / TOKENIZER, backend)
     else:
         backend, built_by = _built_by_transformers(folder)
     backend.no_truncation()
@@ -122,6 +123,26 @@ def _opened(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelToke
     if len(prefix) == 1:
         special.setdefault("bos", prefix[0])
     return ModelTokenizer(backend, special, prefix, suffix, _chat_template(folder, config), built_by)
+
+
+def _check_ids(file: Path, backend: Tokenizer) -> None:
+    """Raise TokenizerError unless every token has the id that ``file`` gives it, and no other token has it.
+
+    The library numbers added tokens itself: one whose text is in the vocabulary already, or whose id leaves a gap,
+    would silently become another row of the embedding.
+    """
+    for token in _json_of(file).get("added_tokens", []):
+        if (found := backend.token_to_id(token["content"])) != token["id"]:
+            raise TokenizerError(
+                f"expected tokens of different texts, and ids without gaps, in {file}, found {token['content']!r} as "
+                f"token {token['id']} and as {found}"
+            )
+    texts: dict[int, str] = {}
+    for text, index in backend.get_vocab().items():
+        if texts.setdefault(index, text) != text:
+            raise TokenizerError(
+                f"expected an id for each token in {file}, found {texts[index]!r} and {text!r} as {index}"
+            )
 
 
 def _built_by_transformers(folder: Path) -> tuple[Tokenizer, str]:

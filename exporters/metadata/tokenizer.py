@@ -5,7 +5,6 @@ Unicode normalization (NFC in Qwen's tokenizer): llama.cpp does not normalize te
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -81,7 +80,7 @@ def _normalizers(tables: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _pieces(tables: Mapping[str, Any], rows: int) -> list[tuple[str, TokenType]]:
     """Return (text, type) for each of the embedding's ``rows`` token ids; ids without a token get an UNUSED filler.
 
-    All texts are different: llama.cpp ends the process over two that are equal.
+    Fillers have texts of no token: llama.cpp ends the process over two that are equal.
     """
     added = {token["id"]: token for token in tables["added_tokens"]}
     named = {index: text for text, index in tables["model"]["vocab"].items()} | {
@@ -89,10 +88,6 @@ def _pieces(tables: Mapping[str, Any], rows: int) -> list[tuple[str, TokenType]]
     }
     if max(named) >= rows:
         raise TokenizerError(f"expected at most {rows} tokens, the embedding's rows, found token id {max(named)}")
-    if len(set(named.values())) < len(named):
-        text = Counter(named.values()).most_common(1)[0][0]
-        ids = [index for index, other in named.items() if other == text]
-        raise TokenizerError(f"expected tokens of different texts, found {text!r} as tokens {ids[0]} and {ids[1]}")
     taken, pieces = set(named.values()), []
     for index in range(rows):
         filler = f"[PAD{index}]"
@@ -144,7 +139,8 @@ def _sentencepiece_keys(tables: Mapping[str, Any], pieces: list[tuple[str, Token
 def _space_prefix(tables: Mapping[str, Any]) -> bool:
     """Return whether a space is put before the text; raise TokenizerError for a normalization llama.cpp does not do.
 
-    One difference remains: for a text that starts with a space, llama.cpp adds another, a Metaspace step does not.
+    Two differences remain to a Metaspace step: before a text that starts with a space, and after a special token,
+    llama.cpp adds a space and the step does not.
     """
     pre_tokenizer, steps = tables.get("pre_tokenizer") or {}, list(_normalizers(tables))
     kinds = [step["type"] for step in steps]

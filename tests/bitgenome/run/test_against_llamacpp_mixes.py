@@ -23,11 +23,11 @@ def test_a_file_loses_at_least_forty_percent_less_than_llama_cpps_mix_of_its_siz
     assert runs.call("run", runs.write("calibrated", **changes)).returncode == 0
     (calibration,) = set(calibrations.iterdir()) - before
     folder = ModelFolder(EMBEDDED)
-    windows = TokenWindows.load(runs.storage / "calibrated" / layout.WINDOWS).windows["test"]
+    text = TokenWindows.load(runs.storage / "calibrated" / layout.WINDOWS)
     theirs = runs.storage / f"{MIX}.gguf"
     size = export_mix(folder, MIX, importances(calibration), theirs)
     done = runs.call("run", runs.write(f"against-{MIX}", **changes, budget={"file_size": size}))
     assert done.returncode == 0, done.stderr
     proof = runs.best(f"against-{MIX}")["proof"]
     assert proof["file_bytes"] <= size
-    assert proof["runtime_kl"] <= MOST_OF_THEIR_KL * prove(theirs, folder, windows).runtime_kl
+    assert proof["runtime_kl"] <= MOST_OF_THEIR_KL * prove(theirs, folder, text).runtime_kl
