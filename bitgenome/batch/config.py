@@ -121,6 +121,7 @@ def check(path: Path, settings: dict[str, Any], inputs: Inputs) -> BatchRun:
         plan = make_plan(config)
         check_memory(plan)
         plan = replace(plan, folder=inputs.folders.setdefault(config.model, plan.folder))
+        _ = plan.folder.digest  # reads all weights here, and remembers what the runs ask of them
         text = (config.model, config.text.model_dump_json())
         if text not in inputs.texts:
             inputs.texts[text] = read_windows(plan)

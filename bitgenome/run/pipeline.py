@@ -105,7 +105,7 @@ def run_stages(
         prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory)
         try:
             proof = tracked(track, "proving", prove_file)
-        except LlamaCppError as error:
+        except (LlamaCppError, FloatingPointError) as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = replace(outcome, proof=proof, seconds=directory.record.seconds)
     save_outcome(directory, outcome, plan)

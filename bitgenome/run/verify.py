@@ -51,6 +51,8 @@ def verify_file(file: Path | str | None, location: Path | str) -> Proof:
             return prove(local, plan.folder, text, how.activations, how.memory)
         except (ValueError, LlamaCppError, SafetensorError) as error:
             raise UserError(str(error)) from None
+        except FloatingPointError as error:
+            raise UserError(f"expected finite outputs of {local}, found: {error}") from None
 
 
 def check_shipped(file: Path, result: RunResult, plan: Plan, run: RunDirectory) -> None:

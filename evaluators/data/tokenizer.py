@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from bitgenome.common.errors import UserError
+from bitgenome.common.json_files import read_json_object, refuse_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
 def _opened(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelTokenizer:
     config, specials = _json_of(folder / CONFIG), _json_of(folder / SPECIALS)
     if (folder / TOKENIZER).is_file():
+        refuse_lfs_pointer(folder / TOKENIZER)
         try:
             backend, built_by = Tokenizer.from_file(str(folder / TOKENIZER)), TOKENIZER
         except Exception as error:  # the library raises no narrower class
@@ -180,15 +182,7 @@ def _says_frame(backend: Tokenizer) -> bool:
 
 def _json_of(file: Path) -> dict[str, Any]:
     """Return the JSON object in ``file``, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"expected JSON in {file}, found {_line(error)}") from None
-    if not isinstance(found, dict):
-        raise TokenizerError(f"expected a JSON object in {file}, found a {type(found).__name__}")
-    return found
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _content(token: Any) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitgenome.common import layout
 from bitgenome.common.devices import best_device
-from bitgenome.common.digests import digest_of, digest_of_file
+from bitgenome.common.digests import digest_of, digest_of_file, digests_of_files
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from evaluators.model.folder import ModelFolder
@@ -174,8 +174,9 @@ def write_manifest(directory: Path, tensors: Sequence[str]) -> None:
 def damaged_tensors(directory: Path) -> list[str]:
     """Return the tensors whose file is missing or differs from the manifest.
 
-    Without a manifest none is reported: the files come from an interrupted build, and each was written atomically. A
-    manifest that cannot be parsed is deleted, with a warning.
+    Files that have not changed since they were last read are not read again. Without a manifest none is reported: the
+    files come from an interrupted build, and each was written atomically. A manifest that cannot be parsed is deleted,
+    with a warning.
     """
     manifest = directory / layout.MANIFEST
     if not manifest.is_file():
@@ -186,8 +187,8 @@ def damaged_tensors(directory: Path) -> list[str]:
         log.warning("the bank's manifest %s cannot be read; it is written anew", manifest)
         manifest.unlink()
         return []
-    found = {name: digest_of_file(tensor_file(directory, name)) for name in files}
-    return [name for name, digest in files.items() if found[name] is None or found[name] != digest]
+    found = digests_of_files([tensor_file(directory, name) for name in files], directory)
+    return [name for name, digest in files.items() if found.get(tensor_file(directory, name)) != digest]
 
 
 class Bank:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -262,5 +264,15 @@ def test_certain_predictions_silent_layers_and_a_padding_token_end_in_a_file(tin
     done = call_here("run", path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("o_proj.weight is always zero") == 1
-    best = json.loads((tmp_path / "runs" / "r" / "best.json").read_text())
+    run = tmp_path / "runs" / "r"
+    best = json.loads((run / "best.json").read_text())
     assert best["winner"]["kl"] > 0
+    damaged = run / "damaged.gguf"
+    shutil.copyfile(run / best["gguf"], damaged)
+    (tensor,) = (t for t in GGUFReader(damaged).tensors if t.name == "blk.0.attn_q.weight")
+    with damaged.open("r+b") as file:
+        file.seek(tensor.data_offset)
+        file.write(np.float16("nan").tobytes())  # the scale of the first block
+    refused = call_here("verify", damaged)
+    assert refused.returncode == 2
+    assert f"expected finite outputs of {damaged}, found: " in refused.stderr.replace("\n", "")
