@@ -1,11 +1,13 @@
 """Ties genes by kind, by layer or by mutual information, so that a plan has fewer genes."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bitgenome.common import layout
+from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import atomic_write_json
 from bitgenome.observe.progress import Track
 from bitgenome.plan.plan import Plan, make_plan, tied_space
@@ -21,6 +23,8 @@ from quantizers.statistics.mutual_information import pairwise_information
 from search.loop.settings import GeneGroups
 from workers.pool.base import Pool
 
+log = logging.getLogger(__name__)
+
 
 def with_gene_groups(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Plan:
     """Return ``plan`` with genes tied as its configuration says.
@@ -31,7 +35,12 @@ def with_gene_groups(plan: Plan, windows: TokenWindows, run: RunDirectory, pool:
     config = plan.config.search.gene_groups
     if config.by != "mutual_information":
         return plan  # tied by make_plan
-    if (labels := read_labels(run)) is None:
+    try:
+        labels = read_labels(run)
+    except UserError as error:
+        log.warning("%s", error)
+        labels = None
+    if labels is None:
         record_inputs(plan, windows, run)
         with run.stage("calibration"):
             calibration, groups = calibrate(plan, windows, pool, track)
@@ -52,8 +61,13 @@ def plan_of_run(run: RunDirectory) -> Plan:
 def read_labels(run: RunDirectory) -> dict[str, str] | None:
     """Return the mutual-information group of each tensor, or None if the run has none."""
     file = run.path / layout.GENE_GROUPS
-    labels: dict[str, str] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return labels
+    if not file.is_file():
+        return None
+    with expecting("names of groups by tensor", file, f"bitgenome resume {run.location} finds them again"):
+        labels: dict[str, str] = json.loads(file.read_bytes())
+        if not all(isinstance(label, str) for label in labels.values()):
+            raise TypeError("labels that are no text")
+        return labels
 
 
 def tied(plan: Plan, labels: Mapping[str, str]) -> Plan:

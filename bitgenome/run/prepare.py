@@ -79,8 +79,20 @@ def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
     """Return whether the list of groups ``done`` exists, and the file of each group beside it is ``readable``."""
     if not done.is_file():
         return False
-    names: list[str] = json.loads(done.read_text(encoding="utf-8"))
-    return all(readable(group_file(done.parent, name)) for name in names)
+    names = group_names(done)
+    damaged = [name for name in names if not readable(group_file(done.parent, name))]
+    if damaged or not names:
+        log.warning("rebuilding %s: %s is damaged", done.parent, damaged[0] if damaged else done.name)
+    return bool(names) and not damaged
+
+
+def group_names(done: Path) -> list[str]:
+    """Return the names in a list of groups, [] if the file is damaged."""
+    try:
+        names = json.loads(done.read_bytes())
+    except ValueError:
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 def calibrate(
@@ -105,8 +117,7 @@ def calibrate(
         atomic_write_text(done, json.dumps(groups))
 
     build_once(plan.config, directory, "the calibration", lambda: all_readable(done, group_readable), build)
-    names: list[str] = json.loads(done.read_text(encoding="utf-8"))
-    return directory, names
+    return directory, group_names(done)
 
 
 def sample_activations(

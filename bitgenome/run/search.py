@@ -12,7 +12,7 @@ from typing import Any
 
 from bitgenome.common import layout
 from bitgenome.common.errors import StorageError
-from bitgenome.common.files import atomic_write_json, atomic_write_text
+from bitgenome.common.files import atomic_write_bytes, atomic_write_json
 from bitgenome.observe.logs import GENERATION
 from bitgenome.observe.monitoring import Monitor
 from bitgenome.observe.progress import Track
@@ -147,7 +147,7 @@ def search(
                 GENERATION.set(progress.generation + 1)
 
             saved = checkpoint.load()
-            generation = GENERATION.set(saved["generation"] + 1 if saved else 1)
+            generation = GENERATION.set(saved.get("generation", 0) + 1 if saved else 1)
             try:
                 run_search(strategy, evaluate, evaluations, config.ladder, checkpoint=checkpoint, on_progress=hear)
             finally:
@@ -176,8 +176,8 @@ def show_progress(path: Path, progress: Progress) -> None:
     figures = best.to_json()
     record = {"generation": progress.generation, "genomes": progress.genomes}
     record |= {"best_loss": figures["loss"], "best_kl": figures["kl"], **found}
-    earlier = path.read_text(encoding="utf-8").splitlines()[: progress.generation - 1] if path.exists() else []
-    atomic_write_text(path, "".join(f"{line}\n" for line in [*earlier, json.dumps(record)]))
+    earlier = path.read_bytes().splitlines()[: progress.generation - 1] if path.exists() else []
+    atomic_write_bytes(path, b"".join(line + b"\n" for line in [*earlier, json.dumps(record).encode()]))
 
 
 def surrogate_line(found: Mapping[str, Any]) -> str:

@@ -94,7 +94,10 @@ class Measurement:
     def seconds(self) -> float:
         """Seconds spent on the measurement so far, over all attempts; NaN if they were not recorded."""
         file = self.directory / layout.SENSITIVITY_SECONDS
-        return float(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else math.nan
+        try:
+            return float(json.loads(file.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):  # a figure for reports: no reason to stop
+            return math.nan
 
     def frame(self, pool: Pool, track: Track) -> pd.DataFrame:
         """Return the frame, and measure it first if it is missing."""
@@ -105,8 +108,21 @@ class Measurement:
                 records = self._gradients(pool, track) if self.measure in GRADIENTS else self._measured(pool, track)
             atomic_write_bytes(file, pd.DataFrame(records).to_parquet(index=False))
 
-        build_once(self.plan.config, self.directory, "the sensitivities", file.is_file, build)
+        build_once(self.plan.config, self.directory, "the sensitivities", lambda: self.read(file) is not None, build)
         return pd.read_parquet(file)
+
+    def read(self, file: Path) -> pd.DataFrame | None:
+        """Return the frame in ``file``; None if there is none, or, with a warning, if it is damaged."""
+        if not file.is_file():
+            return None
+        try:
+            frame = pd.read_parquet(file)
+            table_of(self.setup.space, frame, self.measure)
+            table_of(self.setup.space, frame, "reconstruction")
+        except (ValueError, TypeError, KeyError, OSError) as error:  # pyarrow's errors are ValueError and OSError
+            log.warning("making %s again: it is damaged (%s)", file, " ".join(str(error).split())[:100])
+            return None
+        return frame
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -147,15 +163,30 @@ class Measurement:
         """Return the results of all tasks; each is kept in parts.jsonl as it comes, and not computed again."""
         partial = self.directory / layout.SENSITIVITY_PARTS
         cut_torn_tail(partial)
-        lines = partial.read_text(encoding="utf-8").splitlines() if partial.is_file() else []
-        missing = tasks[len(lines) :]
+        results = whole_parts(partial)[: len(tasks)]
+        missing = tasks[len(results) :]
         with partial.open("a", encoding="utf-8") as stream:
             for result in track(pool.map(missing), len(missing), what):
-                lines.append(json.dumps(result))
+                line = json.dumps(result)
                 with disk_errors(partial):
-                    stream.write(lines[-1] + "\n")
+                    stream.write(line + "\n")
                     stream.flush()
-        return [json.loads(line) for line in lines]
+                results.append(json.loads(line))
+        return results
+
+
+def whole_parts(file: Path) -> list[Any]:
+    """Return the results in the lines of a parts.jsonl up to the first that is damaged, from which on it is cut."""
+    results: list[Any] = []
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    for line in lines:
+        try:
+            results.append(json.loads(line))
+        except ValueError:
+            log.warning("measuring again from line %d of %s on: it is damaged", len(results) + 1, file)
+            atomic_write_bytes(file, b"".join(lines[: len(results)]))
+            break
+    return results
 
 
 def measure_sensitivities(
@@ -168,8 +199,8 @@ def measure_sensitivities(
     measurement = Measurement(plan, setup, windows, plan.config.sensitivity.measure)
     run.record.pin("sensitivity", measurement.digest)
     own = run.path / layout.SENSITIVITY
-    if own.is_file():  # the run's own frame counts, even if the shared one has changed
-        return pd.read_parquet(own)
+    if (frame := measurement.read(own)) is not None:  # the run's own frame counts, even if the shared one has changed
+        return frame
     atomic_write_bytes(own, measurement.frame(pool, track).to_parquet(index=False))
     return pd.read_parquet(own)
 

@@ -3,8 +3,6 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import UserError
@@ -16,7 +14,7 @@ from bitgenome.run.prepare import quantized_plan
 from bitgenome.run.proof import Proof, prove
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_result import RunResult
-from evaluators.data.windows import TokenWindows
+from evaluators.data.windows import saved_windows
 from evaluators.prepare.bank import Bank
 from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.llamacpp import LlamaCppError
@@ -32,8 +30,12 @@ def verify_file(file: Path | str | None, location: Path | str) -> Proof:
     directory = RunDirectory.open(location)
     with directory.own() if directory.mirror else nullcontext():
         windows = directory.path / layout.WINDOWS
-        if not windows.is_file():
-            raise UserError(f"expected {layout.WINDOWS} with the test text in {location}, found none")
+        text = saved_windows(windows)
+        if text is None:
+            found = "a damaged file" if windows.is_file() else "none"
+            raise UserError(
+                f"expected the run's test text in {windows}, found {found}: bitgenome resume {location} reads it again"
+            )
         result = RunResult.read(directory.path)
         if file is None and result is None:
             raise UserError(
@@ -47,9 +49,9 @@ def verify_file(file: Path | str | None, location: Path | str) -> Proof:
         try:
             if result and local.name == result.gguf:
                 check_shipped(local, result, plan, directory)
-            text, how = TokenWindows.load(windows), plan.config.evaluation
+            how = plan.config.evaluation
             return prove(local, plan.folder, text, how.activations, how.memory)
-        except (ValueError, LlamaCppError, SafetensorError) as error:
+        except (ValueError, LlamaCppError) as error:
             raise UserError(str(error)) from None
         except FloatingPointError as error:
             raise UserError(f"expected finite outputs of {local}, found: {error}") from None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of_file
-from bitgenome.common.errors import StorageError
+from bitgenome.common.errors import StorageError, expecting
 from bitgenome.common.files import atomic_write_json, replacing
 from workers.storage.folders import is_url, mirror_root, open_folder
 from workers.storage.transfers import local_sizes, send
@@ -53,8 +53,11 @@ class RunMirror:
         version = self._remote.read(layout.PUSH_VERSION)
         if version is None:
             self._pushed = Pushed()  # nothing is remote: the next push sends everything
-        elif json.loads(version)["version"] != self._pushed.version:
-            self._replace()
+        else:
+            with expecting("the number of a push", f"{self.url}/{layout.PUSH_VERSION}", "remove it to send all again"):
+                number = str(json.loads(version)["version"])
+            if number != self._pushed.version:
+                self._replace()
         self._mark()  # mirrors on other machines are outdated from here on, and must pull before they push
 
     def read(self, name: str) -> bytes | None:
@@ -82,7 +85,8 @@ class RunMirror:
     def _state(self) -> Pushed:
         """Return what the mirror has recorded as pushed."""
         file = self.path / layout.PUSH_STATE
-        return Pushed(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Pushed()
+        with expecting("what was sent from this mirror", file, "remove it, and what is remote is fetched again"):
+            return Pushed(**json.loads(file.read_bytes())) if file.is_file() else Pushed()
 
     def _changed(self) -> dict[str, tuple[str, list[int]]]:
         """Return digest and mark of each file that differs from the remote one, by name."""

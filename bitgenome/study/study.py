@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
-from bitgenome.common.errors import UserError
+from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
 from bitgenome.config.study import Study, StudyConfig
 from bitgenome.observe.progress import Track, tracker
@@ -82,8 +82,9 @@ class ResultsLog:
     def __init__(self, path: Path):
         self.path = path
         cut_torn_tail(path)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.found = {record["digest"]: result_of(record["result"]) for record in map(json.loads, lines)}
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        with expecting("results of a study, a line each", path, "remove what is damaged: it is measured again"):
+            self.found = {record["digest"]: result_of(record["result"]) for record in map(json.loads, lines)}
 
     def append(self, digest: str, result: MethodResult) -> None:
         """Keep one result."""

@@ -36,6 +36,8 @@ def load_held_out(splits_file: Path) -> dict[str, list[str]]:
     """
     try:
         splits: dict[str, list[str]] = json.loads(splits_file.read_text(encoding="utf-8"))
+        if not all(isinstance(splits[split], list) for split in SPLITS):
+            raise TypeError
         return {split: list(splits[split]) for split in SPLITS}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"expected lists of modules for {', '.join(SPLITS)} in {splits_file}, found none") from None

@@ -115,7 +115,10 @@ class EvaluationLog:
         for number, (place, line) in enumerate(self._lines(), start=1):
             evaluation = _parse(line)
             if evaluation is None:
-                raise UserError(f"line {number} of {self.path} is not an evaluation: {line[:80]!r}")
+                raise UserError(
+                    f"expected an evaluation in line {number} of {self.path}, found {line[:80]!r}: remove that line, "
+                    "and resume the run, which evaluates again what is missing"
+                )
             fidelity = evaluation.fidelity
             if (evaluation.genome, fidelity) in self:
                 raise UserError(f"line {number} of {self.path} repeats genome {evaluation.genome} at {fidelity}")
@@ -133,6 +136,10 @@ class EvaluationLog:
 
 def _parse(line: bytes) -> Evaluation | None:
     try:
-        return Evaluation.from_json(json.loads(line))
-    except (ValueError, TypeError, KeyError):
+        found = Evaluation.from_json(json.loads(line))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
+    numbers = (found.loss, found.kl, found.reconstruction, *found.window_kl)
+    whole = (*found.genome, found.file_bytes, found.tokens, found.draw)
+    sound = isinstance(found.split, str) and all(type(value) is int for value in whole)
+    return found if sound and all(isinstance(value, float | int) for value in numbers) else None

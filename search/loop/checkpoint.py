@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bitgenome.common.errors import UserError
+from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import atomic_write_json, disk_errors, sync_folder
 
 SCHEMA_VERSION = 3
+REMEDY = "remove checkpoint.json, and resume the run, which searches again with what is evaluated"
 READABLE_VERSIONS = (2, SCHEMA_VERSION)  # version 2 keeps what was told in the checkpoint itself
 
 
@@ -55,7 +56,10 @@ class ToldFile:
                 data = stream.read(size)
         lines = data.splitlines()
         if (len(data), len(lines)) != (size, batches):
-            raise UserError(f"expected {batches} batches in {size} bytes of {self.path}, found {len(lines)}")
+            raise UserError(
+                f"expected {batches} batches in {size} bytes of {self.path}, found {len(lines)} in {len(data)}: "
+                f"{REMEDY}"
+            )
         self.batches, self.bytes = batches, size
         return [json.loads(line) for line in lines]
 
@@ -92,20 +96,21 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
-        try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.path} is not a checkpoint: expected JSON, found {error}") from error
-        version = record.get("schema_version") if isinstance(record, dict) else None
+        with expecting("a checkpoint", self.path, REMEDY):
+            record = json.loads(self.path.read_bytes())
+            if (version := record["schema_version"]) in READABLE_VERSIONS:
+                state, digest = dict(record["state"]), record["digest"]
+                if type(generation := state.get("generation", 0)) is not int:
+                    raise TypeError(f"generation {generation!r}")
         if version not in READABLE_VERSIONS:
             raise UserError(f"{self.path} has checkpoint schema version {version}, expected {SCHEMA_VERSION}")
-        if record["digest"] != self.digest:
+        if digest != self.digest:
             raise UserError(
-                f"{self.path} belongs to another configuration (digest {record['digest']}, expected {self.digest}): "
+                f"{self.path} belongs to another configuration (digest {digest}, expected {self.digest}): "
                 "choose another run name or restore the configuration it was made with"
             )
-        state: dict[str, Any] = record["state"]
         if version == SCHEMA_VERSION and (strategy := state.get("strategy")):
-            told = self.told.read(strategy["told"]["batches"], strategy["told"]["bytes"])
-            state["strategy"] = {**strategy, "told": told}
+            with expecting("what the strategy was told", self.told.path, REMEDY):
+                told = self.told.read(strategy["told"]["batches"], strategy["told"]["bytes"])
+                state["strategy"] = {**strategy, "told": told}
         return state

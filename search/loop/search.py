@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitgenome.common.errors import UserError, expecting
 from search.allocation.sensitivity import SensitivityTable
 from search.loop.archive import EvaluationLog
-from search.loop.checkpoint import Checkpoint
+from search.loop.checkpoint import REMEDY, Checkpoint
 from search.loop.ladder import Ladder, promoted
 from search.types import Evaluation, Fidelity, Genome, SearchSpace, Strategy, rank
 
@@ -49,10 +50,15 @@ def run_search(
     Raises ValueError if ``evaluate`` leaves out a genome or answers one twice, or if no genome has a finite loss.
     """
     saved = checkpoint.load() or {"generation": 0, "strategy": None}
-    generation = saved["generation"]
-    if saved["strategy"] is not None:
-        strategy.load_state_dict(saved["strategy"])
+    generation = saved.get("generation", 0)
+    if saved.get("strategy") is not None:
+        with expecting("the state of this run's strategy", checkpoint.path, REMEDY):
+            strategy.load_state_dict(saved["strategy"])
         strategy.forget(checkpoint.told.batches)
+        if not log.best(ladder.fidelities(max(0, generation - 1))[-1], 1):
+            raise UserError(
+                f"expected evaluations of {generation} generations in {log.path}, found none: restore it, or {REMEDY}"
+            )
     while genomes := strategy.ask():
         incumbents = strategy.incumbents if ladder.turns_to_new_text(generation) else []
         found = climb(genomes, incumbents, ladder, generation, evaluate, log)
