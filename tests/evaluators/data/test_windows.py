@@ -1,16 +1,20 @@
 """Splits are disjoint, unseen by training, spread over their text, and long enough."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from evaluators.data.documents import TextError, divide_file, file_documents
+from evaluators.data import documents
+from evaluators.data import windows as windows_module
+from evaluators.data.documents import TextError, file_documents
 from evaluators.data.stdlib import SPLITS, load_held_out, read_modules, training_documents
-from evaluators.data.tokenizer import load_tokenizer
-from evaluators.data.windows import TokenWindows, token_windows, windows_digest
+from evaluators.data.tokenizer import ModelTokenizer, load_tokenizer
+from evaluators.data.windows import TokenWindows, scored, token_windows, windows_digest
 from tests.conftest import EMBEDDED, SmallBank
+from tests.small_models import sentencepiece_tokenizer
 
 
 def test_splits_share_no_module_with_each_other_or_with_training() -> None:
@@ -48,19 +52,69 @@ def test_too_little_text_is_refused_with_both_numbers() -> None:
         token_windows(tokenizer, {"search": ["import os\n"]}, 512, {"search": 4096}, seed=0)
 
 
-def test_one_file_is_divided_into_disjoint_parts(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {n}\n" for n in range(100)))
-    parts = divide_file(path, {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2})
-    assert "".join(part[0] for part in parts.values()) == path.read_text()
-    assert parts["calibration"][0].count("\n") == 40
+def test_windows_begin_with_bos_where_the_tokenizer_puts_it_and_else_stay_as_they_were(tmp_path: Path) -> None:
+    text = "".join(f"value_{n} = {n}\n" for n in range(300))
+    sentencepiece_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    windows = token_windows(tokenizer, {"test": [text]}, 32, {"test": 320}, seed=0)
+    rows = windows.windows["test"]
+    assert rows.shape == (10, 32) and windows.unscored == 1
+    assert (rows[:, 0] == tokenizer.special["bos"]).all()
+    plain = [*tokenizer.encode([text])[0], tokenizer.eos]
+    pieces = {tuple(plain[start : start + 31]) for start in range(0, len(plain), 31)}
+    assert {tuple(row) for row in rows[:, 1:].tolist()} <= pieces
+    (tmp_path / "windows").write_bytes(windows.to_bytes())
+    loaded = TokenWindows.load(tmp_path / "windows")
+    assert (loaded.unscored, loaded.digest, loaded.sample) == (1, windows.digest, windows.sample)
+    assert scored(rows, loaded.unscored).shape == (10, 31)
+    without = token_windows(load_tokenizer(EMBEDDED), {"test": [text]}, 32, {"test": 320}, seed=0)
+    assert without.unscored == 0
+    assert without.digest == "efb64f72630ff5f65631505d498c6faee78da5f7b1da1b3dbbd102a2a43190d2"
 
 
-def test_the_same_file_for_two_splits_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("text\n")
-    with pytest.raises(TextError, match="splits must be disjoint"):
-        file_documents({"search": path, "test": path})
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer: ModelTokenizer):
+        self.bos, self.eos, self.read = tokenizer.bos, tokenizer.eos, 0
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        self.read += sum(map(len, texts))
+        return self._tokenizer.encode(texts)
+
+
+def test_of_a_large_text_evenly_spread_slices_are_read_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows_module, "WHOLE_TEXT", 10_000)
+    monkeypatch.setattr(documents, "WHOLE_FILE", 10_000)
+    tokenizer, read = load_tokenizer(EMBEDDED), []
+    for lines in (20_000, 80_000):
+        path = tmp_path / f"{lines}.txt"
+        path.write_text("".join(f"value_{n} = {n}\n" for n in range(lines)))
+        counting = Counting(tokenizer)
+        found = token_windows(counting, file_documents({"test": path}), 64, {"test": 640}, seed=0)  # type: ignore[arg-type]
+        rows = found.windows["test"]
+        seen = [int(number) for row in rows for number in re.findall(r"= (\d+)\n", tokenizer.decode(row))]
+        assert all(any(lines * i <= 10 * n < lines * (i + 1) for n in seen) for i in range(10))
+        in_memory = token_windows(tokenizer, {"test": [path.read_text()]}, 64, {"test": 640}, seed=0)
+        assert found.digest == in_memory.digest, "pieces of a file are those of its text"
+        read.append(counting.read)
+    assert max(read) < 10 * 64 * windows_module.CHARACTERS * 2
+
+
+def test_a_slice_goes_on_over_the_end_of_a_document_and_one_with_too_few_tokens_makes_all_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    empty = [" " * 3000, "".join(f"{n} " for n in range(800))]
+    whole = token_windows(tokenizer, {"test": empty}, 64, {"test": 640}, seed=0)
+    monkeypatch.setattr(windows_module, "WHOLE_TEXT", 5000)
+    assert token_windows(tokenizer, {"test": empty}, 64, {"test": 640}, seed=0).digest == whole.digest
+    short = [f"document {n} " + "x = 1\n" * 5 for n in range(300)]
+    rows = token_windows(tokenizer, {"test": short}, 64, {"test": 640}, seed=0).windows["test"]
+    assert (rows == tokenizer.eos).any(axis=1).all()
 
 
 def test_a_draw_is_a_new_order_of_all_windows_and_fewer_tokens_of_it_are_a_part_of_more() -> None:

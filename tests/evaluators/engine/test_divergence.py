@@ -54,6 +54,13 @@ def test_references_too_large_to_keep_give_the_same() -> None:
     assert Reference(hidden, head, ids, cache_bytes=0).compare(other, head) == kept
 
 
+def test_positions_that_do_not_count_do_not_matter() -> None:
+    hidden, head, other, ids = case(0.1)
+    expected = Reference(hidden[:, 1:], head, ids[:, 1:]).compare(other[:, 1:], head)
+    other[:, 0] = -hidden[:, 0]
+    assert Reference(hidden, head, ids, unscored=1).compare(other, head) == expected
+
+
 @pytest.mark.parametrize("lower", [0.0, -200.0])
 @pytest.mark.parametrize("spread", [50, 95, 104, 250, 3000])
 def test_logits_far_apart_have_the_divergence_of_float64(spread: float, lower: float) -> None:

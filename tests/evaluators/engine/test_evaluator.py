@@ -2,13 +2,19 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from evaluators.data.windows import TokenWindows
 from evaluators.engine.evaluator import EvaluateGenomes, GenomeEvaluator
 from evaluators.engine.memory import Load
+from evaluators.gradient.label_scores import LinearUse, model_scores
+from evaluators.gradient.sensitivity import GradientEvaluator, label_draws
+from evaluators.healing.whole import MeasureHealing
 from evaluators.prepare.bank import Bank
 from search.types import Evaluation, Fidelity, Genome
 from tests.conftest import EMBEDDED, SmallBank
@@ -49,6 +55,29 @@ def test_an_evaluation_equals_a_plain_forward_of_the_decoded_weights(
     loss = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
     assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
     assert found.file_bytes == small_bank.space.file_bytes(genome)
+
+
+def test_what_follows_bos_alone_is_scored_nowhere(small_bank: SmallBank, tmp_path: Path) -> None:
+    """KL, healing's figures and gradients, of windows that begin with one token and say so."""
+    ids = small_bank.windows.windows["search"].copy()
+    ids[:, 0] = 0
+    files = [tmp_path / name for name in ("all", "after-bos")]
+    for unscored, file in enumerate(files):
+        file.write_bytes(TokenWindows({"search": ids}, "", unscored).to_bytes())
+    setups = [replace(small_bank.setup(), windows=file, key=file.name) for file in files]
+    (genome,), positions = random_genomes(small_bank, 1), ids.shape[1]
+    (every,), (after,) = (GenomeEvaluator(setup).evaluate([genome], FIDELITY) for setup in setups)
+    first = np.multiply(every.window_kl, positions) - np.multiply(after.window_kl, positions - 1)
+    assert first.min() > 0 and first == pytest.approx(np.full(len(first), first.mean()), rel=1e-4)
+    (healed,) = SerialPool().map([MeasureHealing(setups[1], genome, {}, FIDELITY)])
+    assert healed.before.kl == after.kl
+    labels = label_draws(0, 1, positions)
+    model = GradientEvaluator(setups[1]).model
+    head, *_ = model_scores(model, torch.from_numpy(ids[:1]), labels, unscored=1)
+    both, *_ = model_scores(model, torch.from_numpy(ids[:1]), labels)
+    assert isinstance(head, LinearUse) and isinstance(both, LinearUse)
+    assert not head.scores[0].any() and both.scores[0].any()
+    assert torch.equal(head.scores[1:], both.scores[1:])
 
 
 def test_results_do_not_depend_on_what_was_evaluated_before(small_bank: SmallBank, evaluator: GenomeEvaluator) -> None:

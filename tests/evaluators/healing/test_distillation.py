@@ -67,6 +67,18 @@ def test_loss_and_gradient_equal_float64_autograd_of_the_plain_formula(
     assert float((hidden.grad / 3 - gradient).norm() / gradient.norm()) < (1e-5 if noise > 0.1 else 3e-4)
 
 
+def test_positions_that_do_not_count_have_no_loss_and_no_gradient() -> None:
+    hidden, head, reference, reference_head, ids = (t.float() if t.is_floating_point() else t for t in case(0.1))
+    loss, heads = DistillationLoss(2.0, 0.3), (Head(head), Head(reference_head))
+    short, whole = hidden[:, 1:].clone().requires_grad_(True), hidden.clone().requires_grad_(True)
+    expected = loss(short, heads[0], reference[:, 1:], heads[1], ids[:, 1:])
+    found = loss(whole, heads[0], reference, heads[1], ids, unscored=1)
+    assert found == expected
+    (found + expected).backward()
+    assert whole.grad is not None and short.grad is not None
+    assert not whole.grad[:, 0].any() and torch.equal(whole.grad[:, 1:], short.grad)
+
+
 def test_a_model_equal_to_its_reference_has_no_soft_loss_and_no_gradient() -> None:
     _, _, reference, head, ids = (t.float() if t.is_floating_point() else t for t in case(0.1))
     hidden = reference.clone().requires_grad_(True)

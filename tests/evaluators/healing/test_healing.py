@@ -165,3 +165,4 @@ def test_the_error_of_an_output_is_relative_to_each_position() -> None:
         ((o - t) @ (o - t)) / (t @ t) for o, t in zip(output.reshape(-1, 8), target.reshape(-1, 8), strict=True)
     ]
     assert float(output_error(output, target)) == pytest.approx(float(sum(expected)) / len(expected))
+    assert output_error(output, target, unscored=1) == output_error(output[:, 1:], target[:, 1:])

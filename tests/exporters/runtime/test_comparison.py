@@ -59,6 +59,18 @@ def test_top1_agreement_counts_positions() -> None:
     assert figures.reference.top1_agreement == 0.5
 
 
+def test_positions_that_do_not_count_do_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(3, 7, 8)).astype(np.float32), rng.normal(size=(20, 8)).astype(np.float32)
+    windows = rng.integers(0, 20, (3, 7))
+    noisy = hidden + rng.normal(size=hidden.shape).astype(np.float32)
+    short = [log_probs(states[:, 1:], plain_head(head)) for states in (hidden, noisy)]
+    expected = compare(short[0], windows[:, 1:], 20, reference=short[1])
+    noisy[:, 0] = -hidden[:, 0]
+    all_of_it = [log_probs(states, plain_head(head)) for states in (hidden, noisy)]
+    assert compare(all_of_it[0], windows, 20, reference=all_of_it[1], unscored=1) == expected
+
+
 def test_figures_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(3, 7, 8)).astype(np.float32), rng.normal(size=(20, 8)).astype(np.float32)
