@@ -11,6 +11,9 @@ from bitgenome.common.cpus import usable_cpus
 from bitgenome.common.host_memory import peak_host_memory
 
 ACCELERATOR_SHARE = 0.9  # of an accelerator's free memory; the rest is left for fragmentation
+# Of one temporary of a computation in chunks. A kernel that reads and writes so much takes several times as long as its
+# launch (50 us at 2.5 TB/s, of 5 to 10), and the dozen temporaries that are alive at once take less than a gigabyte.
+ACCELERATOR_CHUNK = 64 << 20
 HOST_SHARE = 0.7  # of the host's free memory, divided among workers by their threads; the rest is for other processes
 CGROUPS = (  # folder, limit, usage and field of memory.stat that counts file pages not in use; version 2 and 1
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
@@ -43,6 +46,14 @@ def compute_type(compute: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     found: torch.dtype = getattr(torch, compute)
     return found
+
+
+def chunk_bytes(device: torch.device, on_cpu: int) -> int:
+    """Return the most bytes of one temporary of a computation in chunks, whose results do not depend on the chunks.
+
+    A CPU is fastest where temporaries stay in its cache, which ``on_cpu`` says; an accelerator where kernels are few.
+    """
+    return on_cpu if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
 def take_share(accelerator: float) -> None:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitgenome.common.devices import chunk_bytes
 from bitgenome.common.numbers import perplexity_of
 from evaluators.data.windows import scored
 from evaluators.model.head import Head
 
-CHUNK_LOGITS = 1 << 20  # logits of one chunk: 4 MiB in float32, which stay in a CPU's cache
+CHUNK_BYTES = 1 << 22  # of the logits of one chunk on a CPU, which stay in its cache
 MIN_CHUNK = 64  # fewest positions of a chunk, for large vocabularies
 LEAST_GROWTH = 2**-10 - 1  # of E[exp d] - 1; below it float32 has lost what log E[exp d] needs
 CACHE_BYTES = 1 << 28  # for reference logits and probabilities; larger ones are recomputed chunk by chunk
@@ -55,12 +56,13 @@ class Divergence:
 
 def chunk_positions(head: Head) -> int:
     """Return the number of positions in a chunk for the vocabulary of ``head``."""
-    return chunk_size(len(head.weight)) // len(head.weight)
+    return chunk_size(len(head.weight), head.weight.device) // len(head.weight)
 
 
-def chunk_size(vocabulary: int) -> int:
-    """Return the number of logits in a chunk, a multiple of ``vocabulary``."""
-    return max(MIN_CHUNK, CHUNK_LOGITS // vocabulary) * vocabulary
+def chunk_size(vocabulary: int, device: torch.device) -> int:
+    """Return the number of logits in a chunk on ``device``, a multiple of ``vocabulary``."""
+    logits = chunk_bytes(device, CHUNK_BYTES) // torch.float32.itemsize
+    return max(MIN_CHUNK, logits // vocabulary) * vocabulary
 
 
 class _Chunk(NamedTuple):

@@ -81,10 +81,8 @@ class GenomeEvaluator:
         self.memory = sweep_memory(shape, formats, self.windows.window, setup.load, limit, compute)
         model = BlockModel(folder, device, compute)
         weights = ModelWeights(model, self.bank, self.memory.weights, self.memory.reserve)
-        storage = device if self.memory.resident else torch.device("cpu")
-        self.sweep = Sweep(
-            weights, Batches(self.memory.windows), PrefixCache(self.memory.cache), setup.activations, storage
-        )
+        batches, cache = Batches(self.memory.windows), PrefixCache(self.memory.cache)
+        self.sweep = Sweep(weights, batches, cache, setup.activations)
         self._last: tuple[Text, Reference] | None = None
         self._full_states: dict[Text, Tensor] = {}  # full-precision final hidden states of the last texts
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bitgenome.common.devices import best_device, chunk_bytes
 from bitgenome.common.errors import UserError
 from evaluators.engine.divergence import CACHE_BYTES as LOGIT_BYTES
 from evaluators.engine.divergence import chunk_size
@@ -19,6 +20,7 @@ KEPT_TEXTS = 3  # texts whose full-precision outputs are kept: the rungs of a la
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep; longer text is read in parts
 CACHE_SHARE = 0.125  # each for the prefixes of elites, for logits and for the activations of a batch
 FIXED_BYTES = 64 << 20  # for decoding some rows at a time (evaluators/prepare/bank.py) and for matrix libraries
+DECODING_COPIES = 8  # temporaries of decoding, each as large as the weights decoded at once
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def sweep_needs(shape: ModelShape, window: int, load: Load, limit: int) -> Needs
         reference=KEPT_TEXTS * positions * state,
         logits=logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0,
         in_block=windows * window * activations,
-        in_head=4 * chunk_size(shape.vocabulary) * FLOAT_BYTES,
+        in_head=4 * chunk_size(shape.vocabulary, best_device()) * FLOAT_BYTES,
     )
 
 
@@ -129,11 +131,12 @@ def sweep_memory(
         return SweepMemory(limit, *shares, work, weights, reserve, everything)
 
     beside = needs.states + needs.cache + needs.reference + needs.logits
-    work = needs.in_block + needs.in_head + FIXED_BYTES  # both: allocators keep the one's memory during the other
+    fixed = max(FIXED_BYTES, DECODING_COPIES * chunk_bytes(best_device(), 0))
+    work = needs.in_block + needs.in_head + fixed  # both: allocators keep the one's memory during the other
     if everything <= limit - beside - work:
         return memory(work, everything, 0)
     block, heads = shape.block_bytes(compute), 2 * shape.head_bytes
-    work = max(needs.in_block + block, needs.in_head) + FIXED_BYTES  # reading ahead holds the next block, as stored
+    work = max(needs.in_block + block, needs.in_head) + fixed  # reading ahead holds the next block, as stored
     left, least = limit - beside - work, max(block, heads)
     if left < least:
         raise UserError(

@@ -55,7 +55,7 @@ class Sweep:
     """Runs candidates on a text, with the weights of one block at a time placed in the model's modules.
 
     ``activations`` "q8" rounds the inputs of quantized layers to llama.cpp's 8-bit blocks; "float" does not.
-    ``storage`` is the device that keeps hidden states between blocks, the model's by default.
+    Hidden states stay on the model's device between blocks; the memory of a sweep is divided with room for them.
     """
 
     def __init__(
@@ -64,13 +64,11 @@ class Sweep:
         batches: Batches,
         cache: PrefixCache,
         activations: str = "float",
-        storage: torch.device | None = None,
     ):
         self.weights = weights
         self.model = weights.model
         self.batches = batches
         self.cache = cache
-        self.storage = storage or self.model.device
         self._tensors = [self.model.parameters_of(block) for block in range(len(self.model.blocks))]
         self._numbers: dict[Choice, int] = {}
         self._placed: dict[str, QuantFormat | None] = {}  # formats in the running block, and the head's when it is used
@@ -136,7 +134,7 @@ class Sweep:
     def _embedded(self, ids: Tensor, candidate: Candidate) -> Chunks:
         """Return the states before the first block."""
         fmt = candidate.get(self.model.embedding_name)
-        return [rows.to(self.storage) for rows in embedded(self.weights, fmt, ids, self.batches.windows)]
+        return list(embedded(self.weights, fmt, ids, self.batches.windows))
 
     def _through_block(self, block: int, nodes: Sequence[Node]) -> list[Node]:
         """Return the nodes after ``block``; the states of ``nodes``, before it, are freed one by one."""
@@ -175,12 +173,12 @@ class Sweep:
             return self.model.run_block(block, chunk)
 
         for chunk in states:
-            whole, rows = len(chunk), chunk.to(self.model.device)
+            whole = len(chunk)
             for child in children:
                 self._place(block, child.members[0].choices[block + 1])
                 if block not in self._replays:
-                    self._replays[block] = self._replay(block, rows[:1])
-                child.states.append(self.batches.run(forward, rows).to(self.storage))
+                    self._replays[block] = self._replay(block, chunk[:1])
+                child.states.append(self.batches.run(forward, chunk))
             self._forget(block)
 
     def _replay(self, block: int, rows: Tensor) -> list[Replay]:
@@ -222,7 +220,7 @@ class Sweep:
             self.model.place(name, self.weights.get(name, None))
         found: dict[int, Tensor] = {}
         for node in nodes:
-            hidden = torch.cat([self.model.decoder.norm(chunk.to(self.model.device)) for chunk in node.states])
+            hidden = torch.cat([self.model.decoder.norm(chunk) for chunk in node.states])
             node.states = []
             found.update(dict.fromkeys((member.index for member in node.members), hidden))
         return [found[index] for index in range(count)]

@@ -87,7 +87,8 @@ class BlockModel:
 
     def as_computed(self, name: str, tensor: Tensor) -> Tensor:
         """Move ``tensor``, all or some rows of the weight ``name``, to the model's device and its compute type."""
-        return tensor.to(device=self.device, dtype=self.compute if name in self._multiplied else torch.float32)
+        moved = tensor.to(self.device, non_blocking=True)  # as it is stored, which is less, if the memory is pinned
+        return moved.to(self.compute if name in self._multiplied else torch.float32)
 
     def load_block(self, block: int) -> None:
         """Load the weights of a block. Raises ModelFolderError if the folder lacks one of them."""

@@ -17,7 +17,7 @@ from safetensors.torch import safe_open, save
 from torch import Tensor
 
 from bitgenome.common import layout
-from bitgenome.common.devices import best_device
+from bitgenome.common.devices import best_device, chunk_bytes
 from bitgenome.common.digests import digest_of, digest_of_file, digests_of_files
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
@@ -33,7 +33,7 @@ from quantizers.statistics.moments import InputStatistics
 
 log = logging.getLogger(__name__)
 
-DECODED_WEIGHTS = 1 << 20  # weights that are decoded at once
+DECODED_BYTES = 1 << 22  # of the weights that are decoded at once on a CPU
 SCHEMA = 1  # raise when packed bytes or file layout change meaning
 
 
@@ -112,7 +112,7 @@ class BuildBankGroup:
         group = InputGroup.load(self.group)
         device = best_device()
         names = [name for name in group.tensors if name in self.formats]
-        weights = {name: folder.read(name).to(device, torch.float32) for name in names}
+        weights = {name: folder.read(name).to(device).float() for name in names}
         formats = {name: [FORMATS[f] for f in self.formats[name]] for name in names}
         for name, levels in self._levels(weights, formats, group).items():
             save_tensor(self.directory, name, levels)
@@ -242,10 +242,11 @@ class Bank:
 def decoded(fmt: QuantFormat, packed: Tensor, columns: int, device: torch.device) -> Tensor:
     """Decode packed rows uint8 (rows, row_bytes) to float32 (rows, columns) on ``device``.
 
-    Rows are decoded some DECODED_WEIGHTS weights at a time, as decoding takes several times their memory.
+    Rows are decoded some chunk_bytes at a time, as decoding takes several times their memory.
     """
     weights = torch.empty(len(packed), columns, device=device)
-    step = max(1, DECODED_WEIGHTS // columns)
+    step = max(1, chunk_bytes(device, DECODED_BYTES) // (weights.element_size() * columns))
     for start in range(0, len(packed), step):
-        weights[start : start + step] = dequantize(fmt, packed[start : start + step].to(device))[:, :columns]
+        part = packed[start : start + step].to(device, non_blocking=True)
+        weights[start : start + step] = dequantize(fmt, part)[:, :columns]
     return weights

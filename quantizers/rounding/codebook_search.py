@@ -8,10 +8,11 @@ quantizers.formats.grids.
 import torch
 from torch import Tensor
 
+from bitgenome.common.devices import chunk_bytes
 from quantizers.formats.codebooks import SIGN_GROUP, CodebookGrid
 from quantizers.formats.grids import nearest_fp16, safe_inverse
 
-CHUNK_SCORES = 1 << 18  # scores (rows x codewords) at a time: one megabyte, which fits the cache
+CHUNK_BYTES = 1 << 20  # of the scores (rows x codewords) at a time on a CPU
 STRIPES = 16  # argmin takes two steps, by stripes, as both vectorize
 # Steps tried for a sub-block, by V, as multiples of its root mean square over the codebook's. Codebooks with V = 4 are
 # finer: the steps they use vary more (outliers), and they gain more from a fine search.
@@ -66,13 +67,18 @@ class VectorSearch:
         """Return the index (N,) of the codeword g of least (t - step s g)^T M (t - step s g), for signs s (V, N)."""
         i, j = self._pairs
         found = torch.empty(t.shape[1], dtype=torch.long, device=t.device)
-        rows = max(1, CHUNK_SCORES // len(self.codewords))
+        rows = chunk_rows(self.codewords)
         step = torch.where(step == 0, TINY, step).abs()  # dividing by the step keeps the order
         features = torch.cat([step * signs[i] * signs[j], step[None], signs * (self.M @ t)]).T.contiguous()
         for start in range(0, len(found), rows):
             scores = features[start : start + rows] @ self._table
             found[start : start + rows] = argmin(scores)
         return found
+
+
+def chunk_rows(codewords: Tensor) -> int:
+    """Return for how many rows scores are computed at a time, given the codewords (E, V)."""
+    return max(1, chunk_bytes(codewords.device, CHUNK_BYTES) // (len(codewords) * codewords.element_size()))
 
 
 def argmin(scores: Tensor) -> Tensor:
@@ -138,7 +144,7 @@ def _fit_sub_block(G: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     best_gain = torch.full_like(typical, -torch.inf)
     best_step = torch.zeros_like(typical)
     tables = [torch.cat([2 * G * v, (G.square() @ v)[:, None]], 1).T.contiguous() for v in w]
-    rows = max(1, CHUNK_SCORES // len(G))
+    rows = chunk_rows(G)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         for trial in STEP_TRIALS[V]:
@@ -157,7 +163,7 @@ def _fit_sub_block(G: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 def _closed_form(G: Tensor, m: Tensor, w: Tensor, tables: list[Tensor], step: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least-squares step (N,) for the best codewords at ``step`` (N,), and their sum(w q^2) (N,)."""
     projection, square = torch.zeros_like(step), torch.zeros_like(step)
-    rows = max(1, CHUNK_SCORES // len(G))
+    rows = chunk_rows(G)
     for start in range(0, len(step), rows):
         part = slice(start, start + rows)
         for v, table in enumerate(tables):

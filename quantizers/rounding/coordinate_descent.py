@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitgenome.common.devices import chunk_bytes
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, safe_inverse
+from quantizers.formats.table import SUPER_BLOCK
 
 PANEL = 32  # columns whose integers are updated before G of the rest of the block is
-CHUNK_ROWS = 1024
+CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
 TINY = 1e-30
 DEGENERATE = 1e-5  # relative determinant below which float32 cannot separate d and dmin
 
@@ -40,8 +42,9 @@ def descend(
     """
     scales, integers = start
     parts = []
-    for first in range(0, W.shape[1], CHUNK_ROWS):
-        rows = slice(first, first + CHUNK_ROWS)
+    step = chunk_bytes(W.device, CHUNK_BYTES) // (SUPER_BLOCK * W.element_size())
+    for first in range(0, W.shape[1], step):
+        rows = slice(first, first + step)
         q = grid.blocks(integers[:, rows].to(W.dtype).contiguous())
         chunk = scales.map(lambda member, rows=rows: member[..., rows].clone())
         chunk_kept = None if kept is None else kept[:, rows]

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bitgenome.common.devices import chunk_bytes
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
 from quantizers.formats.packed_tensor import FLOAT_TYPES
 from quantizers.formats.scalar_packing import pack
-from quantizers.formats.table import QuantFormat
+from quantizers.formats.table import SUPER_BLOCK, QuantFormat
 from quantizers.rounding.codebook_loop import codebook_loop
 from quantizers.rounding.scale_search import fit
 
-CHUNK_WEIGHTS = 1 << 16  # weights per scale search, whose temporaries (256 KiB each) then stay in cache
-CHUNK_COLUMNS = 256  # a multiple of every block size
+CHUNK_BYTES = 1 << 18  # of a temporary of the scale search on a CPU
+FLOAT_BYTES = 4
 ROUNDED_WEIGHTS = 1 << 24  # weights of whole rows rounded at once: a head of 128k rows has 5e8, and takes 20 times that
 ACCELERATOR_WEIGHTS = 1 << 26  # the same on an accelerator, where every step launches kernels
 ROW_TILE = 32  # rows are padded to whole tiles: sums then run in one order, so no row's bytes depend on other rows
@@ -61,7 +62,8 @@ def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
         return pack_codebook(codebook, fitted, codewords)[: len(W)]
     grid = GRIDS[fmt.name]
     scales, integers = [], []
-    for part, weight in zip(columns_first.split(CHUNK_COLUMNS), importance.split(CHUNK_COLUMNS), strict=True):
+    step = chunk_columns(W)
+    for part, weight in zip(columns_first.split(step), importance.split(step), strict=True):
         fitted = fit_rows(grid, part, weight)
         scales.append(fitted)
         integers.append(nearest_integers(grid, fitted, part))
@@ -69,11 +71,18 @@ def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
 
 
 def fit_rows(grid: Grid, columns_first: Tensor, importance: Tensor) -> Scales:
-    """Return scales fitted to weights (columns, N) under importance (columns,); rows go in cache-sized chunks."""
+    """Return scales fitted to weights (columns, N) under importance (columns,), chunk by chunk of rows."""
     weight = grid.blocks(importance[:, None])
-    rows = max(ROW_TILE, CHUNK_WEIGHTS // len(columns_first) // ROW_TILE * ROW_TILE)
+    weights = chunk_bytes(columns_first.device, CHUNK_BYTES) // FLOAT_BYTES
+    rows = max(ROW_TILE, weights // len(columns_first) // ROW_TILE * ROW_TILE)
     parts = [fit(grid, grid.blocks(part.contiguous()), weight) for part in pad_rows(columns_first).split(rows, 1)]
     return Scales.concatenate(parts, 3).map(lambda member: member[..., : columns_first.shape[1]])
+
+
+def chunk_columns(W: Tensor) -> int:
+    """Return how many columns of W (rows, columns) are rounded at a time, whole super-blocks: one on a CPU."""
+    weights = chunk_bytes(W.device, 0) // FLOAT_BYTES
+    return max(SUPER_BLOCK, weights // max(1, len(W)) // SUPER_BLOCK * SUPER_BLOCK)
 
 
 def pad_rows(columns_first: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
 DEFAULTS = CompensationSettings()
 BATCH_ROWS = 1024  # of all tensors together, each in all its formats; they fit a CPU's cache
-ACCELERATOR_BATCHES = 16  # times as many rows on an accelerator, where every column launches kernels
+# Of the stack of a batch on an accelerator, where every column launches kernels, however many rows there are. The loop
+# holds some three times as much: a layer of 8 billion weights' models is one or two batches.
+STACK_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def compensate_stack(
     factored = Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U.float(), importance)
     del U  # gigabytes in a wide layer, while its rows are rounded
     pieces: dict[tuple[str, str], list[Tensor]] = {}
-    limit = BATCH_ROWS * (1 if H.device.type == "cpu" else ACCELERATOR_BATCHES)
+    limit = batch_rows(len(H), len(wanted), H.device)
     for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):
         part = {name: weights[name][rows] for name, rows in batch.items()}
         members = {fmt: [name for name in part if fmt in {f.name for f in formats[name]}] for fmt in wanted}
@@ -135,6 +137,13 @@ class Factored:
     H: Tensor  # damped, float32
     U: Tensor  # float32, upper, U^T U = H^-1
     importance: Tensor  # (columns,), weights the fit of scales
+
+
+def batch_rows(columns: int, formats: int, device: torch.device) -> int:
+    """Return how many rows of ``columns`` weights go together, each in so many ``formats``."""
+    if device.type == "cpu":
+        return BATCH_ROWS
+    return max(BATCH_ROWS, STACK_BYTES // (torch.float32.itemsize * columns * formats))
 
 
 def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice]]:

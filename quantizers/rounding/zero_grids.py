@@ -26,7 +26,7 @@ from torch import Tensor
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import FORMATS, QuantFormat
-from quantizers.rounding.nearest import CHUNK_COLUMNS, fit_rows, nearest_integers, normalized_importance, row_ranges
+from quantizers.rounding.nearest import chunk_columns, fit_rows, nearest_integers, normalized_importance, row_ranges
 
 _SHIFTED = (
     Grid(FORMATS["Q2_K"], 16, -1, 2, (-7, 15)),
@@ -69,7 +69,8 @@ def quantize_with_zero(fmt: QuantFormat, W: Tensor, importance: Tensor | None = 
 def _quantize_rows(grid: Grid, W: Tensor, importance: Tensor) -> Tensor:
     """Return bytes uint8 (rows, row_bytes) of W (rows, columns) under a normalized importance (columns,)."""
     parts = []
-    for columns, weight in zip(W.T.float().split(CHUNK_COLUMNS), importance.split(CHUNK_COLUMNS), strict=True):
+    step = chunk_columns(W)
+    for columns, weight in zip(W.T.float().split(step), importance.split(step), strict=True):
         scales = fit_rows(grid, columns, weight)
         parts.append((scales, nearest_integers(grid, scales, columns)))
     return pack_with_zero(grid, Scales.concatenate([s for s, _ in parts], 0), torch.cat([q for _, q in parts]))
