@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from benchmarks import device_stages as stages
 from benchmarks.kernels import count_kernels
 from benchmarks.limits import OutOfTimeError, time_limit
-from bitgenome.common.devices import best_device, compute_type, peak_memory, release_memory
+from bitgenome.common.devices import best_device, compute_type, device_name, peak_memory, release_memory
 from evaluators.prepare.bank import Bank, group_tensors
 from quantizers.formats.table import LEVEL_PRESETS
 
@@ -51,7 +51,7 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         device = best_device()
         self.machine = {
-            "device": torch.cuda.get_device_name(device) if device.type != "cpu" else platform.processor() or "cpu",
+            "device": device_name(device),
             "type": device.type, "compute": str(compute_type("auto", device)), "torch": torch.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
         }  # fmt: skip

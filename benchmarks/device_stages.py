@@ -226,14 +226,22 @@ def sweep(subject: Subject, compute: str = "auto", memory: int | None = None) ->
 
 
 def least_memory(subject: Subject) -> int:
-    """The least memory, within a tenth, that a worker accepts."""
-    limit = 96 * MIB
-    while True:
+    """The least memory that a worker accepts, within a mebibyte."""
+
+    def accepted(limit: int) -> bool:
         try:
             GenomeEvaluator(subject.setup("auto", limit))
-            return limit
         except UserError:
-            limit += limit // 10
+            return False
+        return True
+
+    too_little, enough = 0, 16 * MIB
+    while not accepted(enough):
+        too_little, enough = enough, 2 * enough
+    while enough - too_little > MIB:
+        middle = (too_little + enough) // 2
+        too_little, enough = (too_little, middle) if accepted(middle) else (middle, enough)
+    return enough
 
 
 def heal_whole(subject: Subject) -> Figures:
@@ -273,8 +281,8 @@ def simulated_proof(subject: Subject) -> Figures:
     return {"work": 2 * subject.tokens, "unit": "tokens", "kl": found.kl, "perplexity": found.perplexity}
 
 
-def evaluated(subject: Subject, compute: str, genomes: int) -> list[float]:
-    """KL of the first genomes on 2,048 tokens of search text."""
+def evaluated(subject: Subject, compute: str, genomes: int, split: str = "search") -> list[float]:
+    """KL of the first genomes on 2,048 tokens of a split."""
     evaluator = warm(GenomeEvaluator, subject.setup(compute), subject.state)
     genes = [subject.genome(seed) for seed in range(genomes)]
-    return [e.kl for e in evaluator.evaluate(genes, Fidelity("search", 2048))]
+    return [e.kl for e in evaluator.evaluate(genes, Fidelity(split, 2048))]

@@ -1,0 +1,56 @@
+"""Every stage runs on an accelerator: nothing mixes devices, and independent paths give the same divergence."""
+
+from math import isfinite
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks import device_stages as stages
+from bitgenome.common.devices import best_device
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(best_device().type == "cpu", reason="needs an accelerator"),
+]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> stages.Subject:
+    """One small block, calibrated, with its bank."""
+    folder: Path = tmp_path_factory.mktemp("accelerator")
+    model = stages.block_model(folder / "model", **stages.TINY)
+    found = stages.Subject("tiny", model, folder / "work", ("W2", "W4"), ("IQ2_XXS", "IQ4_XS"), **stages.LITTLE_WORK)
+    stages.calibrate(found)
+    stages.build_bank(found, lambda figures: None)
+    return found
+
+
+@pytest.mark.parametrize(("compute", "rounding"), [("float32", 1e-3), ("auto", 0.05)])
+def test_a_streamed_sweep_is_a_resident_one(subject: stages.Subject, compute: str, rounding: float) -> None:
+    resident = stages.sweep(subject, compute)
+    streamed = stages.sweep(subject, compute, stages.least_memory(subject))
+    assert resident["resident"]
+    assert not streamed["resident"]
+    assert streamed["kl"] == pytest.approx(resident["kl"], rel=rounding)  # batches differ
+
+
+def test_the_proof_by_simulation_measures_what_the_sweep_does(subject: stages.Subject) -> None:
+    (expected,) = stages.evaluated(subject, "float32", 1, split="test")
+    assert stages.simulated_proof(subject)["kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_codebook_types_are_built(subject: stages.Subject) -> None:
+    stages.build_codebooks(subject)
+    files = list((subject.folder / "codebooks").glob("*.safetensors"))
+    assert files
+    assert all(set(load_file(file)) == set(subject.codebooks) for file in files)
+
+
+def test_sensitivities_and_healing_give_finite_figures(subject: stages.Subject) -> None:
+    assert isfinite(stages.gradient(subject)["largest"])
+    assert stages.exact(subject, 4)["work"] >= 4
+    stages.heal_whole(subject)
+    before, after = stages.heal_blocks(subject, subject.layers + 1)["kl"]["test"]
+    assert isfinite(before)
+    assert isfinite(after)
