@@ -103,11 +103,15 @@ class Work:
 
     def bank(self) -> float:
         """Return the seconds of rounding every tensor to every level; input groups are the tasks."""
-        times = [
-            group.weights * self.rates.rounding[group.rounding.key] + self.rates.factor * group.columns**3
-            for group in input_groups(self.plan)
-        ]
+        times = [self.group_seconds(group) for group in input_groups(self.plan)]
         return max(sum(times) / self.workers, *times)
+
+    def group_seconds(self, group: Group) -> float:
+        """Return the seconds of rounding the tensors of one input group."""
+        rate = self.rates.rounding[group.rounding.key]
+        batches = ceil(group.weights / group.columns / rate.rows)
+        rounding = batches * group.columns * rate.column + group.weights * rate.weight
+        return rounding + self.rates.factor * group.columns**3
 
     def sensitivity(self) -> float:
         """Return the seconds of the configured measure."""

@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
-from quantizers.rounding.sparsegpt import BATCH_ROWS, compensate
+from quantizers.rounding.sparsegpt import batch_rows, compensate
 from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import HessianAccumulator, inverse_factor
 
@@ -35,8 +35,10 @@ PROBE_SECONDS = 0.05  # a probe is repeated until it has taken that long
 BLOCK_TOKENS = 1024  # positions of a probe of a block, at least one window
 HEAD_TOKENS = 128
 MOST_ROWS = 32768  # of the head, to which times of larger vocabularies are in proportion
-MOST_COLUMNS = 2048  # of a Hessian; times of wider ones follow from two narrower ones
-CPU_WEIGHTS = 1 << 16  # of a probe of rounding on a CPU
+MOST_COLUMNS = 512  # of a Hessian; times of wider ones follow from narrower ones
+MOST_INPUTS = 4096  # columns of the input of a Hessian; wider ones take time by their square
+CPU_ROWS = 32, 128  # of two probes of rounding on a CPU
+ACCELERATOR_ROWS = 1024, 4096
 HOST_SIDE = 1024  # rows and columns of the product that stands for llama.cpp's
 
 
@@ -55,15 +57,22 @@ class Rounding:
         return f"{self.columns} {'+'.join(self.formats)}{pruned}"
 
 
+class RoundingRate(NamedTuple):
+    """Seconds for a column of a batch of ``rows`` rows, and for a weight, both at all levels."""
+
+    column: float
+    weight: float
+    rows: int
+
+
 @dataclass(frozen=True)
 class Rates:
     """Holds the seconds that one unit of each kind of work takes on one worker.
 
     Positions are those of text: a block's times are of one decoder block, forward or forward and backward, the head's
     of one candidate's logits and divergence. ``hessian`` is by columns of the input, in seconds a position.
-    ``rounding`` is by ``Rounding.key``, in seconds for a weight at all its levels, its factor left out; ``factor`` is
-    in seconds for the cube of the columns; ``decode`` for a weight at one level. ``block_calibration`` and ``hessian``
-    are with all cores.
+    ``rounding`` is by ``Rounding.key``; ``factor`` is in seconds for the cube of the columns; ``decode`` for a weight at
+    one level. ``block_calibration`` and ``hessian`` are with all cores.
     """
 
     device: str
@@ -76,7 +85,7 @@ class Rates:
     block_calibration: float
     hessian: dict[str, float]
     factor: float
-    rounding: dict[str, float]
+    rounding: dict[str, RoundingRate]
     decode: float
     host_flops: float  # operations per second of the host, all cores, float32
 
@@ -87,7 +96,7 @@ class Rates:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Rates":
         """Return the rates whose ``to_json`` is ``record``. Raises TypeError for other keys."""
-        return cls(**record)
+        return cls(**{**record, "rounding": {kind: RoundingRate(*rate) for kind, rate in record["rounding"].items()}})
 
 
 @dataclass(frozen=True)
@@ -167,14 +176,19 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     """Return the least seconds of one call of ``work``, a first one left out unless it is a long one."""
     taken: list[float] = []
     while len(taken) < 2 or (sum(taken) < PROBE_SECONDS and len(taken) < 50):
-        synchronize(device)
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        taken.append(time.perf_counter() - started)
+        taken.append(timed(work, device))
         if taken[0] > 20 * PROBE_SECONDS:  # warming up hardly counts
             break
     return min(taken[1:] or taken)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call of ``work``, until the device's queue is empty."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def synchronize(device: torch.device) -> None:
@@ -250,7 +264,7 @@ def head_seconds(folder: ModelFolder, window: int, device: torch.device) -> tupl
 
 def hessian_seconds(columns: int, device: torch.device) -> float:
     """Return the seconds a position of adding inputs with ``columns`` columns to their Hessian."""
-    width = min(columns, MOST_COLUMNS)
+    width = min(columns, MOST_INPUTS)
     x = torch.randn(BLOCK_TOKENS, width, device=device)
     accumulator = HessianAccumulator(width, device)
     return seconds_of(lambda: accumulator.add(x), device) / BLOCK_TOKENS * (columns / width) ** 2
@@ -264,45 +278,49 @@ def random_hessian(columns: int, device: torch.device) -> Tensor:
 
 def rounding_seconds(
     roundings: Sequence[Rounding], settings: CompensationSettings, device: torch.device
-) -> tuple[dict[str, float], float]:
-    """Return the seconds a weight of each kind of rounding, at all its levels, and those of a factor by cubed columns.
+) -> tuple[dict[str, RoundingRate], float]:
+    """Return the rates by kind of rounding, and the seconds of a factor by cubed columns.
 
-    Wider kinds than MOST_COLUMNS follow from two narrower ones: a weight's time is constant and a part in proportion to
-    the columns.
+    A column costs the same for every batch of rows, a weight in proportion to the rows. Both come from two batches.
+    Kinds wider than MOST_COLUMNS follow from two narrower ones: a weight's time is a constant and a part in proportion
+    to the columns.
     """
-    widest = max((min(r.columns, MOST_COLUMNS) for r in roundings), default=MOST_COLUMNS)
-    H = random_hessian(widest, device)
-    factor = seconds_of(lambda: inverse_factor(H, settings.damping), device) / widest**3
-    found: dict[str, float] = {}
-    for rounding in roundings:
-        if rounding.columns <= MOST_COLUMNS:
-            found[rounding.key] = seconds_a_weight(rounding, rounding.columns, settings, device, factor)
-            continue
-        half, whole = (
-            seconds_a_weight(rounding, width, settings, device, factor) for width in (MOST_COLUMNS // 2, MOST_COLUMNS)
-        )
-        slope = max(0.0, whole - half) / (MOST_COLUMNS / 2)
-        found[rounding.key] = whole + slope * (rounding.columns - MOST_COLUMNS)
-    return found, factor
+    widths = {r: (r.columns,) if r.columns <= MOST_COLUMNS else (MOST_COLUMNS // 2, MOST_COLUMNS) for r in roundings}
+    hessians = {width: random_hessian(width, device) for found in widths.values() for width in found}
+    widest = max(hessians, default=0)
+    factor = seconds_of(lambda: inverse_factor(hessians[widest], settings.damping), device) / widest**3 if widest else 0
+    times: dict[Rounding, tuple[float, float]] = {}
+    for kind in {replace(r, columns=width) for r, found in widths.items() for width in found}:
+        times[kind] = column_and_weight(kind, hessians[kind.columns], settings, device)
+    result: dict[str, RoundingRate] = {}
+    for kind, found in widths.items():
+        column, weight = times[replace(kind, columns=found[-1])]
+        if len(found) > 1:
+            slope = max(0.0, weight - times[replace(kind, columns=found[0])][1]) / (found[1] - found[0])
+            weight += slope * (kind.columns - found[1])
+        rows = batch_rows(kind.columns, len(kind.formats), device)
+        result[kind.key] = RoundingRate(column, weight, rows)
+    return result, factor
 
 
-def seconds_a_weight(
-    rounding: Rounding, columns: int, settings: CompensationSettings, device: torch.device, factor: float
-) -> float:
-    """Return the seconds for a weight at all levels of ``rounding`` in a matrix of ``columns`` columns."""
-    rows = max(32, CPU_WEIGHTS // columns) if device.type == "cpu" else 8 * BATCH_ROWS
-    W = torch.randn(rows, columns, device=device)
-    H = random_hessian(columns, device)
-    formats: dict[str, Sequence[QuantFormat]] = {"probe": [FORMATS[name] for name in rounding.formats]}
-    synchronize(device)
-    started = time.perf_counter()
-    if rounding.sparsity:
-        prune_and_compensate({"probe": W}, formats, {"probe": rounding.sparsity}, H, settings)
-    else:
-        compensate({"probe": W}, formats, H, settings)
-    synchronize(device)
-    taken = time.perf_counter() - started - factor * columns**3
-    return max(taken, 0.0) / (rows * columns)
+def column_and_weight(
+    kind: Rounding, H: Tensor, settings: CompensationSettings, device: torch.device
+) -> tuple[float, float]:
+    """Return the seconds for a column and for a weight, at all levels of ``kind``, of a batch of rows."""
+    few, many = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
+    formats: dict[str, Sequence[QuantFormat]] = {"probe": [FORMATS[name] for name in kind.formats]}
+
+    def work(W: Tensor) -> None:
+        if kind.sparsity:
+            prune_and_compensate({"probe": W}, formats, {"probe": kind.sparsity}, H, settings)
+        else:
+            compensate({"probe": W}, formats, H, settings)
+
+    W = torch.randn(many, kind.columns, device=device)
+    work(W[:few])  # a first time, in which code and tables are loaded
+    short, long = (timed(lambda rows=rows: work(W[:rows]), device) for rows in (few, many))  # type: ignore[misc]
+    weight = max(0.0, long - short) / ((many - few) * kind.columns)
+    return max(0.0, short / kind.columns - few * weight), weight
 
 
 def decode_seconds(roundings: Sequence[Rounding], device: torch.device) -> float:

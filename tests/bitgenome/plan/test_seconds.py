@@ -10,7 +10,7 @@ from bitgenome.plan.forecast import compared, forecast
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seconds import Work, input_groups, roundings
 from evaluators.prepare.bank import Bank
-from evaluators.probes.rates import Rates
+from evaluators.probes.rates import Rates, RoundingRate
 from tests.bitgenome.conftest import Finished, Runs
 
 LAYERS, TENSORS, LEVELS = 6, 43, 4  # of the embedded model, and of the tests' runs
@@ -32,7 +32,10 @@ def rates(plan: Plan, **changes: float) -> Rates:
         0.0,
     )
     kinds = roundings(plan)
-    tables = {"hessian": {str(k.columns): 0.0 for k in kinds}, "rounding": {k.key: 0.0 for k in kinds}}
+    tables = {
+        "hessian": {str(k.columns): 0.0 for k in kinds},
+        "rounding": {k.key: RoundingRate(0.0, 0.0, 1024) for k in kinds},
+    }
     return Rates(device="cpu", threads=1, host_flops=1e12, **{**nothing, **changes}, **tables)  # type: ignore[arg-type]
 
 
@@ -55,7 +58,7 @@ def test_calibration_runs_every_block_once_over_its_text(plan: Plan) -> None:
 def test_workers_share_the_bank_up_to_its_largest_task(plan: Plan) -> None:
     def bank(workers: int) -> float:
         found = rates(plan)
-        found.rounding.update({kind.key: 1.0 for kind in roundings(plan)})
+        found.rounding.update({kind.key: RoundingRate(0.0, 1.0, 1024) for kind in roundings(plan)})
         return Work(plan, found, workers, resident=True).bank()
 
     weights = sum(gene.weights for gene in plan.space.genes)

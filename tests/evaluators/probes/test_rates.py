@@ -25,6 +25,8 @@ def test_rates_are_measured_for_every_kind_without_reading_weights() -> None:
     assert rates.rounding.keys() == {kind.key for kind in KINDS}
     assert rates.hessian.keys() == {"64", "256"}
     single = (rates.block_float32, rates.block_gradient, rates.head, rates.head_gradient, rates.decode, rates.factor)
-    assert all(value > 0 for value in (*single, *rates.rounding.values(), *rates.hessian.values()))
+    assert all(
+        value > 0 for value in (*single, *(rate.weight for rate in rates.rounding.values()), *rates.hessian.values())
+    )
     assert rates.threads == 1 and torch.get_num_threads() >= 1
     assert Rates.from_json(json.loads(json.dumps(rates.to_json()))) == rates
