@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from bitgenome.common.section import Section
 
 Compute = Literal["auto", "float32", "bfloat16", "float16"]  # dtype of the blocks' matrix products in the search
-Activations = Literal["float", "q8"]  # inputs of quantized layers: unrounded, or in llama.cpp's 8-bit blocks
+Activations = Literal["auto", "float", "q8"]  # inputs of quantized layers: unrounded, or in llama.cpp's 8-bit blocks
 WARM_UP = 0.05  # share of the steps in which the learning rate rises linearly
 # Learning rate per square root of the KL: the tensors' distance to their optimum grows with that root. Measured change
 # of the test KL of the embedded model, with attention at Q3_K, MLP at Q2_K and embedding at Q6_K (KL 0.047), after 30

@@ -62,6 +62,8 @@ def show_proof(proof: Proof, console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     table.add_row("full precision", "", f"{proof.full_perplexity:.3f}")
     table.add_row("simulated", f"{proof.simulated_kl:.5f}", f"{proof.simulated_perplexity:.3f}")
+    if proof.eight_bit_alone_kl is not None:
+        table.add_row("8-bit inputs alone", f"{proof.eight_bit_alone_kl:.5f}", "")
     if proof.eight_bit_kl is not None:
         table.add_row("simulated, 8-bit inputs", f"{proof.eight_bit_kl:.5f}", "")
     table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", f"{proof.runtime_perplexity:.3f}", style="bold")

@@ -31,7 +31,7 @@ def rates_task(plan: Plan) -> MeasureRates:
         roundings(plan),
         compensation_settings(plan),
         evaluation.compute,
-        evaluation.activations,
+        "q8" if evaluation.activations == "q8" else "float",
     )
 
 

@@ -21,6 +21,7 @@ from bitgenome.observe.progress import Track
 from bitgenome.plan.memory import heaviest_load
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.text import ModelAndText
+from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
 from bitgenome.run.compute_floor import log_compute_floor
 from bitgenome.run.sensitivities import measure_sensitivities, table_of
 from bitgenome.storage.run_directory import RunDirectory
@@ -197,7 +198,8 @@ def scale_channels(
 
 
 def quantized_plan(plan: Plan, run: RunDirectory) -> Plan:
-    """Return ``plan`` for the model whose tensors the run's file holds: the scaled one if channels were scaled."""
+    """Return ``plan`` as the run went on with it: with its scaled channels and the activations it decided on."""
+    plan = plan_as_decided(plan, run)
     return replace(plan, folder=ModelFolder(run.artefact("scaled_model"))) if "scaled_model" in run.record else plan
 
 
@@ -244,10 +246,10 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
     windows = (run.path / layout.WINDOWS).resolve()
     evaluation = plan.config.evaluation
     key = digest_of(str(bank), str(windows), plan.config.digest, evaluation.memory)
+    how = evaluation.model_dump() | {"activations": "q8" if evaluation.activations == "q8" else "float"}
     return EvaluatorSetup(
-        plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key,
-        load=heaviest_load(plan), **evaluation.model_dump(),
-    )  # fmt: skip
+        plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key, load=heaviest_load(plan), **how
+    )
 
 
 def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:
@@ -261,8 +263,9 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
             plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
     with run.stage("bank"):
         bank = build_bank(plan, calibration, groups, pool, track)
-    setup = evaluator_setup(plan, run, bank)
     with run.stage("sensitivity"):
+        plan = with_activations(plan, choose_activations(plan, evaluator_setup(plan, run, bank), run, pool))
+        setup = evaluator_setup(plan, run, bank)
         log_compute_floor(setup, plan.config.text.tokens.sensitivity, pool)
         sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
     return Artefacts(plan, setup, sensitivities, mutation_prior(plan, calibration, groups, pool, track))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitgenome.common.devices import best_device, worker_memory
 from evaluators.data.windows import TokenWindows
+from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
 from evaluators.engine.memory import windows_at_once
 from evaluators.engine.streamed import streamed
@@ -41,6 +42,7 @@ class Proof:
     generated_tokens_per_second: float
     eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, where the run was configured so
     eight_bit_to_runtime_kl: float | None = None
+    eight_bit_alone_kl: float | None = None  # of 8-bit inputs with full-precision weights
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name."""
@@ -86,8 +88,11 @@ def prove(
     def pass_over(sweep: Sweep, candidate: Mapping[str, QuantFormat]) -> Tensor:
         return sweep.final_states(ids, "test", [candidate])[0]
 
-    eight_bit_kl, eight_bit_states, eight_bit_input = None, None, None
+    eight_bit_kl, eight_bit_states, eight_bit_input, alone = None, None, None, None
     if activations == "q8":
+        with streamed(folder, shipped, device, at_once) as sweep:
+            inputs = EightBitInputs(sweep.model, formats)
+            alone = inputs.head_input(pass_over(sweep, {}))
         with streamed(shipped, shipped, device, at_once, "q8") as sweep:
             eight_bit_states = pass_over(sweep, formats)
             eight_bit_input = sweep.head_input(eight_bit_states, formats.get(folder.head_tensor))
@@ -97,6 +102,7 @@ def prove(
     reference = Reference(full_states, full_head, ids, text.unscored)
     measured = reference.compare(states, head)
     eight_bit = None
+    alone_kl = None if alone is None else reference.compare(alone, full_head).kl
     if eight_bit_states is not None and eight_bit_input is not None:
         eight_bit_kl = reference.compare(eight_bit_input, head).kl
         eight_bit = log_probs(eight_bit_states, head)  # llama.cpp's head is in floats too
@@ -125,4 +131,5 @@ def prove(
         generated_tokens_per_second=speed.generation,
         eight_bit_kl=eight_bit_kl,
         eight_bit_to_runtime_kl=found.eight_bit.kl if found.eight_bit else None,
+        eight_bit_alone_kl=alone_kl,
     )

@@ -71,8 +71,8 @@ class Rates:
 
     Positions are those of text: a block's times are of one decoder block, forward or forward and backward, the head's
     of one candidate's logits and divergence. ``hessian`` is by columns of the input, in seconds a position.
-    ``rounding`` is by ``Rounding.key``; ``factor`` is in seconds for the cube of the columns; ``decode`` for a weight at
-    one level. ``block_calibration`` and ``hessian`` are with all cores.
+    ``rounding`` is by ``Rounding.key``; ``factor`` is in seconds for the cube of the columns, ``decode`` for a weight
+    at one level. ``block_calibration`` and ``hessian`` are with all cores.
     """
 
     device: str
