@@ -141,7 +141,7 @@ def proof_memory(
     heads = {
         "heads": 2 * shape.head_bytes,
         "hidden states": (5 if q8 else 3) * states,
-        "logits": chunk_bytes(shape) + reference_bytes(shape, positions),
+        "logits": chunk_bytes(shape, device) + reference_bytes(shape, positions),
     }
     comparison = {"hidden states of llama.cpp": states, "log probabilities": 5 * CHUNK_BYTES}
     return larger(runtime, larger(both, StageMemory.on(device, heads, comparison)))

@@ -62,13 +62,13 @@ def whole_memory(
     training = {
         "weights": weights,
         "activations": micro * (shape.layers * saved_bytes(shape, window, device) + shape.activation_bytes(window)),
-        "logits": chunk_bytes(shape),
+        "logits": chunk_bytes(shape, device),
     }
     measuring = {
         "weights": weights,
         "activations": min(BATCH_TOKENS, measured) * shape.activation_bytes(window),
         "hidden states": 2 * measured * shape.state_bytes,
-        "logits": chunk_bytes(shape) + reference_bytes(shape, measured),
+        "logits": chunk_bytes(shape, device) + reference_bytes(shape, measured),
     }
     return larger(StageMemory.on(device, training, {}), StageMemory.on(device, measuring, {}))
 
@@ -92,7 +92,7 @@ def blocks_memory(
     block = {"block": shape.block_bytes() + largest, "activations": activations}
     heads = {
         "heads": 2 * shape.head_bytes,
-        "logits": chunk_bytes(shape) + reference_bytes(shape, max(measured)),
+        "logits": chunk_bytes(shape, device) + reference_bytes(shape, max(measured)),
         "hidden states of a split": 0 if device.type == "cpu" else 3 * max(measured) * shape.state_bytes,
     }
     host = {"hidden states": states}
@@ -109,9 +109,9 @@ def saved_bytes(shape: ModelShape, window: int, device: torch.device) -> int:
     return (10 * shape.hidden + 3 * shape.inner + scores) * FLOAT_BYTES
 
 
-def chunk_bytes(shape: ModelShape) -> int:
+def chunk_bytes(shape: ModelShape, device: torch.device) -> int:
     """Return the bytes of the logits that are alive at once while a loss or a divergence is computed."""
-    return CHUNK_COPIES * chunk_size(shape.vocabulary) * FLOAT_BYTES
+    return CHUNK_COPIES * chunk_size(shape.vocabulary, device) * FLOAT_BYTES
 
 
 def reference_bytes(shape: ModelShape, positions: int) -> int:

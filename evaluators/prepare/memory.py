@@ -12,7 +12,7 @@ import torch
 from evaluators.model.sizes import FLOAT_BYTES, LAYERS, ModelShape, StageMemory, larger
 from evaluators.prepare.calibration import CHUNK_TOKENS
 from quantizers.formats.table import QuantFormat
-from quantizers.rounding.sparsegpt import ACCELERATOR_BATCHES, BATCH_ROWS
+from quantizers.rounding.sparsegpt import batch_rows
 
 DOUBLE_BYTES = 8
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
@@ -69,9 +69,7 @@ def group_memory(
     """
     C = shape.tensors[names[0]][1]
     levels = max(len(formats[name]) for name in names)
-    rows = min(
-        sum(shape.tensors[name][0] for name in names), BATCH_ROWS * (1 if device.type == "cpu" else ACCELERATOR_BATCHES)
-    )
+    rows = min(sum(shape.tensors[name][0] for name in names), batch_rows(C, levels, device))
     packed = sum(fmt.tensor_bytes(shape.tensors[name]) for name in names for fmt in formats[name])
     largest = max(prod(shape.tensors[name]) for name in names) * FLOAT_BYTES
     there = {
