@@ -2,10 +2,11 @@
 CPU's.
 
 Subjects: the embedded model, one random block at the shapes of Llama-3.1-8B (hidden 4096, MLP 14336, 32 heads of which
-8 of keys), and a model folder of your own. Stages are the workers' pool tasks in this process; no Ray, DEAP, Optuna or
-llama.cpp is needed. Each stage has a time limit, and what it raised is recorded. JSON and table are written after each
-stage, so that an interrupted benchmark leaves what it has. Kernels are those of one part of the stage (the note names
-it), counted by the profiler on an accelerator, else as the operations that torch dispatches.
+8 of keys), and a model folder of your own. Stages are the workers' pool tasks in this process: beside torch and
+transformers they need gguf, psutil, pydantic and rich, but no Ray, DEAP, Optuna or llama.cpp. Each stage has a time
+limit, and what it raised is recorded. JSON and table are written after each stage, so that an interrupted benchmark
+leaves what it has. Kernels are those of one part of the stage (the note names it), counted by the profiler on an
+accelerator, else as the operations that torch dispatches.
 
     python -m benchmarks.accelerator [--model FOLDER] [--seconds 480] [--out DIR] [--quick]
 """
@@ -156,7 +157,8 @@ def all_stages(report: Report, subject: stages.Subject, share: float, *, kernels
     group = ", ".join(subject.levels)
     run(
         "bank", 100 * share, lambda row: stages.build_bank(subject, row.update),
-        part(lambda: stages.scalar_task(subject).run({})), f"{group}; kernels of attention's smallest group",
+        part(lambda: stages.scalar_task(subject, ("W4",)).run({})),
+        f"{group}; kernels of attention's smallest group at W4",
     )  # fmt: skip
     if any(not stages.whole(subject, task) for task in stages.bank_tasks(subject, subject.bank, subject.levels)):
         run("bank, the rest without compensation", 40 * share, lambda row: stages.fill_bank(subject))

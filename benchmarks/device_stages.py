@@ -186,10 +186,10 @@ def build_codebooks(subject: Subject) -> Figures:
     return {"work": task.work * len(subject.codebooks), "unit": "weights x levels"}
 
 
-def scalar_task(subject: Subject) -> BuildBankGroup:
+def scalar_task(subject: Subject, levels: Sequence[str] = ()) -> BuildBankGroup:
     """The group of ``codebook_task`` in scalar formats, in a directory of its own."""
     group = codebook_task(subject).group
-    found = bank_tasks(subject, subject.folder / "again", subject.levels)
+    found = bank_tasks(subject, subject.folder / "again", levels or subject.levels)
     return next(task for task in found if task.group == group)
 
 
