@@ -23,10 +23,10 @@ VOCABULARY = 8192
 WINDOW = 512
 
 
-def random_model(path: Path, layers: int, hidden: int = 512) -> Path:
+def random_model(path: Path, layers: int, hidden: int = 512, vocabulary: int = VOCABULARY) -> Path:
     """A Llama folder in bfloat16: MLP of three times ``hidden``, half as many key heads as query heads of 64."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,

@@ -12,7 +12,7 @@ from bitgenome.plan.plan import Plan
 from evaluators.engine.memory import Load, SweepMemory, sweep_memory
 from evaluators.engine.streamed import pass_memory
 from evaluators.healing.memory import chunk_bytes, healing_memory, reference_bytes
-from evaluators.model.sizes import ModelShape, StageMemory, larger
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
 from evaluators.prepare.memory import bank_memory, calibration_memory
 from exporters.runtime.comparison import CHUNK_BYTES
 from quantizers.formats.table import QuantFormat
@@ -21,6 +21,7 @@ GENES_TOGETHER = 8  # neighbours in one sweep, which branch off the full-precisi
 MOST_TOGETHER = 32  # genomes of one task: bounds what a lost worker costs, and the time between signs of progress
 KEPT_GENOMES = 4  # whose prefixes workers keep
 PACKED_COPIES = 3  # of a tensor's bytes: from the file, in another order of rows, from the bank
+LOG_PROBS = 5  # of a chunk of positions: llama.cpp's, a model's, and what comparing them computes
 REFERENCES = 12  # approximate number of seeds and uniform genomes that the winner is compared with
 
 
@@ -143,7 +144,8 @@ def proof_memory(
         "hidden states": (5 if q8 else 3) * states,
         "logits": chunk_bytes(shape, device) + reference_bytes(shape, positions),
     }
-    comparison = {"hidden states of llama.cpp": states, "log probabilities": 5 * CHUNK_BYTES}
+    chunk = min(CHUNK_BYTES, positions * shape.vocabulary * FLOAT_BYTES)
+    comparison = {"hidden states of llama.cpp": states, "log probabilities": LOG_PROBS * chunk}
     return larger(runtime, larger(both, StageMemory.on(device, heads, comparison)))
 
 

@@ -15,6 +15,7 @@ from quantizers.formats.table import QuantFormat
 from quantizers.rounding.sparsegpt import batch_rows
 
 DOUBLE_BYTES = 8
+MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a block that read one tensor
 
@@ -46,6 +47,7 @@ def calibration_memory(shape: ModelShape, tokens: int, window: int, device: torc
         "Hessians": sum(C * C for C in inputs) * (DOUBLE_BYTES + FLOAT_BYTES)
         + max(inputs, default=0) ** 2 * FLOAT_BYTES,
         "activations": chunk * shape.activation_bytes(window),
+        "moments": chunk * max(inputs, default=0) * MOMENT_BYTES,
     }
     return StageMemory.on(device, there, {"hidden states": (positions + chunk) * shape.state_bytes})
 

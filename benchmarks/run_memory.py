@@ -1,0 +1,180 @@
+"""Peak memory of every stage of a run against what is predicted for it, from configuration to proof.
+
+The model is a random Llama. With ``--cgroup``, a folder of /sys/fs/cgroup that one may write to, the run may take
+``--limit-mib`` MiB above the libraries' own and no more, files and llama.cpp included; without it, nothing is enforced.
+``--share`` says which part of the limit workers plan with: the rest is for what is not planned (files that are being
+read, allocators, the run's own objects).
+
+    OMP_NUM_THREADS=2 python -m benchmarks.run_memory [--layers 40] [--hidden 1024] [--limit-mib 512]
+        [--cgroup /sys/fs/cgroup/memory/bitgenome]
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.memory import confine, status_bytes
+from benchmarks.synthetic import random_model
+from bitgenome.common.devices import release_memory
+from bitgenome.config.run import parse_config
+from bitgenome.plan.memory import stage_memory
+from bitgenome.plan.plan import make_plan
+from bitgenome.run.pipeline import run
+from bitgenome.storage.run_directory import RunDirectory
+from evaluators.model.block_model import BlockModel
+from evaluators.model.folder import ModelFolder
+
+EMBEDDED = Path(__file__).parents[1] / "models" / "stdlib-6m"  # whose tokenizer and held-out text the model takes
+VOCABULARY = 4096
+WINDOW = 64
+TOKENS = {"calibration": 1024, "sensitivity": 64, "search": 64, "validation": 128, "test": 256}
+SHARE = 0.8
+FIRST_STAGE = "calibration"
+RESULT_FILE = "run_memory.json"
+
+
+def settings(path: Path, memory: int) -> dict[str, Any]:
+    """A run that does a little of everything, on few tokens."""
+    return {
+        "name": "peak",
+        "model": str(path / "model"),
+        "storage_path": str(path / "runs"),
+        "budget": {"bits_per_weight": 3.5},
+        "levels": ["W2", "W4"],
+        "text": {"source": "stdlib", "splits": str(EMBEDDED / "splits.json"), "window": WINDOW, "tokens": TOKENS},
+        "evaluation": {"memory": memory},
+        "search": {
+            "population": 4,
+            "generations": 2,
+            "elites": 1,
+            "validation_candidates": 2,
+            "gene_groups": {"by": "kind"},
+        },
+        "quantization": {"refinement_rounds": 0},  # half the time, the same memory
+        "healing": {"steps": 2, "batch_tokens": 128},
+        "workers": {"ray": "off"},
+    }
+
+
+def model(path: Path, layers: int, hidden: int) -> Path:
+    """A random model with the embedded model's tokenizer, made where it is not there yet."""
+    folder = path / "model"
+    if not folder.is_dir():
+        random_model(folder, layers, hidden, VOCABULARY)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(EMBEDDED / name, folder / name)
+    return folder
+
+
+@contextmanager
+def stages_watched(peaks: dict[str, float]) -> Iterator[None]:
+    """Note each stage's peak of resident memory, in bytes, above what the process held before the first of them."""
+    plain, base = RunDirectory.stage, 0
+
+    @contextmanager
+    def watched(self: RunDirectory, name: str) -> Iterator[None]:
+        nonlocal base
+        if name == FIRST_STAGE:
+            gc.collect()
+            release_memory()
+            base = status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark starts anew
+        with plain(self, name):
+            yield
+        peaks[name] = max(peaks.get(name, 0), status_bytes("VmHWM") - base)
+
+    RunDirectory.stage = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RunDirectory.stage = plain  # type: ignore[method-assign]
+
+
+def measure(path: Path, memory: int, limit: int, cgroup: str | None) -> dict[str, Any]:
+    """Run everything in this process; return peaks, predictions and seconds by stage, and what the run ended in."""
+    config = parse_config(settings(path, memory), "run_memory")
+    plan = make_plan(config)
+    predicted = {name: found.host_bytes for name, found in stage_memory(plan, torch.device("cpu"), memory).items()}
+    BlockModel(ModelFolder(path / "model"), torch.device("cpu"))  # loads transformers' modules
+    if cgroup is not None:
+        confine(limit, cgroup)
+    measured: dict[str, float] = {}
+    started = time.perf_counter()
+    with stages_watched(measured):
+        outcome = run(config, Console(file=sys.stderr, width=120))
+    return {
+        "weights": plan.space.weights,
+        "predicted": predicted,
+        "measured": measured,
+        "stages": outcome.seconds,
+        "seconds": time.perf_counter() - started,
+        "healing": outcome.healing.variant if outcome.healing else "off",
+        "runtime_kl": outcome.proof.runtime_kl,
+        "simulated_to_runtime_kl": outcome.proof.simulated_to_runtime_kl,
+    }
+
+
+def measured_apart(
+    path: Path, layers: int, hidden: int, limit: int, cgroup: str | None = None, share: float = SHARE
+) -> dict[str, Any]:
+    """``measure`` in a new process. Raises RuntimeError with what it wrote if it fails."""
+    model(path, layers, hidden)  # outside the limit
+    case = {"path": str(path), "memory": int(share * limit), "limit": limit, "cgroup": cgroup}
+    command = [sys.executable, "-m", "benchmarks.run_memory", "--case", json.dumps(case)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads((path / RESULT_FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--limit-mib", type=int, default=512)
+    parser.add_argument("--share", type=float, default=SHARE)
+    parser.add_argument("--cgroup", type=str, default=None)
+    parser.add_argument("--storage", type=Path, default=None)
+    parser.add_argument("--case", type=str, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        case = json.loads(arguments.case)
+        found = measure(**case | {"path": Path(case["path"])})
+        (Path(case["path"]) / RESULT_FILE).write_text(json.dumps(found), encoding="utf-8")
+        return
+    storage = arguments.storage or Path(tempfile.mkdtemp())
+    limit = arguments.limit_mib << 20
+    found = measured_apart(storage, arguments.layers, arguments.hidden, limit, arguments.cgroup, arguments.share)
+    mib = 1 << 20
+    enforced = f"{arguments.limit_mib} MiB, enforced" if arguments.cgroup else "nothing enforced"
+    table = Table(
+        title=f"{found['weights']:,} weights, {4 * found['weights'] / mib:.0f} MiB in float32; limit {enforced}; "
+        f"healing {found['healing']}; {found['seconds']:.0f} s"
+    )
+    for column in ("stage", "predicted MiB", "measured MiB", "ratio", "seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, predicted in found["predicted"].items():
+        if stage in found["measured"]:
+            peak, seconds = found["measured"][stage], found["stages"].get(stage, 0.0)
+            table.add_row(
+                stage, f"{predicted / mib:.0f}", f"{peak / mib:.0f}", f"{predicted / peak:.2f}", f"{seconds:.0f}"
+            )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
