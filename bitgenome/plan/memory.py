@@ -11,6 +11,7 @@ from bitgenome.config.run import RunConfig
 from bitgenome.plan.plan import Plan
 from evaluators.engine.memory import Load, SweepMemory, sweep_memory
 from evaluators.engine.streamed import pass_memory
+from evaluators.gradient.memory import gradient_memory
 from evaluators.healing.memory import chunk_bytes, healing_memory, reference_bytes
 from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
 from evaluators.prepare.memory import bank_memory, calibration_memory
@@ -111,6 +112,8 @@ def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | No
         "search": sweep,
         "validation": sweep,
     }
+    if config.sensitivity.measure == "gradient":
+        stages["sensitivity"] = gradient_memory(shape, text.tokens.sensitivity, text.window, device)
     if config.healing.enabled != "off":
         stages["healing"] = stage_healing(plan, healing_variant(plan, limit, device), device)
     q8, size = config.evaluation.activations == "q8", plan.budget.file_bytes
