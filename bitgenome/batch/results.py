@@ -14,6 +14,7 @@ from bitgenome.batch.config import BatchRun
 from bitgenome.batch.state import RunState, Stage
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
+from bitgenome.common.numbers import perplexity_text
 from bitgenome.storage.run_files import run_files
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -122,7 +123,7 @@ def summary(row: Mapping[Any, Any]) -> str:
     if row["stage"] != Stage.FINISHED:
         return ""
     return (
-        f"KL {row['kl']:.5f}, by llama.cpp {row['runtime_kl']:.5f}, perplexity {row['perplexity']:.3f}, "
+        f"KL {row['kl']:.5f}, by llama.cpp {row['runtime_kl']:.5f}, perplexity {perplexity_text(row['perplexity'])}, "
         f"{row['bits_per_weight']:.3f} bits per weight, {size(row['file_bytes'])}, {row['evaluations']} evaluations, "
         f"{row['seconds']:.0f} s"
     )
@@ -144,7 +145,7 @@ def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
             table.add_row(row["name"], str(row["stage"]), style="red" if row["stage"] == Stage.FAILED else "dim")
             continue
         figures = (f"{row['bits_per_weight']:.3f}", f"{row['kl']:.5f}", f"{row['runtime_kl']:.5f}")
-        more = (f"{row['perplexity']:.3f}", str(row["evaluations"]), f"{row['seconds']:.0f}")
+        more = (perplexity_text(row["perplexity"]), str(row["evaluations"]), f"{row['seconds']:.0f}")
         table.add_row(row["name"], size(row["file_bytes"]), *figures, *more)
     console.print(table, soft_wrap=True)
     for what, file in (("table", layout.RESULTS_CSV), ("page", layout.LEADERBOARD)):

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from bitgenome.common.numbers import perplexity_text
 from bitgenome.plan.forecast import compared
 from bitgenome.run.healing import verdict
 from bitgenome.run.outcome import Outcome
@@ -22,7 +23,12 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         table.add_column(column, justify="left" if column == "genome" else "right")
     for row in sorted(outcome.rows, key=lambda r: (r.file_bytes, -r.kl)):
         style = "bold" if row.name.startswith(("searched", "healed")) else ""
-        figures = (megabytes(row.file_bytes), f"{row.bits_per_weight:.3f}", f"{row.kl:.5f}", f"{row.perplexity:.3f}")
+        figures = (
+            megabytes(row.file_bytes),
+            f"{row.bits_per_weight:.3f}",
+            f"{row.kl:.5f}",
+            perplexity_text(row.perplexity),
+        )
         table.add_row(row.name, *figures, style=style)
     console.print(table)
     console.print(lead_on_validation(outcome.winner))
@@ -60,13 +66,13 @@ def show_proof(proof: Proof, console: Console) -> None:
     table = Table()
     for column in ("", "KL", "perplexity"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("full precision", "", f"{proof.full_perplexity:.3f}")
-    table.add_row("simulated", f"{proof.simulated_kl:.5f}", f"{proof.simulated_perplexity:.3f}")
+    table.add_row("full precision", "", perplexity_text(proof.full_perplexity))
+    table.add_row("simulated", f"{proof.simulated_kl:.5f}", perplexity_text(proof.simulated_perplexity))
     if proof.eight_bit_alone_kl is not None:
         table.add_row("8-bit inputs alone", f"{proof.eight_bit_alone_kl:.5f}", "")
     if proof.eight_bit_kl is not None:
         table.add_row("simulated, 8-bit inputs", f"{proof.eight_bit_kl:.5f}", "")
-    table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", f"{proof.runtime_perplexity:.3f}", style="bold")
+    table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", perplexity_text(proof.runtime_perplexity), style="bold")
     console.print(table)
     if proof.eight_bit_to_runtime_kl is not None:
         console.print(f"KL from simulation with 8-bit inputs to llama.cpp {proof.eight_bit_to_runtime_kl:.2e}")

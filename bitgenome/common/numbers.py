@@ -4,6 +4,7 @@ import math
 import sys
 
 LARGEST_LOSS = math.log(sys.float_info.max)
+LARGEST_PLAIN = 1e6
 
 
 def perplexity_of(loss: float) -> float:
@@ -13,3 +14,8 @@ def perplexity_of(loss: float) -> float:
     JSON files hold no infinity. NaN stays NaN.
     """
     return math.exp(min(loss, LARGEST_LOSS))
+
+
+def perplexity_text(perplexity: float) -> str:
+    """Return a perplexity for people: with three decimals, or from a million on with three digits and an exponent."""
+    return f"{perplexity:.3f}" if perplexity < LARGEST_PLAIN else f"{perplexity:.2e}"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
+from bitgenome.common.numbers import perplexity_text
 from bitgenome.config.study import StudyConfig
 from evaluators.study.bench import MethodResult
 from evaluators.study.statistics import AllocationStatistics, all_frames
@@ -63,7 +64,7 @@ def markdown(config: StudyConfig, results: Sequence[MethodResult]) -> str:
         "",
         f"{config.model}, {config.text.tokens.calibration:,} tokens of calibration text, "
         f"{config.text.tokens.test:,} of held-out test text; full precision has perplexity "
-        f"{results[0].full_perplexity:.3f}. Bits are those of the treated tensors ({config.tensors}), "
+        f"{perplexity_text(results[0].full_perplexity)}. Bits are those of the treated tensors ({config.tensors}), "
         "stored bits count scales and zeros too.",
         "",
         "| method | bits | stored bits | KL | perplexity | reconstruction | zeros | channels by bits |",
@@ -83,7 +84,7 @@ def cells(result: MethodResult) -> tuple[str, ...]:
         f"{result.average_bits:.3f}",
         f"{result.stored_bits:.3f}",
         f"{result.kl:.5f}",
-        f"{result.perplexity:.3f}",
+        perplexity_text(result.perplexity),
         f"{result.reconstruction:.5f}",
         f"{100 * result.sparsity:.1f} %",
         statistics_of(result).shares,
@@ -108,7 +109,7 @@ def draw(path: Path, results: Sequence[MethodResult]) -> None:
 def show_results(results: Sequence[MethodResult], path: Path, console: Console) -> None:
     """Show the closing table of a study."""
     table = Table(
-        title=f"Held-out test text; full precision has perplexity {results[0].full_perplexity:.3f}",
+        title=f"Held-out test text; full precision has perplexity {perplexity_text(results[0].full_perplexity)}",
         title_justify="left",
     )
     for name in ("method", "bits", "stored", "KL", "perplexity", "reconstruction", "zeros"):
