@@ -3,18 +3,14 @@
 import os
 from pathlib import Path
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # CPU time of this container: microseconds (or "max") per period
+from bitgenome.common.cgroups import MEMBERSHIPS, MOUNT, cpu_quotas
 
 
-def usable_cpus(quota: Path = CPU_QUOTA) -> int:
+def usable_cpus(mount: Path = MOUNT, memberships: Path = MEMBERSHIPS) -> int:
     """Return the number of CPU cores that this process may use, at least 1.
 
-    The process's affinity and the container's CPU quota bound it, not just the machine. ``quota`` is the cgroup file
-    cpu.max.
+    Its affinity and the CPU quotas of its control groups bound it, not just the machine: a pod of 4 CPUs on a node of
+    128 has 4.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        microseconds, period = quota.read_text(encoding="ascii").split()
-        return max(1, min(cores, int(microseconds) // int(period)))
-    except (OSError, ValueError):  # no container, or a container without a quota
-        return cores
+    return max(1, int(min([cores, *cpu_quotas(mount, memberships)])))

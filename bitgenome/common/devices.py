@@ -2,11 +2,11 @@
 
 import ctypes
 import resource
-from pathlib import Path
 
 import psutil
 import torch
 
+from bitgenome.common.cgroups import memory_left
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.common.host_memory import peak_host_memory
 
@@ -15,10 +15,9 @@ ACCELERATOR_SHARE = 0.9  # of an accelerator's free memory; the rest is left for
 # launch (50 us at 2.5 TB/s, of 5 to 10), and the dozen temporaries that are alive at once take less than a gigabyte.
 ACCELERATOR_CHUNK = 64 << 20
 HOST_SHARE = 0.7  # of the host's free memory, divided among workers by their threads; the rest is for other processes
-CGROUPS = (  # folder, limit, usage and field of memory.stat that counts file pages not in use; version 2 and 1
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+
+if usable_cpus() < torch.get_num_threads():  # which knows the affinity, but no quota
+    torch.set_num_threads(usable_cpus())
 
 _shares: dict[str, float] = {}  # of this process, where it shares the machine with other workers
 
@@ -90,31 +89,13 @@ def host_share(threads: int) -> int:
 def free_host_memory() -> int:
     """Return the bytes that the machine, the container and this process's own limits (ulimit -v, -d) leave free."""
     free = [psutil.virtual_memory().available]
-    free += cgroup_room()
+    free += memory_left()
     process = psutil.Process().memory_info()
     for kind, taken in ((resource.RLIMIT_AS, process.vms), (resource.RLIMIT_DATA, process.rss)):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
             free.append(soft - taken)
     return max(0, min(free))
-
-
-def cgroup_room() -> list[int]:
-    """Return the bytes that each limited control group leaves, this process's own and those above it.
-
-    Pages of files that are not in use count as free, as the system drops them first.
-    """
-    memberships = Path("/proc/self/cgroup")
-    lines = memberships.read_text(encoding="utf-8").splitlines() if memberships.is_file() else []
-    own = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    found = []
-    for root, limit, used, unused in CGROUPS:
-        place = Path(own.get("memory" if root.name == "memory" else "", "/")).relative_to("/")
-        for folder in (root / place, *(root / parent for parent in place.parents)):
-            if (folder / limit).is_file() and (value := (folder / limit).read_text().strip()).isdigit():
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                found.append(int(value) - int((folder / used).read_text()) + int(statistics.get(unused, 0)))
-    return found
 
 
 def peak_memory() -> int:
@@ -126,7 +107,7 @@ def peak_memory() -> int:
 
 def release_memory() -> None:
     """Give back memory that allocators hold in reserve: torch's to the device, glibc's to the system."""
-    if torch.accelerator.is_available():
+    if best_device().type != "cpu":  # not just available: Apple's is no device of ours, and has no such function
         torch.accelerator.memory.empty_cache()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

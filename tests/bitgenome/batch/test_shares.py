@@ -129,14 +129,8 @@ def test_a_run_waits_longer_for_its_workers_than_alone_unless_its_file_says_how_
     assert settings_of(told[0])["workers"]["start_timeout"] == 300
 
 
-def test_cpus_are_those_that_this_process_may_use(tmp_path: Path) -> None:
+def test_cpus_are_those_that_this_process_may_use() -> None:
     one = min(os.sched_getaffinity(0))
     code = "import os; from bitgenome.common.cpus import usable_cpus as u; os.sched_setaffinity(0, {%d}); print(u())"
     said = subprocess.run([sys.executable, "-c", code % one], capture_output=True, text=True, check=True).stdout
     assert said == "1\n"
-    quota = tmp_path / "cpu.max"
-    quota.write_text("max 100000\n")
-    assert usable_cpus(quota) == usable_cpus(tmp_path / "none") == len(os.sched_getaffinity(0))
-    for text in ("100000 100000\n", "50000 100000\n"):
-        quota.write_text(text)
-        assert usable_cpus(quota) == 1
