@@ -32,9 +32,8 @@ def found_in(files: Sequence[Path], kind: str, group: Path, find: Callable[[Path
     ``kind`` names what is found, ``group`` the files together, such as their folder. A cache folder that cannot be
     read or written only costs the time of reading the files.
     """
-    name = hashlib.sha256(str(group.resolve()).encode()).hexdigest()[:16]
-    memory = layout.cache_root() / layout.FOUND / f"{kind}-{name}.json"
-    known, states = _read(memory), {file: _state(file) for file in files}
+    name = f"{kind}-{hashlib.sha256(str(group.resolve()).encode()).hexdigest()[:16]}.json"
+    known, states = _read(name), {file: _state(file) for file in files}
     found = {file: known[str(file)]["found"] for file in files if known.get(str(file), {}).get("state") == states[file]}
     if unread := [file for file in files if file not in found]:
         started = time.time_ns()
@@ -46,15 +45,19 @@ def found_in(files: Sequence[Path], kind: str, group: Path, find: Callable[[Path
             if max(states[file]["modified"], states[file]["changed"]) < started - SETTLED_SECONDS * 1e9
             and _state(file) == states[file]
         ]
-        _write(memory, {str(file): {"state": states[file], "found": found[file]} for file in settled})
+        _write(name, {str(file): {"state": states[file], "found": found[file]} for file in settled})
     return found
 
 
-def _read(memory: Path) -> dict[str, dict[str, Any]]:
+def _memory(name: str) -> Path:
+    return layout.cache_root() / layout.FOUND / name
+
+
+def _read(name: str) -> dict[str, dict[str, Any]]:
     """Return what was remembered, by file; nothing if it cannot be read."""
     try:
-        content = json_object(memory.read_bytes())
-    except OSError:
+        content = json_object(_memory(name).read_bytes())
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
         return {}
     return {file: entry for file, entry in content.items() if isinstance(entry, dict) and "found" in entry}
 
@@ -70,9 +73,10 @@ def _state(file: Path) -> dict[str, int]:
     }
 
 
-def _write(memory: Path, content: dict[str, Any]) -> None:
+def _write(name: str, content: dict[str, Any]) -> None:
     try:
+        memory = _memory(name)
         memory.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(memory, content, indent=None)
-    except (OSError, StorageError) as error:
+    except (OSError, RuntimeError, StorageError) as error:
         log.debug("what was found in files is not remembered: %s", error)

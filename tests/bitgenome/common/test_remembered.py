@@ -67,3 +67,13 @@ def test_a_damaged_memory_and_no_cache_folder_only_cost_time(content: bytes, cac
     memory.parent.rmdir()
     memory.parent.write_text("not a folder")
     assert found_in(files, "text", tmp_path, reader) == {file: {"text": "old"} for file in files}
+
+
+def test_a_user_without_a_home_folder_only_waits_longer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BITGENOME_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    files, reader = files_of(tmp_path), Reader()
+    assert found_in(files, "text", tmp_path, reader) == {file: {"text": "old"} for file in files}
