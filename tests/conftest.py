@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -126,3 +127,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this user may not mount a file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Outside 10002-19999, which Ray gives to its workers."""
+    ports: list[int] = []
+    while len(ports) < count:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        if port >= 20000 and port not in ports:
+            ports.append(port)
+    return ports

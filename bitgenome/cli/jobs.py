@@ -1,6 +1,7 @@
 """Defines ``bitgenome submit``, ``logs`` and ``stop``, which handle runs as jobs of a Ray cluster."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     from workers.cluster.jobs import Jobs
 
 Address = Annotated[
-    str, typer.Option(help="The cluster's dashboard, http://HOST:PORT", envvar="RAY_API_SERVER_ADDRESS")
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard, http://HOST:PORT; by default of the one that you have started on this machine",
+        envvar="RAY_API_SERVER_ADDRESS",
+    ),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use another machine's cluster that asks for no token")]
 RunName = Annotated[
@@ -27,7 +32,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 def submit(
     config: ConfigFile,
     overrides: Overrides = None,
-    address: Address = DASHBOARD,
+    address: Address = None,
     insecure: Insecure = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show its log and end with its exit code")] = False,
     num_cpus: Annotated[float, typer.Option("--entrypoint-num-cpus", min=0, help="CPUs kept for the driver")] = 0.0,
@@ -44,13 +49,13 @@ def submit(
 
     Paths in the configuration are the cluster's; relative ones start where its head was started.
     """
-    from workers.cluster.jobs import Jobs, Submission  # noqa: PLC0415 - ray takes seconds to import
+    from workers.cluster.jobs import Submission  # noqa: PLC0415 - ray takes seconds to import
 
     environment = environment_of(image, runtime_env, lock, wheel)
     run, settings, metadata = job_settings(config, overrides or (), insecure)
     reserved = resources_of(resources)
     submission = Submission(run, settings, metadata, environment, num_cpus, num_gpus, reserved)
-    jobs = Jobs(address, insecure)
+    jobs = jobs_at(address, insecure)
     job = jobs.submit(submission)
     console.print(f"submitted {job}; bitgenome logs {run} --follow, bitgenome stop {run}", soft_wrap=True)
     if wait:
@@ -59,15 +64,14 @@ def submit(
 
 def logs(
     run: RunName,
-    address: Address = DASHBOARD,
+    address: Address = None,
     insecure: Insecure = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends")] = False,
 ) -> None:
     """Show what a run's job has written."""
     from bitgenome.storage.run_names import run_name  # noqa: PLC0415
-    from workers.cluster.jobs import Jobs  # noqa: PLC0415
 
-    jobs = Jobs(address, insecure)
+    jobs = jobs_at(address, insecure)
     job = jobs.find(run_name(run))
     if follow:
         show(jobs.follow(job))
@@ -75,14 +79,32 @@ def logs(
         show([jobs.logs(job)])
 
 
-def stop(run: RunName, address: Address = DASHBOARD, insecure: Insecure = False) -> None:
+def stop(run: RunName, address: Address = None, insecure: Insecure = False) -> None:
     """Stop a run's job; what is evaluated is kept, and a resubmission continues from there."""
     from bitgenome.storage.run_names import run_name  # noqa: PLC0415
-    from workers.cluster.jobs import Jobs  # noqa: PLC0415
 
-    jobs = Jobs(address, insecure)
+    jobs = jobs_at(address, insecure)
     job = jobs.find(run_name(run))
     console.print(f"{job} {jobs.stop(job)}; bitgenome submit continues it", soft_wrap=True)
+
+
+def jobs_at(address: str | None, insecure: bool) -> "Jobs":
+    """Return the jobs of the cluster whose dashboard is at ``address``, by default this user's own; says which.
+
+    Raises ClusterError if there is no such cluster, or the one at the default address is not this user's.
+    """
+    from workers.cluster.jobs import Jobs  # noqa: PLC0415 - ray takes seconds to import
+    from workers.cluster.own_cluster import check_own  # noqa: PLC0415
+
+    environment = os.environ.get(
+        "RAY_ADDRESS", ""
+    )  # may be a cluster's own address, HOST:PORT, which is no dashboard's
+    if named := address or (environment if environment.startswith(("http://", "https://")) else None):
+        return Jobs(named, insecure)
+    jobs = Jobs(DASHBOARD, insecure)
+    check_own(DASHBOARD)
+    errors.print(f"taking the cluster at {DASHBOARD}, which you have started", soft_wrap=True, highlight=False)
+    return jobs
 
 
 def follow_to_end(jobs: "Jobs", job: str) -> int:

@@ -223,6 +223,8 @@ def main() -> None:
     except (TaskError, WorkersLostError) as error:
         fail(f"{error}; what was done is kept, and resume continues from there", 1)
     except TyperException as error:
+        if not error.format_message():  # nothing was asked for: the help is shown already
+            leave(0)
         fail(error.format_message(), 2)
     except OSError as error:
         fail(f"expected to read or write {error.filename or 'files'}, found: {error.strerror or error}", 2)

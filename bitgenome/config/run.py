@@ -12,7 +12,7 @@ from bitgenome.common.section import Section
 from bitgenome.config.file import parse_section, read_settings
 from bitgenome.config.paths import UserPathOrName
 from bitgenome.config.quantization import QuantizationConfig
-from bitgenome.config.storage import NAME, StoredSection
+from bitgenome.config.storage import Name, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
 from evaluators.settings import Activations, Compute, HealingSettings
 from quantizers.formats.table import LEVEL_FORMATS, LEVEL_PRESETS
@@ -85,7 +85,7 @@ class SensitivityConfig(Section):
 class RunConfig(StoredSection):
     """Configuration of a run: a model, a budget, and how to search for a genome within it."""
 
-    name: str = Field(pattern=NAME, description="name of the run and of its directory below storage_path")
+    name: Name = Field(description="name of the run and of its directory below storage_path")
     model: UserPathOrName = Field(description="Hugging Face folder or id")
     budget: BudgetConfig = Field(description="largest size of the file")
     levels: tuple[str, ...] = Field(

@@ -1,15 +1,27 @@
 """Defines where runs are stored: in a directory, or behind an fsspec URL with a local directory as its mirror."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from bitgenome.common import layout
 from bitgenome.common.section import Section
 from bitgenome.config.paths import UserPath
 from workers.storage.folders import is_url, mirror_root
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, studies and batches: a directory below storage_path
+RESERVED = (layout.SHARED,)  # directories below storage_path that are no run's
+
+
+def not_reserved(name: str) -> str:
+    """Return ``name``. Raises ValueError for that of a directory which runs share."""
+    if name.lower() in RESERVED:  # some file systems do not tell A from a
+        raise ValueError(f"expected a name other than {name!r}, where runs keep what they share")
+    return name
+
+
+Name = Annotated[str, Field(pattern=NAME), AfterValidator(not_reserved)]
 
 
 class StoredSection(Section):

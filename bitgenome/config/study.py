@@ -13,7 +13,7 @@ from bitgenome.config.file import parse_section, read_settings
 from bitgenome.config.paths import UserPathOrName
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.run import absolute_model
-from bitgenome.config.storage import NAME, StoredSection
+from bitgenome.config.storage import Name, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
 from evaluators.study.catalogue import METHODS
 from evaluators.study.methods import Method
@@ -25,7 +25,7 @@ SWEEP = "sweep"  # key of a method: settings with a list of values each, tried i
 class StudyConfig(StoredSection):
     """Settings of a study, all but its methods."""
 
-    name: str = Field(pattern=NAME, description="name of the study and of its directory below storage_path")
+    name: Name = Field(description="name of the study and of its directory below storage_path")
     model: UserPathOrName = Field(description="Hugging Face folder or id")
     tensors: Literal["blocks", "all"] = Field("blocks", description="all: embedding and head too")
     activation_samples: int = Field(2048, ge=2, description="positions of calibration text, for mutual information")

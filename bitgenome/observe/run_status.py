@@ -18,9 +18,7 @@ from bitgenome.common import layout
 from bitgenome.common.errors import StorageError, UserError, expecting
 from bitgenome.common.files import json_object
 from bitgenome.storage.lease import TTL_S, Claim, since_start, this_machine
-from bitgenome.storage.run_files import RunFiles, run_files
-from bitgenome.storage.run_record import RunRecord
-from bitgenome.storage.run_result import RunResult
+from bitgenome.storage.run_files import RunFiles, record_in, run_files
 from workers.storage.folders import is_url, mirror_root, open_folder
 
 
@@ -99,7 +97,8 @@ class RunReader:
         """
         self._files.look()
         try:
-            return self._read(running)
+            with expecting("figures", self.location, f"bitgenome resume {self.location} tells more"):
+                return self._read(running)
         except StorageError:
             raise
         except UserError as error:  # of one run of many: the others are shown too
@@ -108,7 +107,7 @@ class RunReader:
     def _read(self, running: bool) -> RunStatus:
         """Return the present state. Raises UserError for a file that no run writes."""
         with self._expecting("a run record", layout.RECORD):
-            record = RunRecord.parse(self._files.content(layout.RECORD), Path(), self._source(layout.RECORD)).data
+            record = record_in(self._files.content(layout.RECORD), self._source(layout.RECORD))
             state = "running" if running else self._state(record)
             seconds = self._seconds(record, state)
             stage = record.get("stage") or {}
@@ -118,7 +117,9 @@ class RunReader:
                 self._learn(evaluation)
             best = self._best.get(self._text, {})
         if state == "finished" and self._files.size(layout.BEST):
-            best = RunResult.parse(self._files.content(layout.BEST), self._source(layout.BEST), self.location).winner
+            resume = f"bitgenome resume {self.location} writes it again"
+            with expecting("the result of a run", self._source(layout.BEST), resume):
+                best = dict(json.loads(self._files.content(layout.BEST))["winner"])
         with self._expecting("generations", layout.GENERATIONS):
             generations = self._files.tail(layout.GENERATIONS)
             last = json.loads(generations[-1])["generation"] if generations else 0

@@ -54,7 +54,7 @@ class Plan:
         generations = self.search_evaluations // search.population
         counts = [generations * count for count in ladder.counts(search.population)]
         if search.strategy == "genetic":
-            counts[-1] += search.elites * sum(map(ladder.turns_to_new_text, range(generations)))
+            counts[-1] += search.elites * ladder.turns(generations)
         return list(zip(ladder.rungs, counts, strict=True))
 
     @property

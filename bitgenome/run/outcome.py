@@ -1,18 +1,21 @@
 """Collects what a run ends in: the closing table's rows on test text, and best.json."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from bitgenome.common import layout
+from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json
 from bitgenome.plan.plan import Plan
 from bitgenome.run.healing import Healing
 from bitgenome.run.proof import Proof
 from bitgenome.run.search import SearchResult
 from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.run_result import RunResult
 from search.allocation.seeds import pure_uniform
 from search.budget import Budget
 from search.loop.archive import EvaluationLog
@@ -94,6 +97,14 @@ def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
         **outcome.file,
     }
     atomic_write_json(directory.path / layout.BEST, record)
+
+
+def proved(directory: RunDirectory, file: Mapping[str, Any]) -> bool:
+    """Return whether best.json has a proof of this very file, as ``shipped_file`` describes it."""
+    with suppress(UserError):  # a damaged best.json is written again
+        result = RunResult.read(directory.path)
+        return result is not None and result.proof is not None and result.gguf_sha256 == file["gguf_sha256"]
+    return False
 
 
 def validation_record(winner: Winner) -> dict[str, Any]:

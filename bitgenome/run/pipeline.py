@@ -19,7 +19,7 @@ from bitgenome.plan.text import keep_windows, read_windows, windows_of_run
 from bitgenome.run.export import export_winner, shipped_file
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import decide_variant, heal
-from bitgenome.run.outcome import Outcome, comparison_rows, save_outcome
+from bitgenome.run.outcome import Outcome, comparison_rows, proved, save_outcome
 from bitgenome.run.prepare import prepare
 from bitgenome.run.proof import prove
 from bitgenome.run.search import pool_evaluate, search
@@ -99,7 +99,8 @@ def run_stages(
         recipe=directory.path / layout.RECIPE,
         run=directory.path,
     )
-    save_outcome(directory, outcome, plan)
+    if not proved(directory, shipped):  # llama.cpp may refuse the file: what was searched is kept
+        save_outcome(directory, outcome, plan)
     with directory.stage("proof"):
         how = plan.config.evaluation
         prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory)

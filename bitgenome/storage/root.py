@@ -5,8 +5,8 @@ from pathlib import Path
 from bitgenome.common.errors import UserError
 
 
-def check_inside(path: Path, root: Path, what: str) -> Path:
+def check_inside(path: Path, root: Path, what: str, remedy: str = "") -> Path:
     """Return ``path``, which ``what`` names in errors. Raises UserError unless it is below ``root``, links followed."""
     if root.resolve() not in path.resolve().parents:
-        raise UserError(f"expected {what} inside the storage path {root}, found {path.resolve()}")
+        raise UserError(f"expected {what} inside the storage path {root}, found {path.resolve()}{remedy}")
     return path

@@ -153,7 +153,9 @@ class RunDirectory:
             kind = recorded.parts.index(layout.SHARED)
             pull_shared(self.config, root.joinpath(*recorded.parts[kind : kind + 3]))
             recorded = root.joinpath(*recorded.parts[kind:])
-        return check_inside(recorded, root, f"the {key.replace('_', ' ')} of {self.location}/{layout.RECORD}")
+        what = f"the {key.replace('_', ' ')} of {self.location}/{layout.RECORD}"
+        remedy = f": if the storage has moved, bitgenome resume {self.location} records its new place"
+        return check_inside(recorded, root, what, remedy)
 
     def check(self) -> None:
         """Raise LeaseLostError if another driver has taken over; called before a file is written."""

@@ -3,16 +3,20 @@
 The run may be writing meanwhile: missing files are treated as empty.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bitgenome.common import layout
+from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import json_object
 from workers.storage.folders import is_url, open_folder
 
 TAIL_BYTES = 1 << 16
+SCHEMA = 1  # of run.json
+KINDS = {"config": dict, "stages": dict, "digests": dict, "bank": str, "scaled_model": str}  # what readers rely on
 
 
 class RunFiles(ABC):
@@ -102,3 +106,19 @@ class RemoteRunFiles(RunFiles):
 def run_files(location: str | Path) -> RunFiles:
     """Return the files of the run at a path or URL."""
     return RemoteRunFiles(str(location)) if is_url(location) else LocalRunFiles(Path(location))
+
+
+def record_in(content: bytes, source: str) -> dict[str, Any]:
+    """Return the object in a run.json; ``source`` names it in errors.
+
+    Raises UserError if it cannot be read, or has another schema version.
+    """
+    with expecting("a run record", source, "restore it, or begin a run of another name"):
+        record: dict[str, Any] = json.loads(content)
+        schema = record["schema"]
+        for key, kind in KINDS.items():
+            if not isinstance(record.get(key, kind()), kind):
+                raise TypeError(f"{key} is {record[key]!r}")
+    if schema != SCHEMA:
+        raise UserError(f"expected run schema {SCHEMA} in {source}, found {schema}: written by another version")
+    return record

@@ -10,13 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bitgenome.common.errors import StorageError, UserError, expecting
+from bitgenome.common.errors import StorageError, UserError
 from bitgenome.common.files import atomic_write_text
 from bitgenome.config.run import RunConfig
 from bitgenome.storage.lease import LeaseLostError
+from bitgenome.storage.run_files import SCHEMA, record_in
 
-SCHEMA = 1
-KINDS = {"config": dict, "stages": dict, "digests": dict, "bank": str, "scaled_model": str}  # what readers rely on
 CHANGED = {  # what may have changed, by the key of a digest
     "model": ": have its weights, config.json or tokenizer files changed, such as chat_template.jinja (which versions "
     "before left out)? Put them back, or begin a run of another name"
@@ -54,15 +53,7 @@ class RunRecord(UserDict[str, Any]):
 
         Raises UserError if it cannot be read, or has another schema version.
         """
-        with expecting("a run record", source, "restore it, or begin a run of another name"):
-            record: dict[str, Any] = json.loads(content)
-            schema = record["schema"]
-            for key, kind in KINDS.items():
-                if not isinstance(record.get(key, kind()), kind):
-                    raise TypeError(f"{key} is {record[key]!r}")
-        if schema != SCHEMA:
-            raise UserError(f"expected run schema {SCHEMA} in {source}, found {schema}: written by another version")
-        return cls(file, record)
+        return cls(file, record_in(content, source))
 
     def save(self) -> None:
         """Write run.json atomically. Raises StorageError, and whatever ``before_write`` raises."""

@@ -49,6 +49,10 @@ class Ladder:
         """Return whether ``generation`` reads another draw than the generation before it."""
         return generation > 0 and self._draw(generation) != self._draw(generation - 1)
 
+    def turns(self, generations: int) -> int:
+        """Return how many of the first ``generations`` turn to new text."""
+        return max(0, generations - 1) // self.refresh if self.refresh else 0
+
     def counts(self, genomes: int) -> list[int]:
         """Return the evaluations at each rung for ``genomes`` new genomes, without those promoted because of doubt."""
         found = [genomes]

@@ -18,6 +18,7 @@ from bitgenome.cli import terminal
 from bitgenome.cli.main import main
 from bitgenome.common import layout
 from tests.conftest import EMBEDDED, REPOSITORY, built_once
+from tests.small_models import save_small_model
 
 SMALL = {
     "model": str(EMBEDDED),
@@ -122,3 +123,30 @@ def finished(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     record = runs.storage / "base" / layout.RECORD
     record.write_text(record.read_text().replace(str(built), str(runs.storage)))
     return Finished(runs.command("run"), 0, (built / "stdout").read_text(), (built / "stderr").read_text())
+
+
+@pytest.fixture
+def little(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage path with the finished run ``little`` of a random model, a copy to be changed; no Ray."""
+
+    def build(storage: Path) -> None:
+        model = save_small_model(storage / ("m" * 240), "llama")  # a long name, as some hubs have them
+        config = {**LITTLE, "name": "little", "model": str(model), "levels": ["W4", "W8"], "workers": {"ray": "off"}}
+        config |= {"storage_path": str(storage), "budget": {"bits_per_weight": 8.0}}
+        (storage / "little.yaml").write_text(yaml.safe_dump(config))
+        done = call_here("run", storage / "little.yaml")
+        assert done.returncode == 0, done.stderr
+
+    built = built_once(tmp_path_factory, "little-run", build)
+    shutil.copytree(built, tmp_path / "runs")
+    for file in (tmp_path / "runs" / "little" / layout.RECORD, tmp_path / "runs" / "little.yaml"):
+        file.write_text(file.read_text().replace(str(built), str(tmp_path / "runs")))
+    return tmp_path / "runs"
+
+
+def assert_one_sentence(done: Finished, place: str) -> None:
+    """The command was refused with one whole sentence that names ``place``."""
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert "expected" in said and "found" in said and place in said, done.stderr
+    assert "Traceback" not in done.stderr

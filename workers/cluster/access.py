@@ -6,13 +6,17 @@ a command line or in a record.
 """
 
 import ipaddress
+import logging
 import os
 import sys
 from pathlib import Path
 
 import grpc
 
+from workers.cluster.own_cluster import own_cluster
 from workers.errors import ClusterError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
@@ -67,13 +71,18 @@ def check_protection(address: str, host: str, protected: bool, insecure: bool, r
 def admitted_address(address: str, insecure: bool = False) -> str:
     """Return ``address`` as ray.init takes it, once its cluster has answered and let this user in.
 
-    "local" starts a cluster; "auto" is the cluster that RAY_ADDRESS names, else "local". Raises ClusterError within
+    "local" starts a cluster; "auto" is the cluster that RAY_ADDRESS names, else "local", and never any other that
+    happens to be there: RAY_ADDRESS=auto is the one that this user has started. Raises ClusterError within
     ``TIMEOUT_S`` seconds if nobody is at the address, if the token is missing or wrong, or if the cluster is open,
     another machine's, and not said to be ``insecure``.
     """
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "local"
-    if address in ("local", "auto"):
+        if address == "auto":
+            address = own_cluster()
+        if address != "local":
+            log.info("taking the Ray cluster at %s, by RAY_ADDRESS", address)
+    if address == "local":
         if "RAY_AUTH_MODE" not in os.environ:
             use_token()
         return address

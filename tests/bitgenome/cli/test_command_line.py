@@ -23,7 +23,7 @@ def imported_by(*arguments: str | Path) -> set[str]:
     return packages
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ()])
 def test_help_and_version_import_no_library_that_takes_seconds(arguments: tuple[str, ...]) -> None:
     assert imported_by("-m", "bitgenome.cli", *arguments) & (SLOW | {"pydantic", "numpy"}) == set()
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from ray.job_submission import JobDetails
 from bitgenome.cli.jobs import environment_of, job_settings, resources_of
 from bitgenome.common.errors import UserError
 from tests.bitgenome.conftest import Finished, Runs, call_here
-from tests.conftest import REPOSITORY, let_ray_read_environment
+from tests.conftest import REPOSITORY, free_ports, let_ray_read_environment
 from workers.cluster.jobs import CONFIG_VARIABLE, Jobs, Submission
 from workers.errors import ClusterError
 
@@ -34,18 +33,6 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "aws-that-nobody-may-read-77ac",
 }
 JOB = {"healing": {"enabled": "off"}, "workers": {"ray": "auto", "count": 1}}  # the evaluations of the run ``base``
-
-
-def free_ports(count: int) -> list[int]:
-    """Outside 10002-19999, which Ray gives to its workers."""
-    ports: list[int] = []
-    while len(ports) < count:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        if port >= 20000 and port not in ports:
-            ports.append(port)
-    return ports
 
 
 @dataclass(frozen=True)

@@ -103,3 +103,11 @@ def test_a_plan_counts_evaluations_by_rung_and_those_of_elites_on_new_text(runs:
     assert searched(plan.search_rungs) == "60 evaluations of 0, 30 of 256, 24 of 512 tokens"
     plain = make_plan(load_config(runs.write("plain")))
     assert searched(plain.search_rungs) == "24 evaluations of 512 tokens"
+
+
+@pytest.mark.parametrize("name", ["shared", "Shared"])
+def test_the_name_of_what_runs_share_is_no_runs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: {name}\nmodel: m\nbudget: {{bits_per_weight: 3}}\n")
+    with pytest.raises(UserError, match=f"expected a name other than '{name}', where runs keep what they share"):
+        load_config(path)

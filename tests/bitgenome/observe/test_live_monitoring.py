@@ -5,7 +5,6 @@ import math
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import pytest
 import yaml
 
 from tests.bitgenome.conftest import Finished, Runs
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, free_ports
 from workers.cluster.worker_logs import LOG_JSON
 
 pytestmark = [
@@ -77,16 +76,6 @@ def get(url: str, token: str | None = None) -> Any:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     with urllib.request.urlopen(request, timeout=20) as answer:
         return json.load(answer)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def wait_for(what: str, ready: Any, seconds: float = 120.0) -> None:

@@ -144,3 +144,11 @@ def test_one_rung_without_refresh_reads_the_same_text_for_all_genomes_in_one_cal
 ) -> None:
     recorder, _ = search(tmp_path, Ladder((1024,)), genetic(3))
     assert [fidelity for _, fidelity in recorder.calls] == [Fidelity("search", 1024)] * 3
+
+
+@pytest.mark.parametrize("refresh", [0, 1, 3])
+@pytest.mark.parametrize("generations", [0, 1, 2, 3, 4, 7, 12])
+def test_turns_to_new_text_are_counted_without_going_through_the_generations(refresh: int, generations: int) -> None:
+    ladder = Ladder((64,), refresh=refresh)
+    assert ladder.turns(generations) == sum(map(ladder.turns_to_new_text, range(generations)))
+    assert ladder.turns(10**10) == (10**10 - 1) // refresh if refresh else ladder.turns(10**10) == 0
