@@ -29,7 +29,9 @@ from bitgenome.common.devices import best_device
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import make_plan
 from bitgenome.plan.text import read_windows
-from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate
+from bitgenome.run.prepare import evaluator_setup, record_inputs
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference

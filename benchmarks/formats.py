@@ -31,8 +31,10 @@ from bitgenome.config.run import RunConfig, load_config
 from bitgenome.observe.progress import track
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate
 from bitgenome.run.healing import heal
-from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs, scale_channels
+from bitgenome.run.prepare import evaluator_setup, record_inputs, scale_channels
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference

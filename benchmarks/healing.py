@@ -20,8 +20,10 @@ from rich.table import Table
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate
 from bitgenome.run.healing import float_tensors
-from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs
+from bitgenome.run.prepare import evaluator_setup, record_inputs
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.healing.blocks import HealBlock

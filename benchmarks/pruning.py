@@ -26,7 +26,7 @@ from bitgenome.common.devices import best_device
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
-from bitgenome.run.prepare import calibrate
+from bitgenome.run.calibration import calibrate
 from evaluators.engine.divergence import Divergence, Reference
 from evaluators.model.block_model import BlockModel
 from evaluators.model.forward import final_hidden

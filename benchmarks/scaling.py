@@ -24,7 +24,9 @@ from scipy.stats import spearmanr
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import make_plan
 from bitgenome.plan.text import read_windows
-from bitgenome.run.prepare import build_bank, calibrate, evaluator_setup, record_inputs, scale_channels
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate
+from bitgenome.run.prepare import evaluator_setup, record_inputs, scale_channels
 from bitgenome.run.proof import prove
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator

@@ -100,7 +100,7 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> SmallBank:
         windows_file, pool = directory / "windows.safetensors", SerialPool()
         windows_file.write_bytes(windows.to_bytes())
         (groups,) = pool.map([Calibrate(EMBEDDED, windows_file, directory)])
-        (directory / "groups.json").write_text(json.dumps(groups))
+        (directory / "groups.json").write_text(json.dumps(list(groups)))
         list(pool.map(small(directory).bank_tasks(directory)))
 
     return small(built_once(tmp_path_factory, "small-bank", build))

@@ -1,7 +1,7 @@
 """Defines the settings of the bank: rounding, pruning and channel scaling."""
 
 import re
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -78,6 +78,11 @@ class QuantizationConfig(Section):
         description="of scales and integers; twice as many if pruned",
     )
     importance: Importance = Field("conditional", description="of the columns that a block's scales are fitted to")
+    keep_hessians: bool | Literal["auto"] = Field(
+        "auto",
+        description="after the bank is built: other levels then need no calibration; auto: where they are below 2 GiB, "
+        "or scaling or a mutation prior reads them again",
+    )
     pruning: PruningConfig = Field(PruningConfig(), description="in the same pass; nothing by default")
     scaling: ScalingSettings = Field(ScalingSettings(), description="of channels, before rounding; none by default")
 

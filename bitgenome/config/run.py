@@ -132,6 +132,19 @@ class RunConfig(StoredSection):
         _ = self.ladder
         return self
 
+    @model_validator(mode="after")
+    def hessians_suffice(self) -> Self:
+        """Raise ValueError if Hessians are to be removed that are read again."""
+        if self.quantization.keep_hessians is False and self.reads_hessians_again:
+            reader = "quantization.scaling" if self.quantization.scaling.active else "search.mutation_prior"
+            raise ValueError(f"expected quantization.keep_hessians auto or true with {reader}, found false")
+        return self
+
+    @property
+    def reads_hessians_again(self) -> bool:
+        """Whether another stage than calibration and bank reads the Hessians."""
+        return self.quantization.scaling.active or self.search.mutation_prior != "none"
+
     @property
     def ladder(self) -> Ladder:
         """The rungs of text on which genomes are evaluated. Raises ValueError if they do not fit the search text."""
@@ -144,7 +157,7 @@ class RunConfig(StoredSection):
         what it read there.
         """
         places: dict[str, Any] = dict.fromkeys(("workers", "storage_path", "storage_url", "name", "model"), True)
-        parts = {"text": {"splits", "path", "files"}, "evaluation": {"memory"}}
+        parts = {"text": {"splits", "path", "files"}, "evaluation": {"memory"}, "quantization": {"keep_hessians"}}
         return self.model_dump(mode="json", exclude=places | parts)
 
     @property

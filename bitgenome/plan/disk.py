@@ -2,8 +2,11 @@
 
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.seconds import input_groups
+from evaluators.model.sizes import ModelShape
 
 FLOAT_BYTES = 4
+KEPT_HESSIANS = 2 << 30  # bytes up to which Hessians stay: another set of levels then needs no calibration
+HESSIANS_AT_ONCE = 8 << 30  # bytes that are on disk at a time where they do not stay: enough tensors for many workers
 WINDOW_COPIES = 2  # of the tokens, beside the run and beside the calibration
 ID_BYTES = 4
 EVALUATION_BYTES = 400  # a line of evaluations.jsonl, with the KL of its windows
@@ -12,6 +15,35 @@ EVALUATION_BYTES = 400  # a line of evaluations.jsonl, with the KL of its window
 def hessian_bytes(plan: Plan) -> int:
     """Return the bytes of the Hessians of all input groups, float32."""
     return sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan))
+
+
+def keeps_hessians(plan: Plan) -> bool:
+    """Return whether the Hessians stay on disk when the bank is built: as configured, or where they are small."""
+    wanted = plan.config.quantization.keep_hessians
+    if wanted == "auto":
+        return plan.config.reads_hessians_again or hessian_bytes(plan) <= KEPT_HESSIANS
+    return wanted
+
+
+def stretches(plan: Plan) -> list[range]:
+    """Return the blocks whose Hessians are on disk at the same time, where Hessians do not stay.
+
+    They do not depend on the workers. The number after the last block stands for embedding and head.
+    """
+    blocks = ModelShape.of(plan.folder).layers
+    of_block = sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan) if group.block) // blocks
+    together = max(1, HESSIANS_AT_ONCE // of_block)
+    return [range(start, min(start + together, blocks + 1)) for start in range(0, blocks + 1, together)]
+
+
+def calibration_bytes(plan: Plan) -> int:
+    """Return the bytes that calibration takes on disk: what stays, or the most at a time."""
+    if keeps_hessians(plan):
+        return hessian_bytes(plan)
+    tokens, longest = plan.config.text.tokens.calibration, max(len(blocks) for blocks in stretches(plan))
+    shape = ModelShape.of(plan.folder)
+    of_block = sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan) if group.block) // shape.layers
+    return longest * of_block + 2 * FLOAT_BYTES * tokens * shape.hidden  # hidden states: the old and the new ones
 
 
 def bank_bytes(plan: Plan) -> int:
@@ -27,5 +59,8 @@ def own_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> dict[str, int]:
-    """Return the bytes that stages leave on disk, by stage; Hessians and bank are shared by digest among runs."""
-    return {"calibration": hessian_bytes(plan), "bank": bank_bytes(plan), "export": own_bytes(plan)}
+    """Return the bytes that stages take on disk, by stage; Hessians and bank are shared by digest among runs.
+
+    Of Hessians that do not stay, it is the most at a time.
+    """
+    return {"calibration": calibration_bytes(plan), "bank": bank_bytes(plan), "export": own_bytes(plan)}

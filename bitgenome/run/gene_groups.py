@@ -10,8 +10,11 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import atomic_write_json
 from bitgenome.observe.progress import Track
+from bitgenome.plan.disk import keeps_hessians
 from bitgenome.plan.plan import Plan, make_plan, tied_space
-from bitgenome.run.prepare import calibrate, record_inputs, sample_activations
+from bitgenome.run.calibration import calibrate, sample_activations
+from bitgenome.run.prepare import record_inputs
+from bitgenome.run.streamed_bank import input_statistics
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
@@ -42,8 +45,11 @@ def with_gene_groups(plan: Plan, windows: TokenWindows, run: RunDirectory, pool:
         labels = None
     if labels is None:
         record_inputs(plan, windows, run)
-        with run.stage("calibration"):
-            calibration, groups = calibrate(plan, windows, pool, track)
+        if keeps_hessians(plan):
+            with run.stage("calibration"):
+                calibration, groups = calibrate(plan, windows, pool, track)
+        else:
+            calibration, groups = input_statistics(plan, windows, run, pool, track)
         with run.stage("gene groups"):
             arguments = (calibration, groups, run.path / layout.WINDOWS, config.samples, pool, track)
             labels = information_labels(plan.folder, sample_activations(plan, *arguments), calibration, groups, config)

@@ -4,12 +4,9 @@ Artefacts that several runs can share (Hessians, bank, sensitivities) are under
 ``<storage_path>/shared/<kind>/<digest>``; a stage whose artefact is there and complete is skipped.
 """
 
-import hashlib
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 
 import pandas as pd
@@ -18,12 +15,15 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.observe.progress import Track
+from bitgenome.plan.disk import keeps_hessians
 from bitgenome.plan.memory import heaviest_load
 from bitgenome.plan.plan import Plan, compensation_settings
-from bitgenome.plan.text import ModelAndText
 from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate, has_hessians
 from bitgenome.run.compute_floor import log_compute_floor
 from bitgenome.run.sensitivities import measure_sensitivities, table_of
+from bitgenome.run.streamed_bank import build_streamed
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import (
@@ -33,18 +33,12 @@ from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare import bank as banks
 from evaluators.prepare import scaling
-from evaluators.prepare.activation_samples import SampleActivations
-from evaluators.prepare.activation_samples import readable as samples_readable
-from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable, mean_squares
+from evaluators.prepare.calibration import group_file, mean_squares
 from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
 from exporters.files.imatrix import write_imatrix
 from exporters.metadata.tensor_names import tensor_table
 from search.allocation.sensitivity import SensitivityTable
 from workers.pool.base import Pool
-
-log = logging.getLogger(__name__)
-
-CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
 
 
 @dataclass(frozen=True)
@@ -74,74 +68,6 @@ def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     run.record.pin("text", windows.digest)
     run.record.pin("model", plan.folder.digest)
     atomic_write_bytes(run.path / layout.WINDOWS, windows.to_bytes())
-
-
-def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
-    """Return whether the list of groups ``done`` exists, and the file of each group beside it is ``readable``."""
-    if not done.is_file():
-        return False
-    names = group_names(done)
-    damaged = [name for name in names if not readable(group_file(done.parent, name))]
-    if damaged or not names:
-        log.warning("rebuilding %s: %s is damaged", done.parent, damaged[0] if damaged else done.name)
-    return bool(names) and not damaged
-
-
-def group_names(done: Path) -> list[str]:
-    """Return the names in a list of groups, [] if the file is damaged."""
-    try:
-        names = json.loads(done.read_bytes())
-    except ValueError:
-        return []
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
-
-
-def calibrate(
-    plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track, upstream_level: str | None = None
-) -> tuple[Path, list[str]]:
-    """Compute the input groups' Hessians if they are missing; return their directory and the groups' names in order.
-
-    ``upstream_level`` is the level of the blocks before the one that is calibrated; None: full precision.
-    """
-    calibration = windows.windows["calibration"]
-    text = hashlib.sha256(calibration.tobytes()).hexdigest()
-    inputs = plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT, upstream_level
-    digest = digest_of(CALIBRATION_SCHEMA, *inputs)
-    directory = shared_directory(plan.config, layout.CALIBRATION_KIND, digest)
-    done = directory / layout.GROUPS
-
-    def build() -> None:
-        windows_file = directory / layout.WINDOWS
-        atomic_write_bytes(windows_file, windows.to_bytes())
-        task = Calibrate(plan.folder.path, windows_file, directory, upstream_level)
-        (groups,) = track(pool.map([task]), 1, "calibrating")
-        atomic_write_text(done, json.dumps(groups))
-
-    build_once(plan.config, directory, "the calibration", lambda: all_readable(done, group_readable), build)
-    return directory, group_names(done)
-
-
-def sample_activations(
-    plan: ModelAndText, calibration: Path, groups: Sequence[str], windows: Path, samples: int, pool: Pool, track: Track
-) -> Path:
-    """Sample the activations of the input groups if they are missing, and return the samples' directory.
-
-    ``calibration`` is the directory of the Hessians, ``windows`` the file of token windows, ``samples`` the number of
-    positions.
-    """
-    directory = shared_directory(plan.config, layout.SAMPLES_KIND, digest_of(calibration.name, samples))
-    files = tuple(group_file(calibration, name) for name in groups)
-    done = directory / layout.GROUPS
-
-    def build() -> None:
-        task = SampleActivations(plan.folder.path, windows.resolve(), files, directory, samples)
-        for _ in track(pool.map([task]), 1, "sampling activations"):
-            pass
-        taken = [name for name in groups if group_file(directory, name).is_file()]
-        atomic_write_text(done, json.dumps(taken))
-
-    build_once(plan.config, directory, "the activation samples", lambda: all_readable(done, samples_readable), build)
-    return directory
 
 
 def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path: Path) -> None:
@@ -203,43 +129,6 @@ def quantized_plan(plan: Plan, run: RunDirectory) -> Plan:
     return replace(plan, folder=ModelFolder(run.artefact("scaled_model"))) if "scaled_model" in run.record else plan
 
 
-def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
-    """Build the missing or damaged tensors of the bank, and return its directory."""
-    formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
-    names = {tensor: tuple(f.name for f in choices) for tensor, choices in formats.items()}
-    settings = compensation_settings(plan)
-    how = plan.config.quantization.importance
-    digest = banks.bank_digest(plan.folder.digest, calibration.name, formats, settings, plan.sparsity, how)
-    directory = shared_directory(plan.config, layout.BANK_KIND, digest)
-
-    def missing() -> set[str]:
-        return {tensor for tensor in names if not banks.readable(directory, tensor, names[tensor])}
-
-    def done() -> bool:
-        return (directory / layout.MANIFEST).is_file() and not banks.damaged_tensors(directory) and not missing()
-
-    def build() -> None:
-        for tensor in banks.damaged_tensors(directory):
-            log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
-            banks.tensor_file(directory, tensor).unlink(missing_ok=True)
-        absent = missing()
-        tasks = []
-        for group in groups:
-            file = group_file(calibration, group)
-            tensors = names.keys() & banks.group_tensors(file)
-            if absent & tensors:
-                work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
-                where = (plan.folder.path, file, directory)
-                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work))
-        tasks.sort(key=lambda task: -task.work)  # the largest first, so that none runs alone at the end
-        for _ in track(pool.map(tasks), len(tasks), "building the bank"):
-            pass
-        banks.write_manifest(directory, list(names))
-
-    build_once(plan.config, directory, "the bank", done, build)
-    return directory
-
-
 def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup:
     """Return what workers need to evaluate genomes."""
     fitness = plan.config.fitness
@@ -255,14 +144,19 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
 def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:
     """Make all artefacts of a run in order; each stage is timed in the run's record."""
     record_inputs(plan, windows, run)
-    with run.stage("calibration"):
-        calibration, groups = calibrate(plan, windows, pool, track, plan.config.quantization.upstream_level)
+    upstream = plan.config.quantization.upstream_level
+    if keeps_hessians(plan) or has_hessians(plan, windows, upstream):
+        with run.stage("calibration"):
+            calibration, groups = calibrate(plan, windows, pool, track, upstream)
+            save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)
+        if plan.config.quantization.scaling.active:
+            with run.stage("scaling"):
+                plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
+        with run.stage("bank"):
+            bank = build_bank(plan, calibration, groups, pool, track)
+    else:
+        calibration, groups, bank = build_streamed(plan, windows, run, pool, track)
         save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)
-    if plan.config.quantization.scaling.active:
-        with run.stage("scaling"):
-            plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
-    with run.stage("bank"):
-        bank = build_bank(plan, calibration, groups, pool, track)
     with run.stage("sensitivity"):
         plan = with_activations(plan, choose_activations(plan, evaluator_setup(plan, run, bank), run, pool))
         setup = evaluator_setup(plan, run, bank)

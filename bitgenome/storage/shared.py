@@ -67,3 +67,13 @@ def push_shared(config: Storage, directory: Path) -> None:
     """Send the files of a shared directory that are missing remotely, if storage is behind a URL."""
     if config.storage_url:
         send_missing(open_folder(config.storage_url), config.storage_path, shared_name(directory))
+
+
+def remove_shared(config: Storage, path: Path) -> None:
+    """Remove a file of a shared directory, or all files below a directory in it, here and behind a URL."""
+    if config.storage_url:
+        remote = open_folder(config.storage_url)
+        for name in remote.sizes(path.relative_to(config.storage_path.resolve()).as_posix()):
+            remote.delete(name)
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        file.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_to
 from bitgenome.config.study import Study, StudyConfig
 from bitgenome.observe.progress import Track, tracker
 from bitgenome.plan.text import check_text, read_windows
-from bitgenome.run.prepare import calibrate, sample_activations
+from bitgenome.run.calibration import calibrate, sample_activations
 from bitgenome.run.session import open_session
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored

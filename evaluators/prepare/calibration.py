@@ -4,6 +4,7 @@ Linear layers that read the same tensor (q/k/v, gate/up) form one input group an
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import safe_open, save
+from safetensors.torch import safe_open, save, save_file
 from torch import Tensor, nn
 
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.common.devices import best_device
-from bitgenome.common.files import atomic_write_bytes
+from bitgenome.common.files import atomic_write_bytes, replacing
+from bitgenome.common.steps import steps
 from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder, ModelFolderError
+from evaluators.prepare.hidden_states import HiddenStates, joined, remove_states, saved_blocks
 from quantizers.formats.table import format_for
 from quantizers.rounding.sparsegpt import compensate
 from quantizers.statistics.hessian import HessianAccumulator
@@ -27,6 +30,7 @@ from quantizers.statistics.moments import InputStatistics, StatisticsAccumulator
 
 log = logging.getLogger(__name__)
 
+SAVE_EVERY_S = 10.0  # seconds of work that an interruption may cost, beside a block's
 CHUNK_TOKENS = 4096  # positions in a chunk, which goes through a block at once
 # A tied embedding serves as head (columns weighted by the Hessian of final hidden states) and as lookup table (all
 # columns equal), so its Hessian is the head's, scaled to a mean diagonal of 1, plus this multiple of the identity.
@@ -52,7 +56,8 @@ class InputGroup:
         """Write the group atomically as a safetensors file, in float32."""
         metadata = {"name": self.name, "tensors": "\n".join(self.tensors)}
         members = {"hessian": self.hessian, **self.statistics.tensors()}
-        atomic_write_bytes(path, save({key: t.float().cpu().contiguous() for key, t in members.items()}, metadata))
+        with replacing(path) as temporary:  # without a copy in memory: the Hessian may take gigabytes
+            save_file({key: t.float().cpu().contiguous() for key, t in members.items()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "InputGroup":
@@ -83,6 +88,22 @@ def group_readable(path: Path) -> bool:
             return {"hessian", "mean_square"} <= set(file.keys())
     except (OSError, SafetensorError):
         return False
+
+
+def statistics_readable(path: Path) -> bool:
+    """Return whether a file holds the moments of an input group, with its Hessian or without it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"tensors", "name"} <= set(file.metadata() or ()) and "mean_square" in file.keys()  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+def copy_statistics(source: Path, target: Path) -> None:
+    """Write to ``target`` all that ``source``, the file of an input group, holds beside the Hessian."""
+    with safe_open(source, framework="pt") as file:
+        members = {key: file.get_tensor(key) for key in file.keys() if key != "hessian"}  # noqa: SIM118
+        atomic_write_bytes(target, save(members, file.metadata()))
 
 
 class _InputAccumulator:
@@ -147,7 +168,7 @@ class _InputRecorder:
         for handle in self._handles:
             handle.remove()
         for group, members in self.members.items():
-            hessian, statistics = self.accumulators[group].result()
+            hessian, statistics = self.accumulators.pop(group).result()
             if not statistics.mean_square.any():
                 for name in members:
                     log.warning("the input of %s is always zero: all of its columns are rounded alike", name)
@@ -182,27 +203,42 @@ def calibrate(
     for a folder that cannot be run block by block.
     """
     model = BlockModel(folder, device)
-    chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
     model.load_ends()
-    hidden = [model.embed(chunk).cpu() for chunk in chunks]
-    for block in range(len(model.blocks)):
-        model.load_block(block)
-        recorder = _InputRecorder(dict(model.linears(block)))
-        inputs = hidden if upstream_level is None else list(hidden)  # kept if the block runs again, quantized
-        for index, chunk in enumerate(inputs):
-            hidden[index] = model.run_block(block, chunk.to(device)).cpu()
-            recorder.end_pass()
-        groups = list(recorder.groups())
-        yield from groups
-        if upstream_level is not None:
-            quantize_block(model, groups, upstream_level)
-            hidden = [model.run_block(block, chunk.to(device)).cpu() for chunk in inputs]
-        model.unload_block(block)
-        log.info("calibrated block %d of %d", block + 1, len(model.blocks))
-    head = _InputAccumulator(hidden[0].shape[-1], device)
-    for chunk in hidden:
-        head.add(model.decoder.norm(chunk.to(device)), model.head_name)
-    yield from embedding_groups(model, *head.result())
+    hidden = [model.embed(chunk).cpu() for chunk in chunked_windows(windows)]
+    for block in range(len(model.blocks) + 1):
+        yield from calibrate_block(model, block, hidden, upstream_level)
+
+
+def chunked_windows(windows: Tensor) -> tuple[Tensor, ...]:
+    """Return ``windows`` (n, T, ...) in chunks of whole windows, each of which goes through a block at once."""
+    return windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
+
+
+def calibrate_block(
+    model: BlockModel, block: int, hidden: list[Tensor], upstream_level: str | None = None, measure: bool = True
+) -> list[InputGroup]:
+    """Return the input groups of a block, and replace its inputs ``hidden`` (chunks of windows) by its outputs.
+
+    The number after the last block stands for head and embedding. Without ``measure`` nothing is returned.
+    """
+    if block == len(model.blocks):
+        head = _InputAccumulator(hidden[0].shape[-1], model.device)
+        for chunk in hidden:
+            head.add(model.decoder.norm(chunk.to(model.device)), model.head_name)
+        return list(embedding_groups(model, *head.result()))
+    model.load_block(block)
+    recorder = _InputRecorder(dict(model.linears(block)) if measure or upstream_level else {})
+    inputs = hidden if upstream_level is None else list(hidden)  # kept if the block runs again, quantized
+    for index, chunk in enumerate(inputs):
+        hidden[index] = model.run_block(block, chunk.to(model.device)).cpu()
+        recorder.end_pass()
+    groups = list(recorder.groups())
+    if upstream_level is not None:
+        quantize_block(model, groups, upstream_level)
+        hidden[:] = [model.run_block(block, chunk.to(model.device)).cpu() for chunk in inputs]
+    model.unload_block(block)
+    log.info("calibrated block %d of %d", block + 1, len(model.blocks))
+    return groups if measure else []
 
 
 def quantize_block(model: BlockModel, groups: Sequence[InputGroup], level: str) -> None:
@@ -217,32 +253,70 @@ def quantize_block(model: BlockModel, groups: Sequence[InputGroup], level: str) 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Pool task that writes the input groups of a model, on every core: no other task runs at the same time."""
+    """Pool task that writes the input groups of a model, on every core: no other task runs at the same time.
+
+    From ``start`` to before ``stop`` are the blocks that are measured; the number after the last block stands for head
+    and embedding, and without ``stop`` all are measured. An interrupted task, and one for the blocks after it, goes on
+    from the hidden states saved in ``directory`` at most SAVE_EVERY_S seconds and a block before.
+    """
 
     model: Path
     windows: Path  # file of TokenWindows
     directory: Path
     upstream_level: str | None = None
+    start: int = 0
+    stop: int | None = None
+    states: Path | None = None  # in ``directory``: hidden states to go on from, which other machines fetch
 
     @property
     def label(self) -> str:
-        return "calibrate"
+        return "calibrate" if self.stop is None else f"calibrate[{self.start}:{self.stop}]"
 
     @property
     def makes(self) -> tuple[Path, ...]:
         """Directory that the task writes to."""
         return (self.directory,)
 
-    def run(self, state: dict[Any, Any]) -> list[str]:
-        """Write a file for each input group and return the names of the groups, in order."""
-        windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])
+    def run(self, state: dict[Any, Any]) -> dict[str, int]:
+        """Write a file for each input group and return the groups' names, in order, each with its block."""
         threads = torch.get_num_threads()
         torch.set_num_threads(usable_cpus())
         try:
-            names = []
-            for group in calibrate(ModelFolder(self.model), windows, best_device(), self.upstream_level):
-                group.save(group_file(self.directory, group.name))
-                names.append(group.name)
+            with torch.inference_mode():
+                return self._run(BlockModel(ModelFolder(self.model), best_device()))
         finally:
             torch.set_num_threads(threads)
-        return names
+
+    def _run(self, model: BlockModel) -> dict[str, int]:
+        model.load_ends()
+        end = len(model.blocks) + 1
+        stop = end if self.stop is None else self.stop
+        first, groups, hidden = self._begin(model, stop)
+        saved = time.monotonic()
+        for block in steps(range(first, stop), stop, "block", done=first):
+            for group in calibrate_block(model, block, hidden, self.upstream_level, measure=block >= self.start):
+                group.save(group_file(self.directory, group.name))
+                groups[group.name] = block
+            after = block + 1
+            passed_on = after == self.stop  # to the task for the blocks after them
+            if passed_on or (after < end and time.monotonic() - saved >= SAVE_EVERY_S):
+                HiddenStates(after, self.start, groups, joined(hidden)).save(self.directory)
+                saved = time.monotonic()
+        if self.stop is None:
+            remove_states(self.directory)
+        return groups
+
+    def _begin(self, model: BlockModel, stop: int) -> tuple[int, dict[str, int], list[Tensor]]:
+        """Return the block to go on with, the input groups that are written already, and the block's inputs."""
+        for block in saved_blocks(self.directory):
+            states = HiddenStates.load(self.directory, block) if block <= stop else None
+            if states is None:
+                continue
+            groups = dict(states.groups) if block > self.start else {}
+            if block <= self.start or (states.start == self.start and self._all_written(groups)):
+                return block, groups, list(chunked_windows(states.hidden))
+        windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])
+        return 0, {}, [model.embed(chunk).cpu() for chunk in chunked_windows(windows)]
+
+    def _all_written(self, groups: Mapping[str, int]) -> bool:
+        return all(group_readable(group_file(self.directory, name)) for name in groups)

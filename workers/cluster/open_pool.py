@@ -17,19 +17,25 @@ def open_pool(settings: WorkerSettings, run: str = "pool") -> Pool:
     """
     if settings.ray == "off":
         return SerialPool(settings.cpus_per_worker)
-    join_cluster(settings)
+    address = join_cluster(settings)
     from workers.cluster.ray_pool import RayPool  # noqa: PLC0415 - ray takes seconds to import
 
     placement = placement_of(settings)
-    return RayPool(placement, settings.elasticity, settings.patience, threads=settings.cpus_per_worker, run=run)
+    pool = RayPool(placement, settings.elasticity, settings.patience, threads=settings.cpus_per_worker, run=run)
+    pool.one_machine = address == "local"
+    return pool
 
 
-def join_cluster(settings: WorkerSettings) -> None:
-    """Join the cluster of ``settings``, or start one. Raises ClusterError if it is not there or refuses this user."""
+def join_cluster(settings: WorkerSettings) -> str:
+    """Join the cluster of ``settings``, or start one, and return its address: "local" for one that was started.
+
+    Raises ClusterError if it is not there or refuses this user.
+    """
     address = admitted_address(settings.ray, settings.insecure)
     from workers.cluster.ray_cluster import connect  # noqa: PLC0415 - only now, see admitted_address
 
     connect(address)
+    return address
 
 
 def placement_of(settings: WorkerSettings) -> "Placement":

@@ -70,6 +70,7 @@ class Pool(ABC):
 
     size: int  # workers that work is worth dividing among
     statistics: PoolStatistics
+    one_machine = True  # whether all workers run on this machine
     limit: Callable[[], int | None] = staticmethod(no_limit)
 
     @abstractmethod

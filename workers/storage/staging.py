@@ -92,7 +92,16 @@ class StagedTask:
         made: list[StagedFile] = []
         for file, old in zip(self.makes, before, strict=True):
             made += send_made(file, local[file.root], old)
+        if not at_home:
+            forget_passing(local, (*self.needs, *made))
         return Staged(result, tuple(made))
+
+
+def forget_passing(local: Mapping[StorageRoot, Path], files: Sequence[StagedFile]) -> None:
+    """Remove this node's copies of files that are removed when their task is done (layout.PASSING)."""
+    for file in files:
+        if layout.PASSING in file.name.split("/"):
+            (local[file.root] / file.name).unlink(missing_ok=True)
 
 
 def send_made(target: StagedFile, root: Path, before: Mapping[str, tuple[int, int]]) -> list[StagedFile]:
@@ -137,6 +146,10 @@ class StagedPool(Pool):
     @property
     def statistics(self) -> PoolStatistics:  # type: ignore[override]
         return self._pool.statistics
+
+    @property
+    def one_machine(self) -> bool:  # type: ignore[override]
+        return self._pool.one_machine
 
     def map(self, tasks: Sequence[Task]) -> Iterator[Any]:
         for answer in self._pool.map([self._staged(task) for task in tasks]):

@@ -8,7 +8,8 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import make_plan
 from bitgenome.plan.text import read_windows
-from bitgenome.run.prepare import build_bank, calibrate
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.prepare.bank import BankError, tensor_file
 from tests.bitgenome.conftest import Finished, Runs

@@ -10,7 +10,9 @@ from bitgenome.config.run import load_config
 from bitgenome.observe.monitoring import Monitor
 from bitgenome.plan.plan import make_plan
 from bitgenome.plan.text import read_windows
-from bitgenome.run.prepare import Artefacts, build_bank, calibrate, evaluator_setup, record_inputs
+from bitgenome.run.bank import build_bank
+from bitgenome.run.calibration import calibrate
+from bitgenome.run.prepare import Artefacts, evaluator_setup, record_inputs
 from bitgenome.run.search import search
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, measure_sensitivities, table_of
 from bitgenome.run.sensitivity_comparison import MEASURED_BY, spread_budgets

@@ -1,0 +1,94 @@
+"""Builds the bank of a run from Hessians that are kept; see ``streamed_bank`` for those that are not."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from bitgenome.common import layout
+from bitgenome.observe.progress import Track
+from bitgenome.plan.plan import Plan, compensation_settings
+from bitgenome.storage.shared import build_once, shared_directory
+from evaluators.prepare import bank as banks
+from evaluators.prepare.calibration import group_file
+from workers.pool.base import Pool
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BankBuild:
+    """Says what of a bank is missing, and which tasks make it."""
+
+    plan: Plan
+    calibration: str  # name of the calibration's directory, by which banks of other Hessians are told apart
+
+    @cached_property
+    def formats(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the candidate formats by tensor."""
+        genes = self.plan.space.genes
+        return {tensor: tuple(f.name for f in gene.formats) for gene in genes for tensor in gene.tensors}
+
+    @cached_property
+    def directory(self) -> Path:
+        """Shared directory of the bank."""
+        plan = self.plan
+        formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
+        how = compensation_settings(plan), plan.sparsity, plan.config.quantization.importance
+        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how)
+        return shared_directory(plan.config, layout.BANK_KIND, digest)
+
+    def missing(self) -> set[str]:
+        """Return the tensors whose files are missing or incomplete."""
+        return {tensor for tensor in self.formats if not banks.readable(self.directory, tensor, self.formats[tensor])}
+
+    def done(self) -> bool:
+        """Return whether the bank is complete and undamaged."""
+        whole = (self.directory / layout.MANIFEST).is_file() and not banks.damaged_tensors(self.directory)
+        return whole and not self.missing()
+
+    def remove_damaged(self) -> None:
+        """Remove the files of tensors that differ from the manifest, with a warning each."""
+        for tensor in banks.damaged_tensors(self.directory):
+            log.warning("rebuilding %s: its bank file is missing or damaged", tensor)
+            banks.tensor_file(self.directory, tensor).unlink(missing_ok=True)
+
+    def tasks(self, groups: Iterable[Path]) -> list[banks.BuildBankGroup]:
+        """Return the tasks that make what is missing of the tensors of ``groups``, files of input groups.
+
+        The largest come first, so that none runs alone at the end.
+        """
+        absent, plan, names = self.missing(), self.plan, dict(self.formats)
+        settings, how = compensation_settings(plan), plan.config.quantization.importance
+        tasks = []
+        for file in groups:
+            tensors = names.keys() & banks.group_tensors(file)
+            if absent & tensors:
+                work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
+                where = (plan.folder.path, file, self.directory)
+                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work))
+        return sorted(tasks, key=lambda task: -task.work)
+
+    def finish(self) -> None:
+        """Write the manifest of a complete bank."""
+        banks.write_manifest(self.directory, list(self.formats))
+
+
+def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
+    """Build the missing or damaged tensors of the bank, and return its directory.
+
+    ``calibration`` is the directory of the input groups named ``groups``.
+    """
+    bank = BankBuild(plan, calibration.name)
+
+    def build() -> None:
+        bank.remove_damaged()
+        tasks = bank.tasks(group_file(calibration, group) for group in groups)
+        for _ in track(pool.map(tasks), len(tasks), "building the bank"):
+            pass
+        bank.finish()
+
+    build_once(plan.config, bank.directory, "the bank", bank.done, build)
+    return bank.directory
