@@ -63,6 +63,12 @@ class FrailPool(SerialPool):
             yield result
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for each other take long for small tensors on a busy machine."""
+    monkeypatch.setattr(calibration, "usable_cpus", lambda: 1)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=LAYERS)
