@@ -8,7 +8,7 @@ limit, and what it raised is recorded. JSON and table are written after each sta
 leaves what it has. Kernels are those of one part of the stage (the note names it), counted by the profiler on an
 accelerator, else as the operations that torch dispatches.
 
-    python -m benchmarks.accelerator [--model FOLDER] [--seconds 480] [--out DIR] [--quick]
+    python -m benchmarks.accelerator [--model FOLDER] [--seconds 480] [--out DIR] [--only SUBJECT ...] [--quick]
 """
 
 import argparse
@@ -40,6 +40,7 @@ from quantizers.formats.table import LEVEL_PRESETS
 MIB = 1 << 20
 CONSOLE = Console()
 GPU_TESTS = ("tests/evaluators/test_accelerator.py", "-m", "gpu", "-q", "--noconftest", "-x")
+SUBJECTS = ("tests", "embedded", "block", "model")
 COLUMNS = ("subject", "stage", "seconds", "work", "per second", "allocated MiB", "reserved MiB", "kernels", "note")
 
 
@@ -258,6 +259,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder, run after the other two")
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--out", type=Path, default=Path("accelerator"))
+    parser.add_argument(
+        "--only", choices=("tests", "embedded", "block", "model"), nargs="+", help="these subjects alone"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -274,15 +278,18 @@ def main() -> None:
     if args.quick:
         levels, codebooks, sizes, tiny = ("W2", "W4"), codebooks[:1], stages.TINY, stages.LITTLE_WORK
         embedded = stages.block_model(work / "tiny-model", **sizes)
-    if best_device().type != "cpu":
+    wanted = args.only
+    if best_device().type != "cpu" and "tests" in wanted:
         report.stage("tests", "pytest -m gpu", 120, gpu_tests)
-    small = stages.Subject(embedded.name, embedded, work / "small", levels, codebooks, **tiny)
-    all_stages(report, small, 1.0, kernels=True)
-    against_cpu(report, small, 60, 4)
-    model = stages.block_model(work / "block-model", **sizes)
-    block = stages.Subject("block of 8B", model, work / "block", levels, codebooks[:1], **tiny)
-    all_stages(report, block, 1.2, kernels=True)
-    if args.model:
+    if "embedded" in wanted:
+        small = stages.Subject(embedded.name, embedded, work / "small", levels, codebooks, **tiny)
+        all_stages(report, small, 1.0, kernels=True)
+        against_cpu(report, small, 60, 4)
+    if "block" in wanted:
+        model = stages.block_model(work / "block-model", **sizes)
+        block = stages.Subject("block of 8B", model, work / "block", levels, codebooks[:1], **tiny)
+        all_stages(report, block, 1.2, kernels=True)
+    if args.model and "model" in wanted:
         own = stages.Subject(args.model.name, args.model, work / "own", ("W3", "W4", "W6"), codebooks[-1:], **tiny)
         all_stages(report, own, 1.0, kernels=False)
         against_cpu(report, own, 60, 2)

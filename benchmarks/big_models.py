@@ -1,7 +1,7 @@
 """What a run takes for models of 8B to 70B: time, memory and disk of every stage, from rates measured at their shapes.
 
     python -m benchmarks.big_models --measure rates.json     # on the machine in question: probes, no weights
-    python -m benchmarks.big_models --rates rates.json --memory "24 GB" [--markdown]
+    python -m benchmarks.big_models --rates rates.json --memory "24 GB" --device cuda
 
 Model folders are made on the spot: real shapes, sparse files, no weights.
 """
@@ -16,13 +16,15 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 
-from bitgenome.cli.plan_view import duration
 from bitgenome.config.run import RunConfig, parse_config
-from bitgenome.plan.forecast import StageForecast, forecast, rates_task
+from bitgenome.plan.forecast import StageForecast, duration, forecast, rates_task
 from bitgenome.plan.plan import Plan, make_plan
+from evaluators.model.sizes import StageMemory
 from evaluators.probes.rates import Rates
+from search.budget import parse_size
 from workers.pool.base import SerialPool
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "stdlib-6m"
@@ -107,16 +109,17 @@ def configured(name: str, folder: Path, memory: str | None) -> RunConfig:
     return parse_config(settings, name)
 
 
-def show(name: str, plan: Plan, stages: list[StageForecast], markdown: bool, console: Console) -> None:
-    """Print one model's stages, as a table's rows."""
-    cells = [name, *(duration(stage.seconds) for stage in stages if stage.stage != "workers")]
-    cells += [duration(sum(stage.seconds for stage in stages)), f"{sum(stage.disk for stage in stages) / 1e9:.0f} GB"]
-    cells += [f"{plan.budget.file_bytes / 1e9:.1f} GB"]
-    if markdown:
+def show(name: str, plan: Plan, stages: list[StageForecast], console: Console) -> None:
+    """Print one model's stages as a Markdown table."""
+    console.print(f"\n{name}, a file of {plan.budget.file_bytes / 1e9:.1f} GB\n", soft_wrap=True)
+    console.print("| stage | time | device | host | stays on disk |\n|---|--:|--:|--:|--:|", soft_wrap=True)
+    for stage in stages:
+        memory = stage.memory or StageMemory()
+        sizes = (memory.device_bytes, memory.host_bytes, stage.disk)
+        cells = (stage.stage, duration(stage.seconds), *(f"{size / 1e9:.1f} GB" if size else "" for size in sizes))
         console.print("| " + " | ".join(cells) + " |", soft_wrap=True)
-    else:
-        heads = ["model", *(stage.stage for stage in stages if stage.stage != "workers"), "together", "disk", "file"]
-        console.print(", ".join(f"{head} {cell}" for head, cell in zip(heads, cells, strict=True)), soft_wrap=True)
+    total = duration(sum(stage.seconds for stage in stages))
+    console.print(f"| together | {total} | | | {sum(stage.disk for stage in stages) / 1e9:.0f} GB |", soft_wrap=True)
 
 
 def main() -> None:
@@ -124,8 +127,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--rates", type=Path)
-    parser.add_argument("--memory")
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--memory", help='of the device, such as "24 GB"; by default this machine\'s')
+    parser.add_argument("--device", help="its type, where this machine has none: cuda")
     args = parser.parse_args()
     console = Console()
     known: dict[str, dict[str, object]] = json.loads(args.rates.read_text()) if args.rates else {}
@@ -138,7 +141,9 @@ def main() -> None:
                 (rates,) = SerialPool().map([rates_task(plan)])
                 known[name] = rates.to_json()
                 args.measure.write_text(json.dumps(known, indent=1) + "\n")
-            show(name, plan, forecast(plan, Rates.from_json(known[name]), 1), args.markdown, console)
+            device = torch.device(args.device) if args.device else None
+            limit = parse_size(args.memory) if args.memory else None
+            show(name, plan, forecast(plan, Rates.from_json(known[name]), 1, device, limit), console)
 
 
 if __name__ == "__main__":

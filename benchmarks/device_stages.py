@@ -31,7 +31,7 @@ from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import final_hidden
 from evaluators.prepare.bank import Bank, BuildBankGroup, group_tensors, tensor_file
 from evaluators.prepare.calibration import Calibrate, group_file
-from evaluators.settings import HealingSettings
+from evaluators.settings import Compute, HealingSettings
 from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings
 from search.types import Fidelity, Genome, SearchSpace
@@ -225,12 +225,12 @@ def sweep(subject: Subject, compute: str = "auto", memory: int | None = None) ->
     return {"work": work, "unit": "tokens x genomes", "sweep_seconds": seconds, "kl": kls[:4], **share}
 
 
-def least_memory(subject: Subject) -> int:
-    """The least memory that a worker accepts, within a mebibyte."""
+def least_memory(subject: Subject, compute: Compute = "auto") -> int:
+    """The least memory that a worker accepts whose blocks multiply in ``compute``, within a mebibyte."""
 
     def accepted(limit: int) -> bool:
         try:
-            GenomeEvaluator(subject.setup("auto", limit))
+            GenomeEvaluator(subject.setup(compute, limit))
         except UserError:
             return False
         return True

@@ -9,6 +9,7 @@ from bitgenome.cli.report import megabytes
 from bitgenome.plan.forecast import StageForecast, duration
 from bitgenome.plan.memory import memory_line
 from bitgenome.plan.plan import Plan
+from evaluators.model.sizes import StageMemory
 from evaluators.probes.rates import Rates
 from search.gene_groups import kind_labels
 from search.types import Gene
@@ -36,7 +37,10 @@ def show_plan(
     )
     console.print(memory_line(plan))
     console.print(stages_table(rates, stages, workers))
-    console.print("times are from short probes of the kernels on this machine; what runs beside them counts in")
+    console.print(
+        "times are from short probes of the kernels on this machine, beside whatever else runs on it; memory is a "
+        "process's peak, beside what its libraries take"
+    )
 
 
 def genes_table(plan: Plan) -> Table:
@@ -77,13 +81,15 @@ def stages_table(rates: Rates, stages: list[StageForecast], workers: int) -> Tab
     """Return a table of what every stage takes."""
     title = f"On {workers} workers like this machine ({rates.device}, {rates.threads} threads each)"
     table = Table(title=title, title_justify="left")
-    for column in ("stage", "time", "stays on disk"):
+    for column in ("stage", "time", "host memory", "device memory", "stays on disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in stages:
-        table.add_row(stage.stage, duration(stage.seconds), megabytes(stage.disk) if stage.disk else "")
+        memory = stage.memory or StageMemory()
+        sizes = (memory.host_bytes, memory.device_bytes, stage.disk)
+        table.add_row(stage.stage, duration(stage.seconds), *(megabytes(size, 0) if size else "" for size in sizes))
     table.add_section()
-    disk = megabytes(sum(stage.disk for stage in stages))
-    table.add_row("together", duration(sum(stage.seconds for stage in stages)), disk, style="bold")
+    total, disk = duration(sum(stage.seconds for stage in stages)), megabytes(sum(stage.disk for stage in stages), 0)
+    table.add_row("together", total, "", "", disk, style="bold")
     return table
 
 

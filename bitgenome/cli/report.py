@@ -11,9 +11,9 @@ from bitgenome.run.proof import Proof
 from search.loop.winner import Winner
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: int, digits: int = 3) -> str:
     """Return a size in bytes as text in MB (10^6 bytes)."""
-    return f"{size / 1e6:.3f} MB"
+    return f"{size / 1e6:,.{digits}f} MB"
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:

@@ -3,22 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.plan.disk import disk_bytes
-from bitgenome.plan.memory import worker_sweep_memory
+from bitgenome.plan.memory import stage_memory, worker_sweep_memory
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.seconds import Work, roundings
+from evaluators.model.sizes import StageMemory
 from evaluators.probes.rates import MeasureRates, Rates
 from workers.pool.base import SerialPool
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """Holds what one stage is expected to take: seconds, and bytes that stay on disk."""
+    """Holds what one stage is expected to take: seconds, bytes that stay on disk, and the peak of memory if known."""
 
     stage: str
     seconds: float
     disk: int
+    memory: StageMemory | None = None  # of one process, beside what that takes itself
 
 
 def rates_task(plan: Plan) -> MeasureRates:
@@ -49,14 +53,17 @@ def workers_here(plan: Plan) -> int:
     return workers.count or max(1, usable_cpus() // workers.cpus_per_worker)
 
 
-def forecast(plan: Plan, rates: Rates, workers: int) -> list[StageForecast]:
+def forecast(
+    plan: Plan, rates: Rates, workers: int, device: torch.device | None = None, limit: int | None = None
+) -> list[StageForecast]:
     """Return the stages of a run in order, on ``workers`` workers with these rates.
 
-    Raises UserError if the model cannot be evaluated in a worker's memory.
+    ``limit`` is what a worker may use on ``device``; the defaults are this machine's. Raises UserError if the model
+    cannot be evaluated in a worker's memory.
     """
     work = Work(plan, rates, workers, worker_sweep_memory(plan).resident)
-    disk = disk_bytes(plan)
-    return [StageForecast(stage, seconds, disk.get(stage, 0)) for stage, seconds in work.stages()]
+    disk, memory = disk_bytes(plan), stage_memory(plan, device, limit)
+    return [StageForecast(stage, seconds, disk.get(stage, 0), memory.get(stage)) for stage, seconds in work.stages()]
 
 
 def compared(expected: Mapping[str, float], taken: Mapping[str, float]) -> str:

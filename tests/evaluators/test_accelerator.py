@@ -29,7 +29,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> stages.Subject:
 @pytest.mark.parametrize(("compute", "rounding"), [("float32", 1e-3), ("auto", 0.05)])
 def test_a_streamed_sweep_is_a_resident_one(subject: stages.Subject, compute: str, rounding: float) -> None:
     resident = stages.sweep(subject, compute)
-    streamed = stages.sweep(subject, compute, stages.least_memory(subject))
+    streamed = stages.sweep(subject, compute, stages.least_memory(subject, compute))
     assert resident["resident"]
     assert not streamed["resident"]
     assert streamed["kl"] == pytest.approx(resident["kl"], rel=rounding)  # batches differ
