@@ -38,8 +38,11 @@ class TextConfig(Section):
     ``source`` is one of:
 
     - ``stdlib``: held-out modules of the running interpreter's standard library.
-    - ``file``: one text file, divided by ``shares``.
-    - ``files``: one file per split.
+    - ``file``: one text file in UTF-8, divided by ``shares`` at ends of lines.
+    - ``files``: one such file per split.
+
+    Every window begins with the BOS token where the tokenizer puts it before a text. Of large texts evenly spread slices
+    are read, no more than the tokens asked for need.
     """
 
     source: Literal["stdlib", "file", "files"] = Field("stdlib", description="where text comes from")
@@ -49,10 +52,10 @@ class TextConfig(Section):
     path: UserPath | None = Field(None, description="of file: one text file")
     shares: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {"calibration": 0.4, "search": 0.2, "validation": 0.2, "test": 0.2},
-        description="of file: what share of its lines each split gets",
+        description="of file: what share of its lines each split gets (of its bytes, above 4 MiB)",
     )
     files: dict[str, UserPath] | None = Field(None, description="of files: a file for each split")
-    window: int = Field(512, ge=8, description="tokens that are read together")
+    window: int = Field(512, ge=8, description="tokens that are read together, BOS included")
     tokens: TokensConfig = Field(TokensConfig(), description="number of tokens of each split")
     seed: int = Field(0, ge=0, lt=2**32, description="of the order of windows")
 

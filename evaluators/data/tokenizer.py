@@ -22,11 +22,10 @@ from bitgenome.common.json_files import read_json_object, refuse_lfs_pointer
 
 log = logging.getLogger(__name__)
 
-TOKENIZER, CONFIG, SPECIALS, TEMPLATE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
-PIECES = "tokenizer.model"
-FILES = (TOKENIZER, PIECES, "vocab.json")  # a folder without any of them has no tokenizer
+TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE, OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
+PIECES, VOCABULARY = "tokenizer.model", "vocab.json"
+FILES = (TOKENIZER, PIECES, VOCABULARY)  # a folder without any of them has no tokenizer
 SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 PROBE = "a"  # a text whose ids tell what a tokenizer puts around them
 FRAMING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
@@ -87,7 +86,7 @@ def find_tokenizer(folder: Path) -> ModelTokenizer | None:
     """
     if not any((folder / name).is_file() for name in FILES):
         return None
-    files = [folder / name for name in (*FILES, CONFIG, SPECIALS, TEMPLATE)]
+    files = [folder / name for name in (*FILES, "merges.txt", CONFIG, SPECIALS, TEMPLATE, OLD_TEMPLATE)]
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return _opened(folder, tuple(stamps))
 
@@ -149,7 +148,7 @@ def _check_ids(file: Path, backend: Tokenizer) -> None:
 
 def _built_by_transformers(folder: Path) -> tuple[Tokenizer, str]:
     """Return the tokenizer that transformers makes of other files than tokenizer.json, and the name of its class."""
-    if not (folder / "vocab.json").is_file() and find_spec("sentencepiece") is None:
+    if not (folder / VOCABULARY).is_file() and find_spec("sentencepiece") is None:
         raise TokenizerError(
             f"expected a tokenizer.json in {folder}, found only {PIECES}, which takes the package sentencepiece to "
             "read: pip install sentencepiece"
@@ -192,10 +191,11 @@ def _content(token: Any) -> str | None:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the default chat template: chat_template.jinja, else that of tokenizer_config.json."""
+    """Return the default chat template: chat_template.jinja, else of tokenizer_config.json, else chat_template.json."""
     file = folder / TEMPLATE
     try:
         found = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        found = _json_of(folder / OLD_TEMPLATE).get("chat_template") if found is None else found
         if isinstance(found, list):
             found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
         if isinstance(found, dict):
