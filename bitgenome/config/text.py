@@ -41,8 +41,8 @@ class TextConfig(Section):
     - ``file``: one text file in UTF-8, divided by ``shares`` at ends of lines.
     - ``files``: one such file per split.
 
-    Every window begins with the BOS token where the tokenizer puts it before a text. Of large texts evenly spread slices
-    are read, no more than the tokens asked for need.
+    Every window begins with the BOS token where the tokenizer puts it before a text. Of large texts evenly spread
+    slices are read, no more than the tokens asked for need.
     """
 
     source: Literal["stdlib", "file", "files"] = Field("stdlib", description="where text comes from")
