@@ -24,6 +24,7 @@ class BankBuild:
 
     plan: Plan
     calibration: str  # name of the calibration's directory, by which banks of other Hessians are told apart
+    device: str = "cpu"  # kind of the workers' devices, on which the last bits depend
 
     @cached_property
     def formats(self) -> Mapping[str, tuple[str, ...]]:
@@ -37,7 +38,7 @@ class BankBuild:
         plan = self.plan
         formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
         how = compensation_settings(plan), plan.sparsity, plan.config.quantization.importance
-        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how)
+        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how, self.device)
         return shared_directory(plan.config, layout.BANK_KIND, digest)
 
     def missing(self) -> set[str]:
@@ -76,12 +77,12 @@ class BankBuild:
         banks.write_manifest(self.directory, list(self.formats))
 
 
-def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track) -> Path:
+def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track, device: str = "cpu") -> Path:
     """Build the missing or damaged tensors of the bank, and return its directory.
 
-    ``calibration`` is the directory of the input groups named ``groups``.
+    ``calibration`` is the directory of the input groups named ``groups``, ``device`` the kind of the workers'.
     """
-    bank = BankBuild(plan, calibration.name)
+    bank = BankBuild(plan, calibration.name, device)
 
     def build() -> None:
         bank.remove_damaged()

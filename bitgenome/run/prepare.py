@@ -21,6 +21,8 @@ from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
 from bitgenome.run.bank import build_bank
 from bitgenome.run.calibration import calibrate, has_hessians
+from bitgenome.run.compute import RECORDED as RECORDED_COMPUTE
+from bitgenome.run.compute import choose_compute
 from bitgenome.run.compute_floor import log_compute_floor
 from bitgenome.run.sensitivities import measure_sensitivities, table_of
 from bitgenome.run.streamed_bank import build_streamed
@@ -136,6 +138,8 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
     evaluation = plan.config.evaluation
     key = digest_of(str(bank), str(windows), plan.config.digest, evaluation.memory)
     how = evaluation.model_dump() | {"activations": "q8" if evaluation.activations == "q8" else "float"}
+    if RECORDED_COMPUTE in run.record:
+        how |= {"compute": run.record[RECORDED_COMPUTE]["type"], "chosen": evaluation.compute == "auto"}
     return EvaluatorSetup(
         plan.folder.path.resolve(), bank.resolve(), windows, plan.space, fitness, key, load=heaviest_load(plan), **how
     )
@@ -144,6 +148,7 @@ def evaluator_setup(plan: Plan, run: RunDirectory, bank: Path) -> EvaluatorSetup
 def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Artefacts:
     """Make all artefacts of a run in order; each stage is timed in the run's record."""
     record_inputs(plan, windows, run)
+    device = choose_compute(plan, run, pool)["device"]
     upstream = plan.config.quantization.upstream_level
     if keeps_hessians(plan) or has_hessians(plan, windows, upstream):
         with run.stage("calibration"):
@@ -153,7 +158,7 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
             with run.stage("scaling"):
                 plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
         with run.stage("bank"):
-            bank = build_bank(plan, calibration, groups, pool, track)
+            bank = build_bank(plan, calibration, groups, pool, track, device)
     else:
         calibration, groups, bank = build_streamed(plan, windows, run, pool, track)
         save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)

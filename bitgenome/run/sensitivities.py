@@ -83,7 +83,8 @@ class Measurement:
         text = hashlib.sha256(rows.tobytes()).hexdigest()
         how = [] if self.measure == "kl" else [self.measure, self.base]
         setup = self.setup
-        return digest_of(setup.bank.name, text, rows.shape, setup.activations, setup.compute, genes, *how)
+        compute = "auto" if setup.chosen and setup.compute == "float32" else setup.compute  # what it always was there
+        return digest_of(setup.bank.name, text, rows.shape, setup.activations, compute, genes, *how)
 
     @cached_property
     def directory(self) -> Path:

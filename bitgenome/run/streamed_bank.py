@@ -17,6 +17,7 @@ from bitgenome.plan.disk import stretches
 from bitgenome.plan.plan import Plan
 from bitgenome.run.bank import BankBuild
 from bitgenome.run.calibration import calibration_digest
+from bitgenome.run.compute import recorded_device
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.shared import build_once, pull_shared, push_shared, remove_shared, shared_directory
 from evaluators.data.windows import TokenWindows
@@ -63,7 +64,14 @@ class Stream:
         """Return the stream for a run; without ``with_bank`` it only gathers moments."""
         digest = calibration_digest(plan, windows, plan.config.quantization.upstream_level)
         statistics = shared_directory(plan.config, layout.STATISTICS_KIND, digest)
-        return cls(plan, run, pool, track, statistics, BankBuild(plan, statistics.name) if with_bank else None)
+        return cls(
+            plan,
+            run,
+            pool,
+            track,
+            statistics,
+            BankBuild(plan, statistics.name, recorded_device(run)) if with_bank else None,
+        )
 
     @property
     def place(self) -> Path:

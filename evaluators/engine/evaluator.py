@@ -13,6 +13,7 @@ from bitgenome.common.devices import best_device, compute_type, release_memory, 
 from bitgenome.common.host_memory import close_all
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.batches import Batches
+from evaluators.engine.compute import check_native
 from evaluators.engine.divergence import Divergence, Reference
 from evaluators.engine.memory import KEPT_TEXTS, TYPICAL_LOAD, Load, sweep_memory
 from evaluators.engine.prefix_cache import PrefixCache
@@ -54,6 +55,7 @@ class EvaluatorSetup:
     memory: int | None = None  # bytes that a worker may use; None: its share of what is free
     load: Load = TYPICAL_LOAD
     compute: Compute = "float32"  # of genome evaluation; healing and everything else use float32
+    chosen: bool = False  # whether ``compute`` is what suited the first worker's device, and must suit the others'
 
     @property
     def in_float32(self) -> "EvaluatorSetup":
@@ -77,6 +79,8 @@ class GenomeEvaluator:
         formats = {name: gene.formats for gene in setup.space.genes for name in gene.tensors}
         limit = setup.memory or worker_memory(device)
         compute = compute_type(setup.compute, device)
+        if setup.chosen:
+            check_native(setup.compute, device)
         shape = ModelShape.of(folder)
         self.memory = sweep_memory(shape, formats, self.windows.window, setup.load, limit, compute)
         model = BlockModel(folder, device, compute)

@@ -17,7 +17,7 @@ from safetensors.torch import safe_open, save
 from torch import Tensor
 
 from bitgenome.common import layout
-from bitgenome.common.devices import best_device, chunk_bytes
+from bitgenome.common.devices import ACCELERATOR_CHUNK, best_device, chunk_bytes
 from bitgenome.common.digests import digest_of, digest_of_file, digests_of_files
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
@@ -26,7 +26,7 @@ from evaluators.prepare.calibration import InputGroup
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
-from quantizers.rounding.sparsegpt import Compensated, compensate
+from quantizers.rounding.sparsegpt import STACK_BYTES, Compensated, compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
 from quantizers.statistics.importance import channel_dimensions, combined_importance
 from quantizers.statistics.moments import InputStatistics
@@ -66,15 +66,18 @@ def bank_digest(
     settings: CompensationSettings,
     sparsity: Mapping[str, Sparsity],
     importance: Importance = "conditional",
+    device: str = "cpu",
 ) -> str:
     """Return the digest of everything that decides the bytes of a bank; runs with the same digest share the bank.
 
     ``model`` and ``calibration`` are digests. ``formats`` holds the candidate formats of every tensor, ``sparsity`` the
-    tensors that are pruned.
+    tensors that are pruned. ``device`` is the kind of device that builds it: products on an accelerator round otherwise
+    than on a CPU, and perhaps otherwise in other batches.
     """
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
-    return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance)
+    where = [] if device == "cpu" else [device, ACCELERATOR_CHUNK, STACK_BYTES]
+    return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance, *where)
 
 
 def save_tensor(directory: Path, tensor: str, levels: Mapping[str, Compensated]) -> None:

@@ -1,33 +1,41 @@
-"""A search that multiplies in 16 bits says what that costs, and reports its winner in float32."""
+"""The type of the search's products is chosen once, recorded, and kept by a run that is resumed elsewhere."""
 
-import re
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.bitgenome.conftest import Runs, call_here
+from bitgenome.run.compute import choose_compute
+from bitgenome.storage.run_record import RunRecord
+from evaluators.prepare.bank import bank_digest
+from quantizers.settings import CompensationSettings
+from workers.pool.base import SerialPool
 
 
-def test_a_run_in_bfloat16_tells_its_floor_and_reports_float32(runs: Runs) -> None:
-    config = runs.write(
-        "bfloat16",
-        evaluation={"compute": "bfloat16"},
-        search={"population": 4, "generations": 1},
-        healing={"enabled": False},
-        workers={"ray": "off"},
-    )
-    done = call_here("run", config)
-    assert done.returncode == 0, done.stderr
-    events = (runs.storage / "bfloat16" / "events.log").read_text()
-    found = re.search(r"multiply in bfloat16 .* KL of (\S+) from itself in float32 \(512 tokens", events)
-    assert found and 1e-7 < float(found[1]) < 1e-3
-    best = runs.best("bfloat16")
-    (tested,) = (
-        e for e in runs.evaluations("bfloat16") if e["split"] == "test" and e["genome"] == best["winner"]["genome"]
-    )
-    assert tested["kl"] == pytest.approx(best["proof"]["simulated_kl"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("configured", "recorded", "expected"),
+    [
+        ("auto", {}, {"type": "float32", "device": "cpu"}),
+        ("bfloat16", {}, {"type": "bfloat16", "device": "cpu"}),
+        ("auto", {"compute": {"type": "bfloat16", "device": "cuda"}}, {"type": "bfloat16", "device": "cuda"}),
+    ],
+)
+def test_compute_is_chosen_once(
+    tmp_path: Path, configured: str, recorded: dict[str, Any], expected: dict[str, str]
+) -> None:
+    run: Any = SimpleNamespace(record=RunRecord(tmp_path / "run.json", recorded))
+    plan: Any = SimpleNamespace(config=SimpleNamespace(evaluation=SimpleNamespace(compute=configured)))
+    assert choose_compute(plan, run, SerialPool()) == expected
+    assert run.record["compute"] == expected
+    if not recorded:
+        assert json.loads((tmp_path / "run.json").read_text())["compute"] == expected
 
 
-def test_an_unknown_compute_type_is_one_sentence(runs: Runs) -> None:
-    done = call_here("plan", runs.write("int4", evaluation={"compute": "int4"}))
-    assert done.returncode == 2
-    assert "evaluation.compute" in done.stderr and "Traceback" not in done.stderr
+def test_a_bank_of_an_accelerator_is_another_than_a_cpus() -> None:
+    parts = ("model", "calibration", {}, CompensationSettings(), {})
+    digests = {bank_digest(*parts, device=device) for device in ("cpu", "cuda")} | {bank_digest(*parts)}
+    assert len(digests) == 2
+    assert bank_digest(*parts) != bank_digest(*parts[:3], replace(parts[3], damping=0.02), {})

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitgenome.common.devices import compute_type
+from bitgenome.common.errors import UserError
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.compute_floor import MeasureComputeFloor, compute_floor
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
@@ -46,6 +47,12 @@ def genomes(setup: EvaluatorSetup, count: int) -> list[tuple[int, ...]]:
 def test_auto_is_float32_on_a_cpu_and_a_named_type_is_itself() -> None:
     assert compute_type("auto", CPU) == torch.float32
     assert compute_type("bfloat16", CPU) == torch.bfloat16
+
+
+def test_a_worker_that_would_emulate_the_type_of_its_run_says_so(setup: EvaluatorSetup) -> None:
+    with pytest.raises(UserError, match="expected workers whose device multiplies in bfloat16.*found a worker on cpu"):
+        GenomeEvaluator(replace(setup, chosen=True))
+    GenomeEvaluator(replace(setup, chosen=True).in_float32)
 
 
 def test_only_what_blocks_multiply_is_rounded(evaluator: GenomeEvaluator) -> None:
