@@ -99,7 +99,7 @@ def export(run: RunPath, storage: Storage = RUNS) -> None:
     from bitgenome.storage.run_names import run_location  # noqa: PLC0415
 
     location = run_location(run, storage)
-    gguf = export_again(location)
+    gguf = tracked(tracker(console), "exporting", lambda: export_again(location))
     console.print(f"wrote {location}/{gguf.name} and {location}/recipe.txt", soft_wrap=True)
 
 

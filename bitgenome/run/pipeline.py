@@ -82,7 +82,8 @@ def run_stages(
             evaluations = len(archive)
     pool.close()  # the rest runs in this process: a cluster may shrink meanwhile
     with directory.stage("export"):
-        gguf = export_winner(plan, setup.bank, directory, winner, applied)
+        export = partial(export_winner, plan, setup.bank, directory, winner, applied)
+        gguf = tracked(track, "exporting", export)
         shipped = shipped_file(gguf)
     outcome = Outcome(
         budget_bytes=plan.budget.file_bytes,

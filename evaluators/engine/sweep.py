@@ -20,6 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from bitgenome.common.steps import steps
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.batches import Batches
 from evaluators.engine.prefix_cache import Chunks, PrefixCache
@@ -95,7 +96,8 @@ class Sweep:
         kept = [self._member(-1, candidate).path for candidate in keep]
         waiting = self._prefixes(ids, text, candidates)
         nodes: list[Node] = []
-        for block in range(len(self.model.blocks)):
+        blocks = len(self.model.blocks)
+        for block in steps(range(blocks), blocks, "block"):
             self._remember(text, block, waiting[block], kept)
             nodes += waiting[block]
             self._fetch_ahead(block + 1, nodes)

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from bitgenome.common.steps import steps
 from evaluators.data.windows import scored
 from evaluators.engine.divergence import chunk_positions
 from evaluators.healing.tuner import micro_batches, repeatable_attention
@@ -121,7 +122,8 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int 
     (scores,) = torch.autograd.grad(final, hidden, at_final.view_as(final))
     yield top
     del top, at_final, final
-    for block in reversed(range(len(model.blocks))):
+    blocks = len(model.blocks)
+    for block in steps(reversed(range(blocks)), blocks, "block"):
         with at_hand(model, block):
             scores, uses = _block_uses(model, block, inputs.pop(), scores)
             yield from uses

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from bitgenome.common.files import replacing
+from bitgenome.common.steps import steps
 from exporters.metadata.architectures import architecture_of, dimensions_of
 from exporters.metadata.hyperparameters import model_metadata
 from exporters.metadata.provenance import Provenance
@@ -150,7 +151,7 @@ def _write(
     with replacing(path) as temporary:
         with temporary.open("wb") as file:
             file.seek(start)
-            for entry in layout.entries:
+            for entry in steps(layout.entries, len(layout.entries), "tensor"):
                 types[entry.gguf_name], rows = data(entry)
                 file.write(np.ascontiguousarray(rows).data)
                 file.write(bytes(padded(rows.nbytes) - rows.nbytes))
