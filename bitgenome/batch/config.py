@@ -21,6 +21,7 @@ from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
 from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.run_result import RunResult
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
 from workers.storage.folders import open_folder
@@ -88,8 +89,15 @@ class BatchRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has a result of the same settings, model and text; behind a URL, the remote one counts."""
-        if open_folder(self.location).read(layout.BEST) is None:
+        """Whether the run has a result of the same settings, model and text; behind a URL, the remote one counts.
+
+        It is written before the proof, which a run that was interrupted then has still to make.
+        """
+        content = open_folder(self.location).read(layout.BEST)
+        try:
+            if content is None or RunResult.parse(content, layout.BEST, self.location).proof is None:
+                return False
+        except UserError:  # a damaged one, which the run writes again
             return False
         found = RunDirectory.open(self.location)
         digests = {"text": self.windows.digest, "model": self.plan.folder.digest}

@@ -82,7 +82,7 @@ class ModelTokenizer:
 def find_tokenizer(folder: Path) -> ModelTokenizer | None:
     """Return the tokenizer of a model folder, or None if it has none.
 
-    The last ones opened are kept while their files stay as they are. Raises TokenizerError for one that cannot be read.
+    The last ones opened are kept while their files stay as they are. Raises UserError for one that cannot be read.
     """
     if not any((folder / name).is_file() for name in FILES):
         return None
@@ -92,7 +92,7 @@ def find_tokenizer(folder: Path) -> ModelTokenizer | None:
 
 
 def load_tokenizer(folder: Path) -> ModelTokenizer:
-    """Return the tokenizer of a model folder. Raises TokenizerError if there is none, or none that can be read."""
+    """Return the tokenizer of a model folder. Raises UserError if there is none, or none that can be read."""
     if (tokenizer := find_tokenizer(folder)) is None:
         raise TokenizerError(f"expected a tokenizer in {folder}, found none")
     return tokenizer
@@ -100,7 +100,7 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
 
 @lru_cache(maxsize=4)
 def _opened(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelTokenizer:
-    config, specials = _json_of(folder / CONFIG), _json_of(folder / SPECIALS)
+    config, specials = _optional(folder / CONFIG), _optional(folder / SPECIALS)
     if (folder / TOKENIZER).is_file():
         refuse_lfs_pointer(folder / TOKENIZER)
         try:
@@ -132,7 +132,7 @@ def _check_ids(file: Path, backend: Tokenizer) -> None:
     The library numbers added tokens itself: one whose text is in the vocabulary already, or whose id leaves a gap,
     would silently become another row of the embedding.
     """
-    for token in _json_of(file).get("added_tokens", []):
+    for token in read_json_object(file).get("added_tokens", []):
         if (found := backend.token_to_id(token["content"])) != token["id"]:
             raise TokenizerError(
                 f"expected tokens of different texts, and ids without gaps, in {file}, found {token['content']!r} as "
@@ -179,8 +179,8 @@ def _says_frame(backend: Tokenizer) -> bool:
     return any(step["type"] in FRAMING for step in found.get("processors", [found]))
 
 
-def _json_of(file: Path) -> dict[str, Any]:
-    """Return the JSON object in ``file``, empty if there is no such file."""
+def _optional(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if there is no such file."""
     return read_json_object(file) if file.is_file() else {}
 
 
@@ -195,7 +195,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / TEMPLATE
     try:
         found = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        found = _json_of(folder / OLD_TEMPLATE).get("chat_template") if found is None else found
+        found = _optional(folder / OLD_TEMPLATE).get("chat_template") if found is None else found
         if isinstance(found, list):
             found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
         if isinstance(found, dict):

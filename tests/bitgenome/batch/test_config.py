@@ -12,6 +12,7 @@ from bitgenome.cli.batch import batch_name
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
 from bitgenome.storage.run_directory import RunDirectory
+from search.types import Evaluation
 from tests.bitgenome.conftest import LITTLE
 from tests.conftest import REPOSITORY
 
@@ -135,8 +136,13 @@ def test_a_run_is_finished_by_its_result_of_the_same_settings_model_and_text(tmp
     directory = RunDirectory.create(run.config)
     directory.record.pin("text", run.windows.digest)
     directory.record.pin("model", run.plan.folder.digest)
+    winner = Evaluation((0,), 0.1, 0.1, 0.1, 1.0, 0.1, 10, "validation", 512).to_json()
+    best = {"winner": winner, "gguf": "m.gguf", "bits_per_weight": 3.5, "budget_bytes": 10}
     assert not run.finished
-    (directory.path / "best.json").write_text("{}")
+    for content in ("{", json.dumps(best)):  # damaged, and before its proof
+        (directory.path / "best.json").write_text(content)
+        assert not run.finished
+    (directory.path / "best.json").write_text(json.dumps(best | {"proof": {}}))
     assert run.finished
     record = json.loads((directory.path / "run.json").read_text())
     record["digests"]["model"] = "another"
