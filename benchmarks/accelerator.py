@@ -259,9 +259,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder, run after the other two")
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--out", type=Path, default=Path("accelerator"))
-    parser.add_argument(
-        "--only", choices=("tests", "embedded", "block", "model"), nargs="+", help="these subjects alone"
-    )
+    parser.add_argument("--only", choices=SUBJECTS, default=SUBJECTS, nargs="+", help="these subjects alone")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
