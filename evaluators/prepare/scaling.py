@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitgenome.common import layout
 from bitgenome.common.devices import best_device
+from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes
 from evaluators.model.families import SCALABLE
 from evaluators.model.folder import ModelFolder, ModelFolderError
@@ -169,7 +170,12 @@ def producer_factors(folder: ModelFolder, group: str, s: Tensor) -> Mapping[str,
 
 def view_done(folder: ModelFolder, directory: Path) -> bool:
     """Return whether ``directory`` holds a complete scaled view that reads the weights of ``folder``."""
-    return source_of(directory / layout.SCALED_MODEL) == folder.path.resolve()
+    view = directory / layout.SCALED_MODEL
+    try:
+        with safe_open(view / layout.SCALING_FACTORS, framework="pt"):
+            return source_of(view) == folder.path.resolve()
+    except (OSError, SafetensorError, UserError, KeyError, TypeError):
+        return False
 
 
 def write_scaled_model(folder: ModelFolder, directory: Path, groups: Sequence[str]) -> ModelFolder:

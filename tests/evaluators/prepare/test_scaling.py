@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitgenome.common import layout
 from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder, ModelFolderError
-from evaluators.model.scaled_view import COLUMNS, ROWS
+from evaluators.model.scaled_view import COLUMNS, ROWS, write_scaled_view
 from evaluators.prepare.calibration import Calibrate, InputGroup, calibrate, group_file
 from evaluators.prepare.scaling import (
     SCALABLE,
@@ -19,6 +20,7 @@ from evaluators.prepare.scaling import (
     producer_of,
     scaling_done,
     scaling_record,
+    view_done,
     write_scaled_model,
 )
 from quantizers.settings import CompensationSettings, ScalingSettings
@@ -34,7 +36,7 @@ def scale(path: Path, folder: Path, settings: ScalingSettings) -> tuple[ModelFol
     for made in (calibration, directory):
         made.mkdir(parents=True, exist_ok=True)
     (path / "windows").write_bytes(TokenWindows({"calibration": IDS.numpy()}, "").to_bytes())
-    groups = Calibrate(folder, path / "windows", calibration).run({})
+    groups = list(Calibrate(folder, path / "windows", calibration).run({}))
     for group in groups:
         ScaleGroup(folder, group_file(calibration, group), directory, settings, CompensationSettings()).run({})
     return write_scaled_model(ModelFolder(folder), directory, groups), groups, calibration, directory
@@ -120,6 +122,16 @@ def test_a_torn_scales_file_is_not_taken_for_done(tmp_path: Path) -> None:
     file = directory / "scales" / f"{groups[0]}.safetensors"
     file.write_bytes(file.read_bytes()[:20])
     assert not scaling_done(directory, groups[0])
+
+
+@pytest.mark.parametrize("name", [layout.SCALED_VIEW, layout.SCALING_FACTORS])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"another": "kind"}'])
+def test_a_damaged_scaled_view_is_not_taken_for_done(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = ModelFolder(save_small_model(tmp_path / "m", "llama", num_hidden_layers=1))
+    write_scaled_view(tmp_path / layout.SCALED_MODEL, folder.path, {})
+    assert view_done(folder, tmp_path)
+    (tmp_path / layout.SCALED_MODEL / name).write_bytes(content)
+    assert not view_done(folder, tmp_path)
 
 
 def test_a_model_whose_norms_add_one_is_refused(tmp_path: Path) -> None:
