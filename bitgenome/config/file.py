@@ -18,18 +18,19 @@ S = TypeVar("S", bound=BaseModel)
 class _UniqueKeys(yaml.SafeLoader):
     """Reads YAML as SafeLoader does, and refuses a mapping with the same key twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        first: dict[str, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
                 continue
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in first:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} in line {first[key]} and again in line {line}: give it once"
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.composer.ComposerError(
+                    problem=f"the key {key.value!r} in line {lines[key.value]} and again in line {line}: give it once"
                 )
-            first[key] = line
-        return super().construct_mapping(node, deep)
+            lines[key.value] = line
+        return node
 
 
 def load_yaml(text: str) -> Any:

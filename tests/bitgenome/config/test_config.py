@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bitgenome.cli.plan_view import searched
 from bitgenome.common.errors import UserError
+from bitgenome.config.file import load_yaml
 from bitgenome.config.run import load_config, parse_config
 from bitgenome.plan.plan import make_plan
 from search.strategies.settings import GeneticSettings
@@ -29,6 +31,14 @@ def test_overrides_are_yaml_and_replace_the_kind_of_budget(runs: Runs) -> None:
     assert (config.search.generations, config.budget.file_size) == (20, "3 MB")
     assert config.budget.bits_per_weight is None
     assert config.levels == ("W2", "W8")
+
+
+def test_a_key_may_be_given_once_and_taken_over_from_an_anchor() -> None:
+    text = "x: {a: &a {<<: &c {k: 1, m: 3}, k: 2}}\nb: {<<: *a, k: 4}\n"
+    assert load_yaml(text) == {"x": {"a": {"k": 2, "m": 3}}, "b": {"k": 4, "m": 3}}
+    for twice in ("{k: 1, k: 2}", "a: {b: [{k: 1}, {k: 1, k: 1}]}"):
+        with pytest.raises(yaml.YAMLError, match="the key 'k' in line 1 and again in line 1: give it once"):
+            load_yaml(twice)
 
 
 def test_an_override_without_a_value_is_refused(runs: Runs) -> None:
