@@ -1,5 +1,6 @@
 """Small random models in Hugging Face folders, with tokenizers, for tests that need every tensor but no knowledge."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,25 @@ def sentencepiece_tokenizer(metaspace: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def sentencepiece_model(size: int) -> bytes:
+    """A SentencePiece model file (BPE with byte fallback) of ``size`` pieces, as the first Llama releases had alone.
+
+    It takes the package sentencepiece.
+    """
+    model = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = 2, True, size
+    trainer.unk_id, trainer.bos_id, trainer.eos_id = 0, 1, 2
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = True, False
+    characters = ["▁", *map(chr, range(33, 127))]
+    pairs = [first + second for first in "▁etaoinshr" for second in "etaoinshrdl"]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{i:02X}>", 0.0, 6) for i in range(256))]
+    pieces += [(pair, -float(rank), 1) for rank, pair in enumerate(pairs[: size - len(pieces) - len(characters)])]
+    pieces += [(character, -1000.0 - rank, 1) for rank, character in enumerate(characters)]
+    for text, score, kind in [*pieces, *((f"zq{i}", -5000.0, 1) for i in range(len(pieces), size))]:
+        piece = model.pieces.add()
+        piece.piece, piece.score, piece.type = text, score, kind
+    return bytes(model.SerializeToString())

@@ -121,6 +121,8 @@ def _opened(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelToke
     wanted = [special.get(name) if config.get(f"add_{name}_token") is True else None for name in ("bos", "eos")]
     if wanted != [None, None] and not _says_frame(backend):
         prefix, suffix = (() if index is None else (index,) for index in wanted)
+    if not prefix and built_by != TOKENIZER and (folder / PIECES).is_file() and "add_bos_token" not in config:
+        prefix = (special["bos"],) if "bos" in special else ()  # SentencePiece's and llama.cpp's default
     if len(prefix) == 1:
         special.setdefault("bos", prefix[0])
     return ModelTokenizer(backend, special, prefix, suffix, _chat_template(folder, config), built_by)
