@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 
 from bitgenome.cli.batch import batch
 from bitgenome.cli.jobs import logs, stop, submit
+from bitgenome.cli.prune import prune
 from bitgenome.cli.status import status
 from bitgenome.cli.terminal import RUNS, ConfigFile, Overrides, RunPath, Storage, console, errors
 from bitgenome.common.errors import UserError
@@ -166,6 +167,7 @@ app.command()(submit)
 app.command()(logs)
 app.command()(stop)
 app.command()(status)
+app.command()(prune)
 
 
 def execute(config: "RunConfig") -> None:

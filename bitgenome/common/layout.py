@@ -14,6 +14,7 @@ from pathlib import Path
 RECORD = "run.json"  # configuration, digests, versions, seconds by stage
 WINDOWS = "windows.safetensors"  # token windows of every split; also of a shared text, and beside a calibration
 SENSITIVITY = "sensitivity.parquet"
+USED = "shared.txt"  # what it uses of the shared artefacts, as kind/digest, a line each
 GENE_GROUPS = "gene-groups.json"
 SCALING = "scaling.json"
 IMATRIX = "imatrix.gguf"

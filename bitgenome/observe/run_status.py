@@ -16,8 +16,7 @@ from typing import Any
 
 from bitgenome.common import layout
 from bitgenome.common.errors import StorageError, UserError, expecting
-from bitgenome.common.files import json_object
-from bitgenome.storage.lease import TTL_S, Claim, since_start, this_machine
+from bitgenome.storage.lease import is_owned
 from bitgenome.storage.run_files import RunFiles, record_in, run_files
 from workers.storage.folders import is_url, mirror_root, open_folder
 
@@ -218,23 +217,3 @@ def runs_under(storage: str) -> list[str]:
     if not Path(storage).is_dir():
         raise UserError(f"expected a storage path with runs, found no folder at {storage}")
     return sorted(str(path.parent) for path in Path(storage).glob(f"*/{layout.RECORD}"))
-
-
-def is_owned(location: str | Path) -> bool:
-    """Return whether a live driver holds the lease of the run at a path or URL. Raises StorageError.
-
-    Of a driver on another machine only the time of its last beat is known: by the storage's clock, compared with this
-    machine's.
-    """
-    folder = open_folder(f"{location}/{layout.LEASE}")
-    name = max(folder.sizes(), default=None)
-    if name is None:
-        return False
-    try:
-        claim = Claim(**json_object(folder.read(name) or b""))
-    except TypeError:
-        return False
-    beaten = since_start() - claim.beaten
-    if claim.machine != this_machine():
-        beaten = time.time() - (folder.modified(name) or 0.0)
-    return not claim.released and not claim.gone and beaten < max(TTL_S, claim.ttl)

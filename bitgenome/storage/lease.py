@@ -25,6 +25,7 @@ import psutil
 
 from bitgenome.common import layout
 from bitgenome.common.errors import StorageError, UserError
+from bitgenome.common.files import json_object
 from workers.storage.folders import open_folder
 
 log = logging.getLogger(__name__)
@@ -231,6 +232,26 @@ class Lease:
                 if self._interrupts:
                     interrupt_main_thread()
                 return
+
+
+def is_owned(location: str | Path) -> bool:
+    """Return whether a live driver holds the lease of a run, or of an artefact, at a path or URL. Raises StorageError.
+
+    Of a driver on another machine only the time of its last beat is known: by the storage's clock, compared with this
+    machine's.
+    """
+    folder = open_folder(f"{location}/{layout.LEASE}")
+    name = max(folder.sizes(), default=None)
+    if name is None:
+        return False
+    try:
+        claim = Claim(**json_object(folder.read(name) or b""))
+    except TypeError:
+        return False
+    beaten = since_start() - claim.beaten
+    if claim.machine != this_machine():
+        beaten = time.time() - (folder.modified(name) or 0.0)
+    return not claim.released and not claim.gone and beaten < max(TTL_S, claim.ttl)
 
 
 def file_name(number: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_text
 from bitgenome.storage.lease import Lease
 from workers.storage.folders import open_folder
 from workers.storage.transfers import fetch, send_missing
@@ -30,7 +31,22 @@ def shared_directory(config: Storage, kind: str, digest: str) -> Path:
     """
     directory = config.storage_path / layout.SHARED / kind / digest[:16]
     directory.mkdir(parents=True, exist_ok=True)
+    note_use(config, f"{kind}/{directory.name}")
     return directory.resolve()  # absolute, because workers have their own working directories
+
+
+def note_use(config: Storage, name: str) -> None:
+    """List the artefact ``name`` (kind/digest) among those that the run or study of ``config`` uses, if it has begun.
+
+    What a run needs is not removed by ``bitgenome prune``.
+    """
+    run: str | None = getattr(config, "name", None)
+    if run is None or not (config.storage_path / run).is_dir():
+        return
+    file = config.storage_path / run / layout.USED
+    known = file.read_text(encoding="utf-8").split() if file.is_file() else []
+    if name not in known:
+        atomic_write_text(file, "".join(f"{line}\n" for line in [*known, name]))
 
 
 def build_once(

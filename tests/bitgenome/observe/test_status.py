@@ -19,7 +19,8 @@ from bitgenome.cli.main import main
 from bitgenome.cli.status import duration
 from bitgenome.common import layout
 from bitgenome.config.run import load_config
-from bitgenome.observe.run_status import RunReader, is_owned
+from bitgenome.observe.run_status import RunReader
+from bitgenome.storage.lease import is_owned
 from bitgenome.storage.run_directory import RunDirectory
 from tests.bitgenome.cli.test_bad_input import refusal
 from tests.bitgenome.conftest import Finished, Runs

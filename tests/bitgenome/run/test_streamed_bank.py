@@ -19,6 +19,7 @@ from bitgenome.run.bank import build_bank
 from bitgenome.run.calibration import calibrate
 from bitgenome.run.prepare import record_inputs, save_imatrix
 from bitgenome.run.streamed_bank import build_streamed, input_statistics
+from bitgenome.storage.prune import artefacts
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from evaluators.prepare import calibration
@@ -133,6 +134,10 @@ def test_an_interrupted_streamed_bank_ends_with_the_bytes_of_kept_hessians(
     assert names == groups
     assert largest < 2.8 * of_block, "of two blocks, with their moments and the head"
     assert not list(dropped.rglob("*hidden*"))
+    assert {artefact.name.split("/")[0]: artefact.runs for artefact in artefacts(str(dropped))} == {
+        "bank": ("run",),
+        "statistics": ("run",),
+    }
     save_imatrix(plan, windows, [group_file(statistics, name) for name in names], dropped / "imatrix.gguf")
     assert digest_of_file(dropped / "imatrix.gguf") == digest_of_file(kept / "imatrix.gguf")
     built = [label for label in labels if label.startswith("bank")]
