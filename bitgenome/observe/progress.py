@@ -122,7 +122,7 @@ def tracked(track: Track, what: str, work: Callable[[], T]) -> T:
 
 
 class _Lines:
-    """Logs a line when it is time, and at the end."""
+    """Logs a line when it is time, and at the end, unless that is one of a single short task."""
 
     context: AbstractContextManager[Any] = nullcontext()
 
@@ -132,7 +132,8 @@ class _Lines:
         self._next = advance.seconds + self._every
 
     def show(self, advance: Advance) -> None:
-        if advance.seconds >= self._next or advance.items == advance.total:
+        ended = advance.items == advance.total and (advance.total > 1 or advance.seconds >= FIRST_LINE_S)
+        if advance.seconds >= self._next or ended:
             log.info("%s", advance.line(self._what))
             self._every = min(LINE_EVERY_S, 2 * self._every)
             self._next = advance.seconds + self._every
