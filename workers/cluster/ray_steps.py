@@ -17,7 +17,7 @@ WRITE_EVERY_S = 2.0
 
 
 class StepWriter:
-    """Writes the steps of a worker's tasks under ``key``: of a task the first, and then one in WRITE_EVERY_S seconds."""
+    """Writes the steps of a worker's tasks under ``key``: of a task the first, then one in WRITE_EVERY_S seconds."""
 
     def __init__(self, key: str):
         self._key = key.encode()
