@@ -35,11 +35,13 @@ PROBE_SECONDS = 0.05  # a probe is repeated until it has taken that long
 BLOCK_TOKENS = 1024  # positions of a probe of a block, at least one window
 HEAD_TOKENS = 128
 MOST_ROWS = 32768  # of the head, to which times of larger vocabularies are in proportion
-MOST_COLUMNS = 512  # of a Hessian; times of wider ones follow from narrower ones
+MOST_COLUMNS = 512  # of a probe of rounding; times of wider ones follow from it
 MOST_INPUTS = 4096  # columns of the input of a Hessian; wider ones take time by their square
 CPU_ROWS = 32, 128  # of two probes of rounding on a CPU
-ACCELERATOR_ROWS = 1024, 4096
-HOST_SIDE = 1024  # rows and columns of the product that stands for llama.cpp's
+ACCELERATOR_ROWS = 1024, 16384  # where fewer rows hardly count beside the launches of a column
+CPU_FACTOR = 512  # columns of the Hessian whose factor is timed; on an accelerator MOST_INPUTS
+PRODUCTS = 6  # operations of rounding for a weight, a level and a column (2 cores, 512 and 1,024 columns: 5.7)
+PRODUCT_SIDE = 1024  # rows and columns of the product that stands for others
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def measure_rates(
     with all_cores():
         block_calibration = block_seconds(folder, window, device, torch.float32, "float", gradient=False)[1]
         hessian = {str(width): hessian_seconds(width, device) for width in columns}
-        host = host_flops()
+        host = product_flops(torch.device("cpu"))
     release_memory()
     return Rates(
         device=device_name(device),
@@ -281,25 +283,22 @@ def rounding_seconds(
 ) -> tuple[dict[str, RoundingRate], float]:
     """Return the rates by kind of rounding, and the seconds of a factor by cubed columns.
 
-    A column costs the same for every batch of rows, a weight in proportion to the rows. Both come from two batches.
-    Kinds wider than MOST_COLUMNS follow from two narrower ones: a weight's time is a constant and a part in proportion
-    to the columns.
+    A column costs the same for every batch of rows, a weight in proportion to the rows. Both come from two batches of
+    at most MOST_COLUMNS columns; every further column adds PRODUCTS operations to a weight at one level.
     """
-    widths = {r: (r.columns,) if r.columns <= MOST_COLUMNS else (MOST_COLUMNS // 2, MOST_COLUMNS) for r in roundings}
-    hessians = {width: random_hessian(width, device) for found in widths.values() for width in found}
-    widest = max(hessians, default=0)
-    factor = seconds_of(lambda: inverse_factor(hessians[widest], settings.damping), device) / widest**3 if widest else 0
+    widest = min(max((r.columns for r in roundings), default=1), CPU_FACTOR if device.type == "cpu" else MOST_INPUTS)
+    H = random_hessian(widest, device)
+    factor = seconds_of(lambda: inverse_factor(H, settings.damping), device) / widest**3
+    flops = product_flops(device)
     times: dict[Rounding, tuple[float, float]] = {}
-    for kind in {replace(r, columns=width) for r, found in widths.items() for width in found}:
-        times[kind] = column_and_weight(kind, hessians[kind.columns], settings, device)
     result: dict[str, RoundingRate] = {}
-    for kind, found in widths.items():
-        column, weight = times[replace(kind, columns=found[-1])]
-        if len(found) > 1:
-            slope = max(0.0, weight - times[replace(kind, columns=found[0])][1]) / (found[1] - found[0])
-            weight += slope * (kind.columns - found[1])
-        rows = batch_rows(kind.columns, len(kind.formats), device)
-        result[kind.key] = RoundingRate(column, weight, rows)
+    for kind in roundings:
+        narrow = replace(kind, columns=min(kind.columns, MOST_COLUMNS))
+        if narrow not in times:
+            times[narrow] = column_and_weight(narrow, random_hessian(narrow.columns, device), settings, device)
+        column, weight = times[narrow]
+        weight += PRODUCTS * len(kind.formats) * (kind.columns - narrow.columns) / flops
+        result[kind.key] = RoundingRate(column, weight, batch_rows(kind.columns, len(kind.formats), device))
     return result, factor
 
 
@@ -334,8 +333,7 @@ def decode_seconds(roundings: Sequence[Rounding], device: torch.device) -> float
     return math.fsum(taken) / len(taken) / W.numel()
 
 
-def host_flops() -> float:
-    """Return the operations per second of a float32 product on the host."""
-    cpu = torch.device("cpu")
-    a = torch.randn(HOST_SIDE, HOST_SIDE)
-    return 2 * HOST_SIDE**3 / seconds_of(lambda: a @ a, cpu)
+def product_flops(device: torch.device) -> float:
+    """Return the operations per second of a float32 product on ``device``."""
+    a = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device=device)
+    return 2 * PRODUCT_SIDE**3 / seconds_of(lambda: a @ a, device)
