@@ -29,6 +29,7 @@ from workers.pool.base import SerialPool
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "stdlib-6m"
 BFLOAT16_BYTES = 2
+SHARD_WEIGHTS = 2 << 30  # of a file, as published models have them
 
 
 class Shape(NamedTuple):
@@ -87,13 +88,27 @@ def write_folder(m: Shape, folder: Path) -> None:
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    header, end = {}, 0
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in tensors(m):
+        if sum(map(prod, shards[-1].values())) + prod(shape) > SHARD_WEIGHTS:
+            shards.append({})
+        shards[-1][name] = shape
+    files = {f"model-{index:05d}.safetensors": shard for index, shard in enumerate(shards, start=1)}
+    for file, shard in files.items():
+        write_shard(shard, folder / file)
+    where = {name: file for file, shard in files.items() for name in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def write_shard(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Write a safetensors file of tensors in bfloat16 whose bytes are holes."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
         start, end = end, end + BFLOAT16_BYTES * prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
 
