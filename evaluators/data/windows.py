@@ -19,6 +19,7 @@ WHOLE_TEXT = 1 << 20  # characters of a split up to which all of it is encoded
 CHARACTERS = 6  # of a slice for each token that is wanted of it, at first
 SAMPLE_PIECES, SAMPLE_CHARACTERS = 4, 1024  # of the test text, as it is before a tokenizer reads it
 CUT_TOKENS = 8  # at the end of a slice, which may be parts of a word that goes on
+SPARE = 4  # times as many slices where some hold too few tokens
 NEXT_LINE = 4096  # characters within which a slice looks for the start of a line
 
 Values = TypeVar("Values", bound=Any)  # an array or tensor (n, T, ...)
@@ -119,7 +120,8 @@ def token_windows(
     for split, wanted in tokens.items():
         needed = max(1, wanted // window)
         total = sum(map(len, documents[split]))
-        rows = _sliced(tokenizer, documents[split], needed, length) if total > WHOLE_TEXT else None
+        large = total > max(WHOLE_TEXT, needed * length)  # a shorter one may just suffice
+        rows = _sliced(tokenizer, documents[split], needed, length) if large else None
         if rows is None:
             rows = _spread(tokenizer, documents[split], needed, length, split)
         rows = np.hstack([np.full((needed, len(first)), first, dtype=np.int64), rows])
@@ -161,16 +163,16 @@ def _encoded(tokenizer: ModelTokenizer, documents: Sequence[Document]) -> Iterat
 def _sliced(tokenizer: ModelTokenizer, documents: Sequence[Document], needed: int, length: int) -> np.ndarray | None:
     """Return a window (needed, length) from the start of each of ``needed`` equal spans of the documents.
 
-    A span's text is encoded only as far as its window needs. None if a span holds too few tokens.
+    A span's text is encoded only as far as its window needs. Where spans hold too few tokens, such as blank ones, the
+    windows are those of SPARE times as many spans; None if that does not give enough.
     """
     total = sum(map(len, documents))
-    rows = np.empty((needed, length), dtype=np.int64)
-    for index in range(needed):
-        start, stop = index * total // needed, (index + 1) * total // needed
-        if (ids := _slice(tokenizer, documents, start, stop, length)) is None:
-            return None
-        rows[index] = ids
-    return rows
+    for count in (needed, SPARE * needed):
+        spans = ((index * total // count, (index + 1) * total // count) for index in range(count))
+        found = [ids for start, stop in spans if (ids := _slice(tokenizer, documents, start, stop, length))]
+        if len(found) >= needed:
+            return np.array(found, dtype=np.int64)[np.linspace(0, len(found) - 1, needed).round().astype(int)]
+    return None
 
 
 def _slice(
@@ -184,11 +186,9 @@ def _slice(
     size = CHARACTERS * length
     while True:
         size = min(size, stop - start)
-        pieces = _pieces(documents, start, start + size)
-        if start:
-            pieces[0] = _from_line(pieces[0])
-        ids, *others = tokenizer.encode(pieces)
-        for other in others:
+        first, *others = _pieces(documents, start, start + size)
+        ids, *later = tokenizer.encode([_from_line(first) if start else first, *others])
+        for other in later:
             ids += separator + other
         if len(ids) >= length + CUT_TOKENS:
             return ids[:length]

@@ -80,19 +80,24 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     arguments = ["batch", *files, "--name", "three", "--max-parallel", "2"]
     driver = start(runs, *arguments)
     try:
-        wait_until(lambda: len(list(storage.glob("*/best.json"))) >= 1, driver)
+        wait_until(lambda: len(proved(storage)) >= 1, driver)
         family = psutil.Process(driver.pid).children(recursive=True)
         children = [process for process in family if is_child(process.as_dict(["cmdline"])["cmdline"] or [], path)]
     finally:
         driver.kill()
         driver.communicate()
     assert psutil.wait_procs(children, timeout=60)[1] == [], "runs end with their batch"
-    kept = [storage / "shared", *(path.parent for path in storage.glob("*/best.json"))]
+    kept = [storage / "shared", *proved(storage)]
     before = {path.name: stamps(path) for path in kept}
     with pytest.raises(UserError) as refused:
         begin(load_batch(files), path, str(path), resume=False)
     resumed = runs.call(*arguments, "--resume")
     return Story(runs, path, len(children), before, str(refused.value), resumed)
+
+
+def proved(storage: Path) -> list[Path]:
+    """The directories of runs that are finished: best.json is written before the proof, and again after it."""
+    return [file.parent for file in storage.glob("*/best.json") if json.loads(file.read_text())["proof"]]
 
 
 def bad_model(folder: Path) -> Path:

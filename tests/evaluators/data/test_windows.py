@@ -104,14 +104,19 @@ def test_of_a_large_text_evenly_spread_slices_are_read_and_no_more(
     assert max(read) < 10 * 64 * windows_module.CHARACTERS * 2
 
 
-def test_a_slice_goes_on_over_the_end_of_a_document_and_one_with_too_few_tokens_makes_all_be_read(
+def test_slices_go_on_over_the_end_of_a_document_and_blank_ones_are_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer = load_tokenizer(EMBEDDED)
     empty = [" " * 3000, "".join(f"{n} " for n in range(800))]
-    whole = token_windows(tokenizer, {"test": empty}, 64, {"test": 640}, seed=0)
+    whole = token_windows(tokenizer, {"test": empty}, 64, {"test": 1536}, seed=0)
     monkeypatch.setattr(windows_module, "WHOLE_TEXT", 5000)
-    assert token_windows(tokenizer, {"test": empty}, 64, {"test": 640}, seed=0).digest == whole.digest
+    again = token_windows(tokenizer, {"test": empty}, 64, {"test": 1536}, seed=0)
+    assert again.digest == whole.digest, "all is read where slices do not suffice"
+    counting = Counting(tokenizer)
+    blank = [" " * 100_000, "".join(f"{n} " for n in range(20_000))]
+    found = token_windows(counting, {"test": blank}, 64, {"test": 640}, seed=0)  # type: ignore[arg-type]
+    assert found.windows["test"].shape == (10, 64) and counting.read < 150_000, "a part of what is not blank"
     short = [f"document {n} " + "x = 1\n" * 5 for n in range(300)]
     rows = token_windows(tokenizer, {"test": short}, 64, {"test": 640}, seed=0).windows["test"]
     assert (rows == tokenizer.eos).any(axis=1).all()
