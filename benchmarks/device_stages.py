@@ -4,6 +4,7 @@ A subject is a model folder with token windows. Tasks run in this process, on th
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -153,10 +154,13 @@ def bank_tasks(
 
 def build_bank(subject: Subject, note: Callable[[Figures], None]) -> Figures:
     done = 0.0
+    groups: dict[str, float] = {}
     for task in bank_tasks(subject, subject.bank, subject.levels):
+        started = time.perf_counter()
         task.run({})
         done += task.work
-        note({"work": done * len(subject.levels), "unit": "weights x levels"})
+        groups[task.label] = time.perf_counter() - started
+        note({"work": done * len(subject.levels), "unit": "weights x levels", "groups": groups})
     return {}
 
 
