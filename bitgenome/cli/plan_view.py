@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitgenome.cli.report import megabytes
-from bitgenome.plan.forecast import StageForecast, duration
+from bitgenome.plan.forecast import StageForecast, duration, too_large
 from bitgenome.plan.memory import memory_line
 from bitgenome.plan.plan import Plan
 from evaluators.model.sizes import StageMemory
@@ -37,6 +37,8 @@ def show_plan(
     )
     console.print(memory_line(plan))
     console.print(stages_table(rates, stages, workers))
+    if found := too_large(plan, stages):
+        console.print(f"more memory than there is: {', '.join(found)}", style="bold red")
     console.print(
         "times are from short probes of the kernels on this machine, beside whatever else runs on it; memory is a "
         "process's peak, beside what its libraries take"

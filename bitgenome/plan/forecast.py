@@ -1,18 +1,21 @@
 """Forecasts a run: time, memory and disk of every stage, from rates that are measured on a worker."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bitgenome.common.cpus import usable_cpus
+from bitgenome.common.devices import best_device
 from bitgenome.plan.disk import disk_bytes
-from bitgenome.plan.memory import stage_memory, worker_sweep_memory
+from bitgenome.plan.memory import stage_memory, worker_limit, worker_sweep_memory
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.seconds import Work, roundings
 from evaluators.model.sizes import StageMemory
 from evaluators.probes.rates import MeasureRates, Rates
 from workers.pool.base import SerialPool
+
+ALONE = ("calibration", "export", "proof")  # stages that run on one worker, or in the driver, while others wait
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,23 @@ def forecast(
     work = Work(plan, rates, workers, worker_sweep_memory(plan).resident)
     disk, memory = disk_bytes(plan), stage_memory(plan, device, limit)
     return [StageForecast(stage, seconds, disk.get(stage, 0), memory.get(stage)) for stage, seconds in work.stages()]
+
+
+def too_large(plan: Plan, stages: Sequence[StageForecast], device: torch.device | None = None) -> list[str]:
+    """Return a phrase for every stage whose peak is above what may be used on ``device`` of a machine like this one.
+
+    Stages that run alone may use the shares of all workers of a host.
+    """
+    device = device or best_device()
+    limit, found = worker_limit(plan.config, device), []
+    for stage in stages:
+        if stage.memory is None:
+            continue
+        needed = stage.memory.host_bytes if device.type == "cpu" else stage.memory.device_bytes
+        shares = workers_here(plan) if device.type == "cpu" and stage.stage in ALONE else 1
+        if needed > limit * shares:
+            found.append(f"{stage.stage} {needed / 2**30:.1f} GiB of {limit * shares / 2**30:.1f}")
+    return found
 
 
 def compared(expected: Mapping[str, float], taken: Mapping[str, float]) -> str:

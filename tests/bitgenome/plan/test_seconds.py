@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from bitgenome.config.run import load_config
 from bitgenome.plan.disk import bank_bytes, hessian_bytes
-from bitgenome.plan.forecast import compared, forecast
+from bitgenome.plan.forecast import StageForecast, compared, forecast, too_large
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seconds import Work, input_groups, roundings
+from evaluators.model.sizes import StageMemory
 from evaluators.prepare.bank import Bank
 from evaluators.probes.rates import Rates, RoundingRate
 from tests.bitgenome.conftest import Finished, Runs
@@ -102,6 +104,14 @@ def test_the_bank_takes_the_disk_that_was_said(runs: Runs, finished: Finished) -
     packed = [bank.packed(t, fmt).numel() for gene in plan.space.genes for t in gene.tensors for fmt in gene.formats]
     assert bank_bytes(plan) == sum(packed)
     assert hessian_bytes(plan) == 4 * (LAYERS * (3 * 256**2 + 768**2) + 256**2)
+
+
+def test_stages_above_the_memory_that_may_be_used_are_named(runs: Runs) -> None:
+    plan = planned(runs, "evaluation.memory='1 GiB'")  # for each of two workers
+    large = StageMemory(host={"states": 3 << 29})
+    stages = [StageForecast(stage, 1.0, 0, large) for stage in ("calibration", "search")]
+    assert too_large(plan, stages, torch.device("cpu")) == ["search 1.5 GiB of 1.0"]  # calibration has both shares
+    assert too_large(plan, forecast(plan, rates(plan), 2)) == []
 
 
 def test_a_finished_run_says_what_was_expected(runs: Runs, finished: Finished) -> None:
