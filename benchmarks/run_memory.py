@@ -5,7 +5,7 @@ The model is a random Llama. With ``--cgroup``, a folder of /sys/fs/cgroup that 
 ``--share`` says which part of the limit workers plan with: the rest is for what is not planned (files that are being
 read, allocators, the run's own objects).
 
-    OMP_NUM_THREADS=2 python -m benchmarks.run_memory [--layers 40] [--hidden 1024] [--limit-mib 512]
+    OMP_NUM_THREADS=2 python -m benchmarks.run_memory [--layers 72] [--hidden 768] [--limit-mib 512]
         [--cgroup /sys/fs/cgroup/memory/bitgenome]
 """
 
@@ -40,13 +40,13 @@ from evaluators.model.folder import ModelFolder
 EMBEDDED = Path(__file__).parents[1] / "models" / "stdlib-6m"  # whose tokenizer and held-out text the model takes
 VOCABULARY = 4096
 WINDOW = 64
-TOKENS = {"calibration": 1024, "sensitivity": 64, "search": 64, "validation": 128, "test": 256}
+TOKENS = {"calibration": 512, "sensitivity": 64, "search": 64, "validation": 128, "test": 256}
 SHARE = 0.8
 FIRST_STAGE = "calibration"
 RESULT_FILE = "run_memory.json"
 
 
-def settings(path: Path, memory: int) -> dict[str, Any]:
+def settings(path: Path, memory: int, compensation: bool) -> dict[str, Any]:
     """A run that does a little of everything, on few tokens."""
     return {
         "name": "peak",
@@ -63,7 +63,7 @@ def settings(path: Path, memory: int) -> dict[str, Any]:
             "validation_candidates": 2,
             "gene_groups": {"by": "kind"},
         },
-        "quantization": {"refinement_rounds": 0},  # half the time, the same memory
+        "quantization": {"compensation": compensation},
         "healing": {"steps": 2, "batch_tokens": 128},
         "workers": {"ray": "off"},
     }
@@ -103,9 +103,9 @@ def stages_watched(peaks: dict[str, float]) -> Iterator[None]:
         RunDirectory.stage = plain  # type: ignore[method-assign]
 
 
-def measure(path: Path, memory: int, limit: int, cgroup: str | None) -> dict[str, Any]:
+def measure(path: Path, memory: int, limit: int, cgroup: str | None, compensation: bool) -> dict[str, Any]:
     """Run everything in this process; return peaks, predictions and seconds by stage, and what the run ended in."""
-    config = parse_config(settings(path, memory), "run_memory")
+    config = parse_config(settings(path, memory, compensation), "run_memory")
     plan = make_plan(config)
     predicted = {name: found.host_bytes for name, found in stage_memory(plan, torch.device("cpu"), memory).items()}
     BlockModel(ModelFolder(path / "model"), torch.device("cpu"))  # loads transformers' modules
@@ -128,11 +128,18 @@ def measure(path: Path, memory: int, limit: int, cgroup: str | None) -> dict[str
 
 
 def measured_apart(
-    path: Path, layers: int, hidden: int, limit: int, cgroup: str | None = None, share: float = SHARE
+    path: Path,
+    layers: int,
+    hidden: int,
+    limit: int,
+    cgroup: str | None = None,
+    share: float = SHARE,
+    compensation: bool = True,
 ) -> dict[str, Any]:
     """``measure`` in a new process. Raises RuntimeError with what it wrote if it fails."""
     model(path, layers, hidden)  # outside the limit
     case = {"path": str(path), "memory": int(share * limit), "limit": limit, "cgroup": cgroup}
+    case |= {"compensation": compensation}
     command = [sys.executable, "-m", "benchmarks.run_memory", "--case", json.dumps(case)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -143,10 +150,11 @@ def measured_apart(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=72)
+    parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--limit-mib", type=int, default=512)
     parser.add_argument("--share", type=float, default=SHARE)
+    parser.add_argument("--plain", action="store_true", help="a bank without compensation, in a fifth of the time")
     parser.add_argument("--cgroup", type=str, default=None)
     parser.add_argument("--storage", type=Path, default=None)
     parser.add_argument("--case", type=str, default=None, help=argparse.SUPPRESS)
@@ -158,7 +166,9 @@ def main() -> None:
         return
     storage = arguments.storage or Path(tempfile.mkdtemp())
     limit = arguments.limit_mib << 20
-    found = measured_apart(storage, arguments.layers, arguments.hidden, limit, arguments.cgroup, arguments.share)
+    found = measured_apart(
+        storage, arguments.layers, arguments.hidden, limit, arguments.cgroup, arguments.share, not arguments.plain
+    )
     mib = 1 << 20
     enforced = f"{arguments.limit_mib} MiB, enforced" if arguments.cgroup else "nothing enforced"
     table = Table(

@@ -101,18 +101,23 @@ class BlockModel:
     def load_ends(self) -> None:
         """Load embedding, final norm and head. Raises ModelFolderError if the folder lacks one of them."""
         if not self.folder.tied:
-            self._load_embedding()
+            self.load_embedding()
         self.load_head()
 
     def load_head(self) -> None:
         """Load final norm and head. Raises ModelFolderError if the folder lacks one of them."""
-        self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
+        self.load_norm()
         if self.folder.tied:
-            self._load_embedding()
+            self.load_embedding()
         else:
             self._load(self.model.lm_head, "lm_head.")
 
-    def _load_embedding(self) -> None:
+    def load_norm(self) -> None:
+        """Load the final norm. Raises ModelFolderError if the folder lacks it."""
+        self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
+
+    def load_embedding(self) -> None:
+        """Load the token embedding. Raises ModelFolderError if the folder lacks it."""
         self._load(self.decoder.embed_tokens, self.embedding_name.removesuffix("weight"))
 
     def load_all(self) -> None:

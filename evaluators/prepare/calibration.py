@@ -16,7 +16,7 @@ from safetensors.torch import safe_open, save, save_file
 from torch import Tensor, nn
 
 from bitgenome.common.cpus import usable_cpus
-from bitgenome.common.devices import best_device
+from bitgenome.common.devices import best_device, release_memory
 from bitgenome.common.files import atomic_write_bytes, replacing
 from bitgenome.common.steps import steps
 from evaluators.data.windows import TokenWindows
@@ -203,10 +203,17 @@ def calibrate(
     for a folder that cannot be run block by block.
     """
     model = BlockModel(folder, device)
-    model.load_ends()
-    hidden = [model.embed(chunk).cpu() for chunk in chunked_windows(windows)]
+    hidden = embedded(model, windows)
     for block in range(len(model.blocks) + 1):
         yield from calibrate_block(model, block, hidden, upstream_level)
+
+
+def embedded(model: BlockModel, windows: Tensor) -> list[Tensor]:
+    """Return the inputs of the first block for token ids ``windows`` (n, T), in chunks; the embedding is freed."""
+    model.load_embedding()
+    hidden = [model.embed(chunk).cpu() for chunk in chunked_windows(windows)]
+    model.place(model.embedding_name, None)
+    return hidden
 
 
 def chunked_windows(windows: Tensor) -> tuple[Tensor, ...]:
@@ -222,6 +229,7 @@ def calibrate_block(
     The number after the last block stands for head and embedding. Without ``measure`` nothing is returned.
     """
     if block == len(model.blocks):
+        model.load_norm()
         head = _InputAccumulator(hidden[0].shape[-1], model.device)
         for chunk in hidden:
             head.add(model.decoder.norm(chunk.to(model.device)), model.head_name)
@@ -237,6 +245,8 @@ def calibrate_block(
         quantize_block(model, groups, upstream_level)
         hidden[:] = [model.run_block(block, chunk.to(model.device)).cpu() for chunk in inputs]
     model.unload_block(block)
+    del recorder
+    release_memory()  # else what allocators keep grows from block to block
     log.info("calibrated block %d of %d", block + 1, len(model.blocks))
     return groups if measure else []
 
@@ -288,15 +298,17 @@ class Calibrate:
             torch.set_num_threads(threads)
 
     def _run(self, model: BlockModel) -> dict[str, int]:
-        model.load_ends()
         end = len(model.blocks) + 1
         stop = end if self.stop is None else self.stop
         first, groups, hidden = self._begin(model, stop)
         saved = time.monotonic()
         for block in steps(range(first, stop), stop, "block", done=first):
-            for group in calibrate_block(model, block, hidden, self.upstream_level, measure=block >= self.start):
+            found = calibrate_block(model, block, hidden, self.upstream_level, measure=block >= self.start)
+            while found:  # one after the other, so that no Hessian is there when the next block begins
+                group = found.pop(0)
                 group.save(group_file(self.directory, group.name))
                 groups[group.name] = block
+                del group
             after = block + 1
             passed_on = after == self.stop  # to the task for the blocks after them
             if passed_on or (after < end and time.monotonic() - saved >= SAVE_EVERY_S):
@@ -316,7 +328,7 @@ class Calibrate:
             if block <= self.start or (states.start == self.start and self._all_written(groups)):
                 return block, groups, list(chunked_windows(states.hidden))
         windows = torch.from_numpy(TokenWindows.load(self.windows).windows["calibration"])
-        return 0, {}, [model.embed(chunk).cpu() for chunk in chunked_windows(windows)]
+        return 0, {}, embedded(model, windows)
 
     def _all_written(self, groups: Mapping[str, int]) -> bool:
         return all(group_readable(group_file(self.directory, name)) for name in groups)

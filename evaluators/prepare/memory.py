@@ -15,6 +15,7 @@ from quantizers.formats.table import QuantFormat
 from quantizers.rounding.sparsegpt import batch_rows
 
 DOUBLE_BYTES = 8
+FIXED_BYTES = 64 << 20  # of matrix libraries, and what allocators keep between two blocks
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a block that read one tensor
@@ -42,12 +43,11 @@ def calibration_memory(shape: ModelShape, tokens: int, window: int, device: torc
     inputs = [shape.tensors[names[0]][1] for names in input_groups(shape) if f"{LAYERS}0." in names[0]]
     there = {
         "block": shape.block_bytes(),
-        "head and embedding": shape.head_bytes
-        + (shape.bytes_of(shape.embedding) if shape.embedding != shape.head else 0),
         "Hessians": sum(C * C for C in inputs) * (DOUBLE_BYTES + FLOAT_BYTES)
         + max(inputs, default=0) ** 2 * FLOAT_BYTES,
         "activations": chunk * shape.activation_bytes(window),
         "moments": chunk * max(inputs, default=0) * MOMENT_BYTES,
+        "allocators": FIXED_BYTES,
     }
     return StageMemory.on(device, there, {"hidden states": (positions + chunk) * shape.state_bytes})
 
@@ -80,6 +80,7 @@ def group_memory(
         "factor": C * C * (DOUBLE_BYTES + 2 * FLOAT_BYTES),
         "packed": packed,
         "rows": rows * levels * C * FLOAT_BYTES * BATCH_COPIES,
+        "allocators": FIXED_BYTES,
     }
     there["rows"] = max(there["rows"], 2 * largest) if device.type == "cpu" else there["rows"]
     host = {"Hessian as read": C * C * FLOAT_BYTES, "packed, to be written": packed}
