@@ -104,7 +104,11 @@ def test_tokenizer_json_decides_how_text_is_split_whatever_the_model_is_called(t
     keys = read_gguf(tmp_path / "f32.gguf").key_values
     assert keys["tokenizer.ggml.pre"] == "gpt-2"
     assert keys["tokenizer.chat_template"] == template
-    assert_same_tokens(path, tmp_path / "f32.gguf", [*TEXTS, "<|begin|>in 2026 it's 12345<|end|>"])
+    chat = "<|begin|>in 2026 it's 12345<|end|>"
+    assert_same_tokens(path, tmp_path / "f32.gguf", [*TEXTS, chat])
+    with LlamaCppRuntime(tmp_path / "f32.gguf", 16, threads=1) as runtime:
+        messages = [{"role": "user", "content": "in 2026 it's 12345"}]
+        assert runtime.ask("/apply-template", {"messages": messages})["prompt"] == chat
 
 
 @pytest.mark.parametrize(("splitting", "name"), KNOWN.items(), ids=KNOWN.values())
