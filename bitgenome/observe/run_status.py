@@ -18,6 +18,7 @@ from bitgenome.common import layout
 from bitgenome.common.errors import StorageError, UserError, expecting
 from bitgenome.storage.lease import is_owned
 from bitgenome.storage.run_files import RunFiles, record_in, run_files
+from bitgenome.storage.run_names import has_run
 from workers.storage.folders import is_url, mirror_root, open_folder
 
 
@@ -77,7 +78,7 @@ class RunReader:
     def __init__(self, location: str | Path):
         self.location = str(location).rstrip("/")
         self._files = run_files(location)
-        if not self._files.size(layout.RECORD):
+        if not self._files.size(layout.RECORD) and not has_run(self.location):
             raise UserError(f"expected a run directory with {layout.RECORD}, found none at {location}")
         self._lines = Lines(self._files, layout.EVALUATIONS)
         self._genomes: set[tuple[int, ...]] = set()

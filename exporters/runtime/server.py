@@ -5,6 +5,7 @@ from its standard output, a line. The process ends as soon as its standard input
 is run by its path and imports nothing of the project, so that it starts in a sixth of a second.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import xllamacpp
 
 ERRORS = 1  # llama.cpp's log level; it prints to stderr why it refuses a file, and nothing else
 STDIN = 0
+PR_SET_PDEATHSIG = 1  # prctl(2)
 REFUSED = 1  # exit code
 LOOPBACK = "127.0.0.1"
 
@@ -53,6 +55,8 @@ def end_with_parent() -> None:
 
 def main() -> None:
     """Start the server, tell its address, and serve until the parent has gone."""
+    if sys.platform == "linux":  # while llama.cpp reads a file no thread of Python runs that could notice
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     wanted = json.loads(sys.stdin.buffer.readline())
     watcher = threading.Thread(target=end_with_parent, name="parent", daemon=True)

@@ -119,6 +119,12 @@ def test_a_file_that_no_run_writes_is_said_and_does_not_hide_other_runs(
         assert str(run.path / name) in str(found.error) and "\n" not in str(found.error)
 
 
+def test_a_run_whose_record_is_empty_is_shown_among_the_others(run: RunDirectory) -> None:
+    (run.path / "run.json").write_bytes(b"")
+    found = RunReader(run.path).read()
+    assert (found.state, "found an empty file" in str(found.error)) == ("damaged", True)
+
+
 def test_files_that_are_not_there_or_torn_are_passed_over(run: RunDirectory) -> None:
     (run.path / "events.log").write_bytes(b"\xff\x00{[\n\n")
     (run.path / "evaluations.jsonl").write_bytes(b'{"genome": [1')
