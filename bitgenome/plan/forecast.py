@@ -12,7 +12,8 @@ from bitgenome.plan.memory import stage_memory, worker_limit, worker_sweep_memor
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.seconds import Work, roundings
 from evaluators.model.sizes import StageMemory
-from evaluators.probes.rates import MeasureRates, Rates
+from evaluators.probes.measure import MeasureRates
+from evaluators.probes.rates import Rates
 from workers.pool.base import SerialPool
 
 ALONE = ("calibration", "export", "proof")  # stages that run on one worker, or in the driver, while others wait

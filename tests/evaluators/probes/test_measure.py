@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from evaluators.probes.rates import MeasureRates, Rates, Rounding
+from evaluators.probes.measure import MeasureRates
+from evaluators.probes.rates import Rates, Rounding
 from quantizers.settings import CompensationSettings, Sparsity
 from tests.conftest import EMBEDDED
 from workers.pool.base import SerialPool
