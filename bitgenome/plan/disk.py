@@ -28,12 +28,13 @@ def keeps_hessians(plan: Plan) -> bool:
 def stretches(plan: Plan) -> list[range]:
     """Return the blocks whose Hessians are on disk at the same time, where Hessians do not stay.
 
-    They do not depend on the workers. The number after the last block stands for embedding and head.
+    They do not depend on the workers. The number after the last block stands for head and embedding.
     """
     blocks = ModelShape.of(plan.folder).layers
     of_block = sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan) if group.block) // blocks
     together = max(1, HESSIANS_AT_ONCE // of_block)
-    return [range(start, min(start + together, blocks + 1)) for start in range(0, blocks + 1, together)]
+    starts = range(0, blocks, together)
+    return [range(start, start + together if start + together < blocks else blocks + 1) for start in starts]
 
 
 def calibration_bytes(plan: Plan) -> int:

@@ -130,11 +130,15 @@ class Stream:
         if self.bank and not done:
             with self.run.stage("bank"):
                 tasks = self.bank.tasks(group_file(self.passing, name) for name in names)
-                what = f"building the bank, blocks {blocks.start + 1} to {blocks.stop}"
+                what = f"building the bank, {self._text(blocks)}"
                 for _ in self.track(self.pool.map(tasks), len(tasks), what):
                     pass
         for name in names:
             remove_shared(self.plan.config, group_file(self.passing, name))  # also what an earlier attempt left
+
+    def _text(self, blocks: range) -> str:
+        last = blocks == stretches(self.plan)[-1]
+        return f"blocks {blocks.start + 1} to {blocks.stop - last}{' and head' if last else ''}"
 
     def _missing(self, groups: list[str]) -> set[str]:
         assert self.bank is not None
@@ -150,7 +154,7 @@ class Stream:
             self.plan.folder.path, windows, self.passing, upstream, blocks.start, blocks.stop, states
         )  # fmt: skip
         with self.run.stage("calibration"):
-            (found,) = self.track(self.pool.map([task]), 1, f"calibrating blocks {blocks.start + 1} to {blocks.stop}")
+            (found,) = self.track(self.pool.map([task]), 1, f"calibrating {self._text(blocks)}")
             for name in found:
                 copy_statistics(group_file(self.passing, name), self.file(name))
             others = {name: block for name, block in self.groups().items() if block not in blocks}

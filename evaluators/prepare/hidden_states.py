@@ -30,13 +30,13 @@ class HiddenStates:
     hidden: Tensor  # float32 (n, T, D)
 
     def save(self, directory: Path) -> None:
-        """Write the states atomically to ``directory``, in place of all others there."""
+        """Write the states atomically to ``directory``, in place of those of earlier blocks there."""
         path = states_file(directory, self.block)
         metadata = {"start": str(self.start), "groups": json.dumps(dict(self.groups))}
         with replacing(path) as temporary:
             save_file({"hidden": self.hidden}, temporary, metadata)
         for other in saved_blocks(directory):
-            if other != self.block:
+            if other < self.block:
                 states_file(directory, other).unlink(missing_ok=True)
 
     @classmethod

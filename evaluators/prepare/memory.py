@@ -77,7 +77,7 @@ def group_memory(
     there = {
         "weights": sum(shape.weights(name) for name in names) * FLOAT_BYTES,
         "Hessian": C * C * FLOAT_BYTES,
-        "factor": C * C * (DOUBLE_BYTES + 2 * FLOAT_BYTES),
+        "factor": C * C * (DOUBLE_BYTES + FLOAT_BYTES),
         "packed": packed,
         "rows": rows * levels * C * FLOAT_BYTES * BATCH_COPIES,
         "allocators": FIXED_BYTES,

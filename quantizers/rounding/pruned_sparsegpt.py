@@ -53,8 +53,8 @@ def prune_and_compensate(
         rounds = SWEEPS_PER_ROUND * settings.refinement_rounds
     else:
         U, taken, rounds = damped(H, settings.damping).diagonal().rsqrt().diag(), settings.damping, 0
-    importance, regular = conditional_importance(U, H), damped(H, taken, torch.empty_like(H, dtype=torch.float32))
-    U = U.float()
+    importance, U = conditional_importance(U, H), U.float()
+    regular = damped(H, taken, torch.empty_like(H, dtype=torch.float32))
     pruned = _prune_blocks(weights, formats, sparsity, U, importance, regular, rounds)
     for name, W in weights.items():
         if any(fmt.is_float for fmt in formats[name]):

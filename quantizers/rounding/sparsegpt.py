@@ -114,8 +114,8 @@ def compensate_stack(
         importance = conditional_importance(U, H)
     else:
         importance = normalized_importance(importance, len(H), H.device)
-    factored = Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U.float(), importance)
-    del U  # gigabytes in a wide layer, while its rows are rounded
+    U = U.float()  # before the next matrix is made: in a wide layer each takes gigabytes
+    factored = Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U, importance)
     pieces: dict[tuple[str, str], list[Tensor]] = {}
     limit = batch_rows(len(H), len(wanted), H.device)
     for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):

@@ -21,12 +21,14 @@ from bitgenome.run.prepare import record_inputs, save_imatrix
 from bitgenome.run.streamed_bank import build_streamed, input_statistics
 from bitgenome.storage.prune import artefacts
 from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.staged import staged_pool
 from evaluators.data.windows import TokenWindows
 from evaluators.prepare import calibration
 from evaluators.prepare.bank import tensor_file
 from evaluators.prepare.calibration import group_file
 from tests.conftest import no_progress
 from tests.small_models import save_small_model
+from tests.workers.storage.test_staging import OtherNode
 from workers.pool.base import SerialPool, Task
 
 LAYERS = 3
@@ -75,19 +77,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_model(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=LAYERS)
 
 
-def plan_in(storage: Path, model: Path, **quantization: Any) -> Plan:
+def plan_in(storage: Path, model: Path, url: str | None = None, **quantization: Any) -> Plan:
     text = storage / "text.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
     settings = {**SETTINGS, "text": {**SETTINGS["text"], "path": str(text)}}  # type: ignore[dict-item]
     quantization |= {"refinement_rounds": 0}
-    config = {"name": "run", "storage_path": str(storage), "model": str(model), "quantization": quantization}
+    config = {"name": "run", "storage_path": url or str(storage), "model": str(model), "quantization": quantization}
     file = storage / "run.yaml"
     file.write_text(yaml.safe_dump(settings | config))
     return make_plan(load_config(file))
 
 
 def content(directory: Path) -> dict[str, str | None]:
-    return {f.name: digest_of_file(f) for f in directory.iterdir() if f.name != ".lease"}
+    return {f.name: digest_of_file(f) for f in directory.iterdir() if f.is_file()}
 
 
 def tensors(directory: Path) -> dict[str, dict[str, Any]]:
@@ -149,6 +151,44 @@ def test_an_interrupted_streamed_bank_ends_with_the_bytes_of_kept_hessians(
     streamed(plan, windows, pool)
     assert content(bank) == expected
     assert pool.labels == ["calibrate[2:4]", "bank[model.layers.2.mlp.gate_proj]"]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_hessians_go_through_the_storage_only_where_other_machines_build_and_do_not_stay_there(
+    elsewhere: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITGENOME_CACHE", str(tmp_path / "here"))
+    monkeypatch.setattr(disk, "HESSIANS_AT_ONCE", 1)  # a block at a time
+    (tmp_path / "kept").mkdir()
+    plan = plan_in(tmp_path / "kept", model)
+    windows = read_windows(plan)
+    hessians, groups = calibrate(plan, windows, SerialPool(), no_progress)
+    expected = content(build_bank(plan, hessians, groups, SerialPool(), no_progress))
+
+    seen: set[str] = set()  # of what passes through the storage
+
+    class Watched(OtherNode):
+        one_machine = not elsewhere
+
+        def _run(self, task: Task) -> Any:
+            result = super()._run(task) if elsewhere else SerialPool._run(self, task)
+            seen.update(f.name for f in (tmp_path / "stored").rglob("*.safetensors") if "passing" in f.parts)
+            return result
+
+    storage = tmp_path / "url"
+    storage.mkdir()
+    plan = plan_in(storage, model, keep_hessians=False, url=(tmp_path / "stored").as_uri())
+    pool = staged_pool(Watched(tmp_path / "there", monkeypatch), plan.config, plan.folder)
+    with RunDirectory.owned(plan.config) as run:
+        record_inputs(plan, windows, run)
+        _, _, bank = build_streamed(plan, windows, run, pool, no_progress)
+    assert content(bank) == content(tmp_path / "stored" / "shared" / "bank" / bank.name) == expected
+    assert bool(seen) == elsewhere
+    assert {file.removesuffix(".safetensors") for file in seen} - {f"hidden-{n}" for n in range(9)} == (
+        set(groups) if elsewhere else set()
+    )
+    left = [f for f in tmp_path.rglob("*") if f.is_file() and {"passing", ".passing"} & set(f.parts)]
+    assert left == []
 
 
 def test_calibration_goes_on_from_the_block_that_it_has_reached(

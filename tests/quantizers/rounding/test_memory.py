@@ -18,7 +18,7 @@ from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics import hessian
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
 
-ROWS, COLUMNS, TOGETHER = 1024, 256, 128  # rows of the tensor, and those that go at once
+ROWS, COLUMNS, TOGETHER = 1024, 256, 256  # rows of the tensor, and those that go at once
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -67,7 +67,7 @@ def test_rows_go_in_chunks_that_change_no_byte(
         (nearest, "ROUNDED_WEIGHTS", TOGETHER * COLUMNS),
         (sparsegpt, "BATCH_ROWS", TOGETHER),
         (codebook_packing, "PACKED_WEIGHTS", TOGETHER * COLUMNS),
-        (pruned_sparsegpt, "PRUNED_WEIGHTS", 2 * TOGETHER * COLUMNS),
+        (pruned_sparsegpt, "PRUNED_WEIGHTS", TOGETHER * COLUMNS),
     ):
         monkeypatch.setattr(module, name, value)
     with LargestAllocation() as largest:
