@@ -11,6 +11,15 @@ from tests.pretended.accelerator import counted, counting, install
 
 install()
 from benchmarks import device_stages as stages  # noqa: E402 - after the device is there
+from evaluators.engine.evaluator import GenomeEvaluator  # noqa: E402
+
+
+def read_ahead(subject: stages.Subject) -> stages.Figures:
+    """Read some weights in a thread, as a sweep does for its next block: subject has but one."""
+    weights = GenomeEvaluator(subject.setup("auto")).sweep.weights
+    keys = [(gene.name, fmt) for gene in subject.space.genes[:3] for fmt in (None, gene.formats[0])]
+    weights.fetch_ahead(keys)
+    return {"unit": "bytes", "work": sum(weights.get(*key).nbytes for key in keys)}
 
 
 def main(folder: Path, model: Path) -> None:
@@ -22,6 +31,7 @@ def main(folder: Path, model: Path) -> None:
         "codebooks": lambda: stages.build_codebooks(subject),
         "resident": lambda: stages.sweep(subject, "float32"),
         "streamed": lambda: stages.sweep(subject, "auto", stages.least_memory(subject)),
+        "read ahead": lambda: read_ahead(subject),
         "gradient": lambda: stages.gradient(subject),
         "exact": lambda: stages.exact(subject, 2),
         "healing": lambda: stages.heal_whole(subject),
