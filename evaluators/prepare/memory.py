@@ -5,18 +5,19 @@ tensors that read it.
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 import torch
 
 from evaluators.model.sizes import FLOAT_BYTES, LAYERS, ModelShape, StageMemory, larger
 from evaluators.prepare.calibration import CHUNK_TOKENS
 from quantizers.formats.table import QuantFormat
+from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
 from quantizers.rounding.sparsegpt import batch_rows
 
 DOUBLE_BYTES = 8
 FIXED_BYTES = 64 << 20  # of matrix libraries, and what allocators keep between two blocks
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
+PLAIN_COPIES = 8  # of the weights that are rounded at once: reordered, integers, decoded, errors times the Hessian
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a block that read one tensor
 
@@ -66,22 +67,21 @@ def group_memory(
 ) -> StageMemory:
     """Return what quantizing the tensors ``names``, which read one input, takes.
 
-    Besides their weights and packed bytes these are the Hessian, its float64 factor with a copy while it is inverted,
-    and a batch of rows in all formats.
+    Besides their weights and packed bytes these are the Hessian and its float64 factor; then that in float32, with a
+    batch of rows in all formats or, rounded plainly, of one tensor.
     """
     C = shape.tensors[names[0]][1]
     levels = max(len(formats[name]) for name in names)
     rows = min(sum(shape.tensors[name][0] for name in names), batch_rows(C, levels, device))
     packed = sum(fmt.tensor_bytes(shape.tensors[name]) for name in names for fmt in formats[name])
-    largest = max(prod(shape.tensors[name]) for name in names) * FLOAT_BYTES
+    batch = rows * levels * C * FLOAT_BYTES * BATCH_COPIES
+    at_once = ROUNDED_WEIGHTS if device.type == "cpu" else ACCELERATOR_WEIGHTS
+    plain = min(at_once, max(shape.weights(name) for name in names)) * FLOAT_BYTES * PLAIN_COPIES
     there = {
         "weights": sum(shape.weights(name) for name in names) * FLOAT_BYTES,
         "Hessian": C * C * FLOAT_BYTES,
-        "factor": C * C * (DOUBLE_BYTES + FLOAT_BYTES),
         "packed": packed,
-        "rows": rows * levels * C * FLOAT_BYTES * BATCH_COPIES,
-        "allocators": FIXED_BYTES,
+        "factor and rows": max(C * C * (DOUBLE_BYTES + FLOAT_BYTES), C * C * 2 * FLOAT_BYTES + max(batch, plain)),
     }
-    there["rows"] = max(there["rows"], 2 * largest) if device.type == "cpu" else there["rows"]
     host = {"Hessian as read": C * C * FLOAT_BYTES, "packed, to be written": packed}
     return StageMemory.on(device, there, host if device.type != "cpu" else {"packed, to be written": packed})
