@@ -11,10 +11,15 @@ from quantizers.rounding import codebook_search, coordinate_descent, nearest, sp
 from quantizers.rounding.sparsegpt import compensate
 
 ROWS = 64
-BLOCK_FORMATS = [fmt for fmt in FORMATS.values() if not fmt.is_float]
+SLOW = {"IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}  # seconds each; IQ2_XXS takes the same path
+BLOCK_FORMATS = [
+    pytest.param(fmt, marks=[pytest.mark.long] if fmt.name in SLOW else [], id=fmt.name)
+    for fmt in FORMATS.values()
+    if not fmt.is_float
+]
 
 
-@pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", BLOCK_FORMATS)
 def test_no_byte_depends_on_the_chunks(fmt, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(7)
     columns = 256 if fmt.name in CODEBOOK_GRIDS else 512  # one super-block is slow enough
