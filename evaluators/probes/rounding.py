@@ -6,6 +6,7 @@ No weights are read.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,19 +15,19 @@ from evaluators.probes.rates import Rounding, RoundingRate
 from evaluators.probes.timing import product_flops, seconds_of, timed
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
-from quantizers.rounding.nearest import quantize
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.sparsegpt import batch_rows, compensate
 from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import HessianAccumulator, inverse_factor
 
 HESSIAN_TOKENS = 1024
-MOST_COLUMNS = 512  # of a probe of rounding; times of wider ones follow from it
+MOST_COLUMNS = 256  # of a probe of rounding; times of wider ones follow from it
 MOST_INPUTS = 4096  # columns of the input of a Hessian; wider ones take time by their square
-CPU_ROWS = 32, 128  # of two probes of rounding on a CPU
+DECODED_ROWS, DECODED_COLUMNS = 64, 4096
+CPU_ROWS = 32, 384  # of two probes of rounding on a CPU
 ACCELERATOR_ROWS = 1024, 16384  # where fewer rows hardly count beside the launches of a column
 CPU_FACTOR = 512  # columns of the Hessian whose factor is timed; on an accelerator MOST_INPUTS
-PRODUCTS = 6  # operations of rounding for a weight, a level and a column (2 cores, 512 and 1,024 columns: 5.7)
+PRODUCTS = 20  # operations of rounding for a weight, a level and a column (from 256, 1,024 and 2,048 columns on a CPU)
 
 
 def hessian_seconds(columns: int, device: torch.device) -> float:
@@ -82,17 +83,17 @@ def column_and_weight(
 
     W = torch.randn(many, kind.columns, device=device)
     work(W[:few])  # a first time, in which code and tables are loaded
-    short, long = (timed(lambda rows=rows: work(W[:rows]), device) for rows in (few, many))  # type: ignore[misc]
+    short, long = (timed(partial(work, W[:rows]), device) for rows in (few, many))
     weight = max(0.0, long - short) / ((many - few) * kind.columns)
     return max(0.0, short / kind.columns - few * weight), weight
 
 
 def decode_seconds(roundings: Sequence[Rounding], device: torch.device) -> float:
-    """Return the mean seconds of decoding a weight, over the formats."""
+    """Return the mean seconds of decoding a weight, over the formats, from random bytes."""
     names = sorted({name for rounding in roundings for name in rounding.formats if not FORMATS[name].is_float})
-    if not names:
-        return 0.0
-    W = torch.randn(64, 4096, device=device)
-    packed = {name: quantize(FORMATS[name], W) for name in names}
-    taken = [seconds_of(lambda n=name: dequantize(FORMATS[n], packed[n]), device) for name in names]  # type: ignore[misc]
-    return math.fsum(taken) / len(taken) / W.numel()
+    taken = []
+    for name in names:
+        fmt = FORMATS[name]
+        packed = torch.randint(256, (DECODED_ROWS, fmt.row_bytes(DECODED_COLUMNS)), dtype=torch.uint8, device=device)
+        taken.append(seconds_of(partial(dequantize, fmt, packed), device))
+    return math.fsum(taken) / max(1, len(taken)) / (DECODED_ROWS * DECODED_COLUMNS)

@@ -9,7 +9,7 @@ import torch
 
 from bitgenome.common.cpus import usable_cpus
 
-PROBE_SECONDS = 0.05  # a probe is repeated until it has taken that long
+PROBE_SECONDS = 0.03  # a probe is repeated until it has taken that long
 PRODUCT_SIDE = 1024  # rows and columns of the product that stands for others
 
 
