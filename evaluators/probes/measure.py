@@ -22,7 +22,7 @@ from evaluators.probes.rates import Rates, Rounding
 from evaluators.probes.rounding import decode_seconds, hessian_seconds, rounding_seconds
 from evaluators.probes.timing import all_cores, product_flops, seconds_of
 from evaluators.settings import Activations, Compute
-from quantizers.formats.table import FORMATS
+from quantizers.formats.table import format_for
 from quantizers.settings import CompensationSettings
 
 BLOCK_TOKENS = 1024  # positions of a probe of a block, at least one window
@@ -122,7 +122,7 @@ def block_seconds(
     if compute != torch.float32 or activations == "q8":
         model = model_in(compute)
         if activations == "q8":
-            EightBitInputs(model, {name: FORMATS["Q4_K"] for name, _ in model.linears(0)})
+            EightBitInputs(model, {name: format_for("W4", linear.in_features) for name, linear in model.linears(0)})
         with torch.inference_mode():
             fast = seconds_of(lambda: model.run_block(0, hidden), device) / positions
     return fast, plain, back

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,7 @@ from evaluators.probes.measure import MeasureRates
 from evaluators.probes.rates import Rates, Rounding
 from quantizers.settings import CompensationSettings, Sparsity
 from tests.conftest import EMBEDDED
+from tests.small_models import save_small_model
 from workers.pool.base import SerialPool
 
 KINDS = (
@@ -16,6 +18,13 @@ KINDS = (
     Rounding(64, ("Q4_0", "Q8_0")),
     Rounding(256, ("Q4_K",), Sparsity(0.5)),
 )
+
+
+def test_rows_that_do_not_divide_into_large_blocks_read_eight_bit_inputs_too(tmp_path: Path) -> None:
+    path = save_small_model(tmp_path / "model", "llama")  # its rows have 64 weights
+    task = MeasureRates(path, 16, KINDS[1:2], CompensationSettings(), "auto", "q8")
+    (rates,) = SerialPool().map([task])
+    assert rates.block > 0
 
 
 def test_rates_are_measured_for_every_kind_without_reading_weights() -> None:
