@@ -29,7 +29,7 @@ def completion(file: Path, prompt: str) -> str:
     params.hostnames = ["127.0.0.1"]
     params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     answer = xllamacpp.Server(params).handle_completions({"prompt": prompt, "n_predict": 8, "temperature": 0.0})
-    return str(answer["content"])
+    return str(answer["choices"][0]["text"])
 
 
 @pytest.mark.long
