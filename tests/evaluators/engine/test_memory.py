@@ -32,6 +32,7 @@ def test_a_model_whose_weights_exceed_the_limit_is_searched_within_it(streamed: 
     assert streamed["measured"] < (1 + SLACK) * streamed["predicted"] <= (1 + SLACK) * LIMIT
 
 
+@pytest.mark.long
 def test_what_a_resident_search_takes_is_predicted(tmp_path: Path) -> None:
     case = {"path": str(tmp_path), "layers": 4, "genomes": 8, "tokens": 1024, "limit": None}
     resident = measured_apart(case)
