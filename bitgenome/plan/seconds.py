@@ -3,23 +3,22 @@
 What none of the rates covers (a cluster's start, files of a few megabytes) has constants with their measurement.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
 from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
 from bitgenome.plan.plan import Plan
 from evaluators.healing.tuner import MICRO_TOKENS
+from evaluators.model.sizes import LAYERS, ModelShape
+from evaluators.prepare.memory import input_groups as groups_of
 from evaluators.probes.rates import Rates, Rounding
-from exporters.metadata.tensor_names import tensor_table
 
 CLUSTER_SECONDS = 6.0  # for a local cluster and its first worker to be there (2 cores; 4 to 12 measured)
 RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tokens
 STREAM_BYTES = 1e9  # a second, from a disk or the page cache
 SHARED = 0.6  # of the blocks of a generation's genomes run; the rest is shared with neighbours (benchmarks/README.md)
 BRANCH = 0.5  # of the blocks run for a sensitivity: those behind its gene
-SAME_INPUT = ((r"attn_(q|k|v|qkv)$", "attn_in"), (r"ffn_(gate|up)$", "ffn_in"))  # GGUF names of tensors that share one
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,17 @@ class Group:
 
 
 def input_groups(plan: Plan) -> list[Group]:
-    """Return the input groups of the model, in the order of its tensors."""
+    """Return the input groups of the tensors that are quantized."""
+    shape = ModelShape.of(plan.folder)
     formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
-    found: dict[str, Group] = {}
-    for entry in tensor_table(plan.folder):
-        if not entry.quantizable:
-            continue
-        name = entry.gguf_name.removesuffix(".weight")
-        for pattern, together in SAME_INPUT:
-            name = re.sub(pattern, together, name)
-        shape = plan.folder.shapes[entry.hf_name]
-        kind = Rounding(shape[-1], tuple(f.name for f in formats[entry.hf_name]), plan.sparsity.get(entry.hf_name))
-        weights = prod(shape) + (found[name].weights if name in found else 0)
-        found[name] = Group(kind, weights, name.startswith("blk."))
-    return list(found.values())
+    found = []
+    for names in groups_of(shape):
+        if members := [name for name in names if name in formats]:
+            first = members[0]
+            choices = tuple(fmt.name for fmt in formats[first])
+            kind = Rounding(shape.tensors[first][-1], choices, plan.sparsity.get(first))
+            found.append(Group(kind, sum(map(shape.weights, members)), LAYERS in first))
+    return found
 
 
 def roundings(plan: Plan) -> tuple[Rounding, ...]:
