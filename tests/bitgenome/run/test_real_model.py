@@ -40,7 +40,6 @@ def test_a_pretrained_model_of_thirty_blocks_still_knows_its_capitals_and_took_a
         "model": str(folder),
         "budget": {"bits_per_weight": 5.5},
         "levels": ["W3", "W4", "W6"],
-        "text": {"source": "stdlib", "splits": None, "window": 256},
         "sensitivity": {"measure": "gradient"},
         "healing": {"steps": 10, "learning_rate": None},
     }
