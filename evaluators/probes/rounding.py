@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluators.probes.rates import Rounding, RoundingRate
-from evaluators.probes.timing import product_flops, seconds_of, timed
+from evaluators.probes.timing import product_flops, seconds_of
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
@@ -82,8 +82,7 @@ def column_and_weight(
             compensate({"probe": W}, formats, H, settings)
 
     W = torch.randn(many, kind.columns, device=device)
-    work(W[:few])  # a first time, in which code and tables are loaded
-    short, long = (timed(partial(work, W[:rows]), device) for rows in (few, many))
+    short, long = (seconds_of(partial(work, W[:rows]), device) for rows in (few, many))
     weight = max(0.0, long - short) / ((many - few) * kind.columns)
     return max(0.0, short / kind.columns - few * weight), weight
 
