@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,13 @@ def measured_apart(case: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def answer_case(text: str, measure: Callable[..., dict[str, Any]]) -> None:
+    """Write what ``measure`` finds for a case, given as JSON by the process that waits for it, beside its model."""
+    case = json.loads(text)
+    path = Path(case["path"])
+    (path / RESULT_FILE).write_text(json.dumps(measure(**case | {"path": path})), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
@@ -122,9 +129,7 @@ def main() -> None:
     parser.add_argument("--case", type=str, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        case = json.loads(arguments.case)
-        found = measure(**case | {"path": Path(case["path"])})
-        (Path(case["path"]) / RESULT_FILE).write_text(json.dumps(found), encoding="utf-8")
+        answer_case(arguments.case, measure)
         return
     what = f"{GENERATIONS} generations of {arguments.genomes}, {arguments.tokens:,} tokens"
     table = Table(title=f"{what}; MiB above the libraries' own")

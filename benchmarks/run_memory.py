@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.memory import confine, status_bytes
+from benchmarks.memory import RESULT_FILE, answer_case, confine, status_bytes
 from benchmarks.synthetic import random_model
 from bitgenome.common.devices import release_memory
 from bitgenome.config.run import parse_config
@@ -43,7 +43,6 @@ WINDOW = 64
 TOKENS = {"calibration": 512, "sensitivity": 64, "search": 64, "validation": 128, "test": 256}
 SHARE = 0.8
 FIRST_STAGE = "calibration"
-RESULT_FILE = "run_memory.json"
 
 
 def settings(path: Path, memory: int, compensation: bool) -> dict[str, Any]:
@@ -160,9 +159,7 @@ def main() -> None:
     parser.add_argument("--case", type=str, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        case = json.loads(arguments.case)
-        found = measure(**case | {"path": Path(case["path"])})
-        (Path(case["path"]) / RESULT_FILE).write_text(json.dumps(found), encoding="utf-8")
+        answer_case(arguments.case, measure)
         return
     storage = arguments.storage or Path(tempfile.mkdtemp())
     limit = arguments.limit_mib << 20

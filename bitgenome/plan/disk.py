@@ -17,6 +17,12 @@ def hessian_bytes(plan: Plan) -> int:
     return sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan))
 
 
+def block_hessian_bytes(plan: Plan) -> int:
+    """Return the bytes of one block's Hessians."""
+    of_blocks = sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan) if group.block)
+    return of_blocks // ModelShape.of(plan.folder).layers
+
+
 def keeps_hessians(plan: Plan) -> bool:
     """Return whether the Hessians stay on disk when the bank is built: as configured, or where they are small."""
     wanted = plan.config.quantization.keep_hessians
@@ -31,8 +37,7 @@ def stretches(plan: Plan) -> list[range]:
     They do not depend on the workers. The number after the last block stands for head and embedding.
     """
     blocks = ModelShape.of(plan.folder).layers
-    of_block = sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan) if group.block) // blocks
-    together = max(1, HESSIANS_AT_ONCE // of_block)
+    together = max(1, HESSIANS_AT_ONCE // block_hessian_bytes(plan))
     starts = range(0, blocks, together)
     return [range(start, start + together if start + together < blocks else blocks + 1) for start in starts]
 
@@ -42,9 +47,8 @@ def calibration_bytes(plan: Plan) -> int:
     if keeps_hessians(plan):
         return hessian_bytes(plan)
     tokens, longest = plan.config.text.tokens.calibration, max(len(blocks) for blocks in stretches(plan))
-    shape = ModelShape.of(plan.folder)
-    of_block = sum(FLOAT_BYTES * group.columns**2 for group in input_groups(plan) if group.block) // shape.layers
-    return longest * of_block + 2 * FLOAT_BYTES * tokens * shape.hidden  # hidden states: the old and the new ones
+    states = 2 * FLOAT_BYTES * tokens * ModelShape.of(plan.folder).hidden
+    return longest * block_hessian_bytes(plan) + states  # hidden states: the old and the new ones
 
 
 def bank_bytes(plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from bitgenome.plan.plan import Plan
 from bitgenome.storage.run_directory import RunDirectory
@@ -25,21 +26,21 @@ def choose_activations(plan: Plan, setup: EvaluatorSetup, run: RunDirectory, poo
     configured = plan.config.evaluation.activations
     if configured != "auto":
         return configured
-    if RECORDED not in run.record:
+
+    def measure() -> dict[str, Any]:
         base = nearest_uniform(plan.space, plan.budget)
         fidelity = Fidelity("search", plan.config.text.tokens.sensitivity)
         setups = (replace(setup, activations=how, key=f"{setup.key}-{how}") for how in ("float", "q8"))
         tasks = [EvaluateGenomes(s, (base,), fidelity, f"activations[{s.activations}]", ()) for s in setups]
         (plain,), (rounded,) = pool.map(tasks)
         chosen = decided(plain.kl, rounded.kl)
-        run.record[RECORDED] = {"chosen": chosen, "float_kl": plain.kl, "q8_kl": rounded.kl}
-        run.record.save()
         log.info(
             "8-bit inputs change the KL of a uniform genome from %.5f to %.5f: the search reads %s",
             plain.kl, rounded.kl, "8-bit inputs, as llama.cpp does" if chosen == "q8" else "float inputs",
         )  # fmt: skip
-    found: str = run.record[RECORDED]["chosen"]
-    return found
+        return {"chosen": chosen, "float_kl": plain.kl, "q8_kl": rounded.kl}
+
+    return str(run.record.once(RECORDED, measure)["chosen"])
 
 
 def decided(float_kl: float, q8_kl: float) -> str:

@@ -18,15 +18,15 @@ def choose_compute(plan: Plan, run: RunDirectory, pool: Pool) -> dict[str, str]:
     The first time a worker is asked: ``evaluation.compute: auto`` is what suits its device. A run that is resumed on
     other machines goes on as it was begun.
     """
-    if RECORDED not in run.record:
+
+    def ask() -> dict[str, str]:
         configured = plan.config.evaluation.compute
         (device,) = pool.map([DescribeDevice()])
         chosen = device.compute if configured == "auto" else configured
-        run.record[RECORDED] = {"type": chosen, "device": device.kind}
-        run.record.save()
         log.info("the search multiplies in %s, on workers with %s", chosen, device.name)
-    found: dict[str, str] = run.record[RECORDED]
-    return found
+        return {"type": chosen, "device": device.kind}
+
+    return run.record.once(RECORDED, ask)
 
 
 def recorded_device(run: RunDirectory) -> str:

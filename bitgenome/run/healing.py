@@ -81,7 +81,8 @@ def decide_variant(plan: Plan, run: RunDirectory, pool: Pool) -> str:
     """
     if plan.config.healing.enabled == "off":
         return "off"
-    if "healing_variant" not in run.record:
+
+    def decide() -> str:
         ((free, kind),) = pool.map([MeasureRoom()])
         limit, device = plan.config.evaluation.memory or free, torch.device(kind)
         variant = healing_variant(plan, limit, device)
@@ -92,10 +93,9 @@ def decide_variant(plan: Plan, run: RunDirectory, pool: Pool) -> str:
                 (whole.device_bytes or whole.host_bytes) / 2**30,
                 limit / 2**30,
             )
-        run.record["healing_variant"] = variant
-        run.record.save()
-    found: str = run.record["healing_variant"]
-    return found
+        return variant
+
+    return run.record.once("healing_variant", decide)
 
 
 def heal(

@@ -116,12 +116,12 @@ def run_stages(
 
 def expected_seconds(plan: Plan, directory: RunDirectory, pool: Pool) -> dict[str, float]:
     """Return the seconds that each stage is expected to take, as found at the run's first start and recorded."""
-    if "forecast" not in directory.record:
+
+    def probe() -> dict[str, float]:
         with directory.stage("forecast"):
             (rates,) = pool.map([rates_task(plan)])
             stages = forecast(plan, rates, pool.size)
-        directory.record["forecast"] = {stage.stage: round(stage.seconds, 2) for stage in stages}
-        directory.record.save()
         log.info("expected to take %s on %d workers", duration(sum(s.seconds for s in stages)), pool.size)
-    expected: dict[str, float] = directory.record["forecast"]
-    return expected
+        return {stage.stage: round(stage.seconds, 2) for stage in stages}
+
+    return directory.record.once("forecast", probe)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bitgenome.common.errors import StorageError, UserError
 from bitgenome.common.files import atomic_write_text
@@ -20,6 +20,8 @@ CHANGED = {  # what may have changed, by the key of a digest
     "model": ": have its weights, config.json or tokenizer files changed, such as chat_template.jinja (which versions "
     "before left out)? Put them back, or begin a run of another name"
 }
+T = TypeVar("T")
+
 RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "deap", "gguf", "numpy", "xllamacpp")
 
 
@@ -59,6 +61,14 @@ class RunRecord(UserDict[str, Any]):
         """Write run.json atomically. Raises StorageError, and whatever ``before_write`` raises."""
         self.before_write()
         atomic_write_text(self.file, json.dumps(self.data, indent=1) + "\n")
+
+    def once(self, key: str, decide: Callable[[], T]) -> T:
+        """Return what is recorded under ``key``; the first time that is what ``decide`` returns, a JSON value."""
+        if key not in self:
+            self[key] = decide()
+            self.save()
+        found: T = self[key]
+        return found
 
     def pin(self, key: str, value: str) -> None:
         """Record a digest once. Raises UserError if the run was started with another."""

@@ -66,7 +66,7 @@ def measure_rates(
     """
     device, threads = best_device(), torch.get_num_threads()
     block, block_float32, gradient = block_seconds(folder, window, device, compute_type(compute, device), activations)
-    head, head_gradient = head_seconds(folder, window, device)
+    head, head_gradient = head_seconds(folder, device)
     columns = sorted({rounding.columns for rounding in roundings})
     rounding, factor = rounding_seconds(roundings, settings, device)
     decode = decode_seconds(roundings, device)
@@ -138,7 +138,7 @@ def backward_seconds(model: BlockModel, hidden: Tensor) -> float:
     return seconds_of(work, hidden.device) * len(hidden)
 
 
-def head_seconds(folder: ModelFolder, window: int, device: torch.device) -> tuple[float, float]:
+def head_seconds(folder: ModelFolder, device: torch.device) -> tuple[float, float]:
     """Return the seconds a position of one candidate's logits and divergence, and of the gradient of its divergence."""
     vocabulary, width = folder.shapes[folder.head_tensor]
     rows = min(vocabulary, MOST_ROWS)
