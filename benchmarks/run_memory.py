@@ -12,6 +12,7 @@ read, allocators, the run's own objects).
 import argparse
 import gc
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -30,19 +31,22 @@ from benchmarks.memory import RESULT_FILE, answer_case, confine, status_bytes
 from benchmarks.synthetic import random_model
 from bitgenome.common.devices import release_memory
 from bitgenome.config.run import parse_config
-from bitgenome.plan.memory import stage_memory
-from bitgenome.plan.plan import make_plan
+from bitgenome.plan.memory import llamacpp_memory, proof_memory, stage_memory
+from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.run.pipeline import run
 from bitgenome.storage.run_directory import RunDirectory
+from evaluators.engine import evaluator
+from evaluators.healing import blocks
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
+from evaluators.model.sizes import ModelShape
 
 EMBEDDED = Path(__file__).parents[1] / "models" / "stdlib-6m"  # whose tokenizer and held-out text the model takes
 VOCABULARY = 4096
 WINDOW = 64
 TOKENS = {"calibration": 512, "sensitivity": 64, "search": 64, "validation": 128, "test": 256}
 SHARE = 0.8
-FIRST_STAGE = "calibration"
+EVALUATING = ("search", "validation", "healing", "test")  # may begin with the evaluator of the stage before
 
 
 def settings(path: Path, memory: int, compensation: bool) -> dict[str, Any]:
@@ -78,42 +82,91 @@ def model(path: Path, layers: int, hidden: int) -> Path:
     return folder
 
 
-@contextmanager
-def stages_watched(peaks: dict[str, float]) -> Iterator[None]:
-    """Note each stage's peak of resident memory, in bytes, above what the process held before the first of them."""
-    plain, base = RunDirectory.stage, 0
+class Peaks:
+    """Each stage's peak of resident memory, in bytes, above what the process took when nothing was held for it.
+
+    That is at the stage's start or, where the stage before left an evaluator, where that is closed; stages that go on
+    with the evaluator of the one before count from where that one did.
+    """
+
+    def __init__(self) -> None:
+        self.measured: dict[str, float] = {}
+        self.base = 0
+
+    def note(self, name: str) -> None:
+        """Note the peak so far, and watch for the next."""
+        self.measured[name] = max(self.measured.get(name, 0), status_bytes("VmHWM") - self.base)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+    def restart(self) -> None:
+        """Take what is held now as nothing, and watch for a peak anew."""
+        gc.collect()
+        release_memory()
+        self.base = status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     @contextmanager
-    def watched(self: RunDirectory, name: str) -> Iterator[None]:
-        nonlocal base
-        if name == FIRST_STAGE:
-            gc.collect()
-            release_memory()
-            base = status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark starts anew
-        with plain(self, name):
-            yield
-        peaks[name] = max(peaks.get(name, 0), status_bytes("VmHWM") - base)
+    def watching(self) -> Iterator[None]:
+        """Watch all stages of the runs within."""
+        stage, make_room = RunDirectory.stage, evaluator.make_room
+        running, fresh = "", True  # the stage, and whether it has freed nothing yet
 
-    RunDirectory.stage = watched  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        RunDirectory.stage = plain  # type: ignore[method-assign]
+        @contextmanager
+        def watched(run: RunDirectory, name: str) -> Iterator[None]:
+            nonlocal running, fresh
+            running, fresh = name, True
+            if name not in EVALUATING:
+                self.restart()
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+            with stage(run, name):
+                yield
+            self.note(name)
+
+        def emptied(state: dict[Any, Any]) -> None:
+            nonlocal fresh
+            if not fresh:  # else all of it belongs to the stage before
+                self.note(running)
+            fresh = False
+            make_room(state)
+            self.restart()
+
+        RunDirectory.stage = watched  # type: ignore[method-assign]
+        evaluator.make_room = blocks.make_room = emptied
+        try:
+            yield
+        finally:
+            RunDirectory.stage = stage  # type: ignore[method-assign]
+            evaluator.make_room = blocks.make_room = make_room
+
+
+def children_bytes() -> int:
+    """The most that any process held which this one started and which has ended."""
+    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def predictions(plan: Plan, memory: int) -> dict[str, int]:
+    """The predicted peak of every stage where a worker may use ``memory`` bytes; of the proof, llama.cpp's apart."""
+    cpu, text = torch.device("cpu"), plan.config.text
+    stages = stage_memory(plan, cpu, memory)
+    proof = proof_memory(ModelShape.of(plan.folder), text.window, text.tokens.test, memory, cpu)
+    stages |= {"proof": proof, "llama.cpp": llamacpp_memory(plan)}
+    return {name: found.host_bytes for name, found in stages.items()}
 
 
 def measure(path: Path, memory: int, limit: int, cgroup: str | None, compensation: bool) -> dict[str, Any]:
     """Run everything in this process; return peaks, predictions and seconds by stage, and what the run ended in."""
     config = parse_config(settings(path, memory, compensation), "run_memory")
     plan = make_plan(config)
-    predicted = {name: found.host_bytes for name, found in stage_memory(plan, torch.device("cpu"), memory).items()}
+    predicted = predictions(plan, memory)
     BlockModel(ModelFolder(path / "model"), torch.device("cpu"))  # loads transformers' modules
     if cgroup is not None:
         confine(limit, cgroup)
-    measured: dict[str, float] = {}
-    started = time.perf_counter()
-    with stages_watched(measured):
+    subprocess.run([sys.executable, "-c", "import xllamacpp"], check=True)
+    alone = children_bytes()  # llama.cpp without a file
+    peaks, started = Peaks(), time.perf_counter()
+    with peaks.watching():
         outcome = run(config, Console(file=sys.stderr, width=120))
+    measured = peaks.measured | {"llama.cpp": children_bytes() - alone}
     return {
         "weights": plan.space.weights,
         "predicted": predicted,

@@ -9,7 +9,7 @@ from bitgenome.common.devices import best_device, compute_type, host_share, work
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
 from bitgenome.plan.plan import Plan
-from evaluators.engine.memory import Load, SweepMemory, sweep_memory
+from evaluators.engine.memory import Load, SweepMemory, lighter, sweep_memory
 from evaluators.engine.streamed import pass_memory
 from evaluators.gradient.memory import gradient_memory
 from evaluators.healing.memory import chunk_bytes, healing_memory, reference_bytes
@@ -22,18 +22,23 @@ GENES_TOGETHER = 8  # neighbours in one sweep, which branch off the full-precisi
 MOST_TOGETHER = 32  # genomes of one task: bounds what a lost worker costs, and the time between signs of progress
 KEPT_GENOMES = 4  # whose prefixes workers keep
 PACKED_COPIES = 3  # of a tensor's bytes: from the file, in another order of rows, from the bank
+TOKEN_BYTES = 1200  # of a token of the vocabulary and its merge, as Python objects and as written
 LOG_PROBS = 5  # of a chunk of positions: llama.cpp's, a model's, and what comparing them computes
 REFERENCES = 12  # approximate number of seeds and uniform genomes that the winner is compared with
 
 
+def sensitivity_load(plan: Plan) -> Load:
+    """Return the load of measuring sensitivities by forward passes."""
+    levels = max(len(gene.formats) for gene in plan.space.genes)
+    return Load(GENES_TOGETHER * levels, plan.config.text.tokens.sensitivity, 1)
+
+
 def heaviest_load(plan: Plan) -> Load:
     """Return the load of the stage whose sweep has the most hidden states (candidates times tokens)."""
-    config, space = plan.config, plan.space
-    tokens = config.text.tokens
-    levels = max(len(gene.formats) for gene in space.genes)
+    config, tokens = plan.config, plan.config.text.tokens
     genomes = min(MOST_TOGETHER, config.search.population + config.search.elites)
     loads = (
-        Load(GENES_TOGETHER * levels, tokens.sensitivity, 1),
+        sensitivity_load(plan),
         Load(genomes, max(config.ladder.rungs), KEPT_GENOMES),
         Load(config.search.validation_candidates + REFERENCES, tokens.validation, 0),
         Load(REFERENCES, tokens.test, 0),
@@ -103,12 +108,14 @@ def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | No
     limit = limit or worker_limit(config, device)
     formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
     compute = compute_type(config.evaluation.compute, device)
-    sweep = sweep_memory(shape, formats, text.window, heaviest_load(plan), limit, compute).stage(device)
-    exact = sweep_memory(shape, formats, text.window, heaviest_load(plan), limit).stage(device)
+    load = heaviest_load(plan)
+    division = sweep_memory(shape, formats, text.window, load, limit, compute, device)
+    sweep = division.stage(device)
+    exact = sweep_memory(shape, formats, text.window, load, limit, device=device).stage(device)
     stages = {
         "calibration": calibration_memory(shape, text.tokens.calibration, text.window, device),
-        "bank": bank_memory(shape, formats, device),
-        "sensitivity": sweep,
+        "bank": bank_memory(shape, formats, device, compensation=config.quantization.compensation),
+        "sensitivity": lighter(division, shape, text.window, sensitivity_load(plan), device).stage(device),
         "search": sweep,
         "validation": sweep,
     }
@@ -116,28 +123,37 @@ def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | No
         stages["sensitivity"] = gradient_memory(shape, text.tokens.sensitivity, text.window, device)
     if config.healing.enabled != "off":
         stages["healing"] = stage_healing(plan, healing_variant(plan, limit, device), device)
-    q8, size = config.evaluation.activations == "q8", plan.budget.file_bytes
     stages |= {"test": exact, "export": export_memory(shape, formats)}
-    stages["proof"] = proof_memory(shape, text.window, text.tokens.test, size, limit, device, q8=q8)
+    proof = proof_memory(shape, text.window, text.tokens.test, limit, device, q8=config.evaluation.activations == "q8")
+    stages["proof"] = larger(llamacpp_memory(plan), proof)  # one after the other
     return stages
 
 
 def export_memory(shape: ModelShape, formats: Mapping[str, Sequence[QuantFormat]]) -> StageMemory:
-    """Return what writing and checking the file takes: the largest tensor's packed bytes, from file and bank."""
+    """Return what writing and checking the file takes: the largest tensor's packed bytes, and the tokenizer's lists."""
     largest = max(fmt.tensor_bytes(shape.tensors[name]) for name, fmts in formats.items() for fmt in fmts)
-    return StageMemory(host={"packed tensor": PACKED_COPIES * largest})
+    return StageMemory(host={"packed tensor": PACKED_COPIES * largest, "tokenizer": TOKEN_BYTES * shape.vocabulary})
+
+
+def llamacpp_memory(plan: Plan) -> StageMemory:
+    """Return what llama.cpp takes in a process of its own: the mapped file, weights in another order, and a cache.
+
+    Which weights it reorders depends on their types and on the processor; half of them are a guess.
+    """
+    window, shape, size = plan.config.text.window, ModelShape.of(plan.folder), plan.budget.file_bytes
+    cache = 2 * shape.layers * window * shape.state_bytes  # keys and values of a window, as if no heads shared them
+    return StageMemory(host={"file in llama.cpp": size, "weights reordered": size // 2, "key-value cache": cache})
 
 
 def proof_memory(
-    shape: ModelShape, window: int, tokens: int, file_bytes: int, limit: int, device: torch.device, *, q8: bool = False
+    shape: ModelShape, window: int, tokens: int, limit: int, device: torch.device, *, q8: bool = False
 ) -> StageMemory:
-    """Return what the proof takes: llama.cpp with the mapped file; then passes block by block; then the two heads.
+    """Return what the proof takes beside llama.cpp: passes block by block; then the two heads.
 
     ``q8`` says whether 8-bit inputs are simulated too.
     """
     positions = max(window, tokens // window * window)
     states = positions * shape.state_bytes
-    runtime = StageMemory(host={"file in llama.cpp": file_bytes, "hidden states of llama.cpp": states})
     held = {"hidden states of passes before": (2 if q8 else 0) * states + states}
     passes = pass_memory(shape, window, positions, limit, device)
     one_pass = StageMemory.on(device, held, {"hidden states of llama.cpp": states})
@@ -149,7 +165,7 @@ def proof_memory(
     }
     chunk = min(CHUNK_BYTES, positions * shape.vocabulary * FLOAT_BYTES)
     comparison = {"hidden states of llama.cpp": states, "log probabilities": LOG_PROBS * chunk}
-    return larger(runtime, larger(both, StageMemory.on(device, heads, comparison)))
+    return larger(both, StageMemory.on(device, heads, comparison))
 
 
 def check_memory(plan: Plan) -> None:

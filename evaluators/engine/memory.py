@@ -4,7 +4,7 @@ Sizes are in bytes. D is the hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from quantizers.formats.table import QuantFormat
 KEPT_TEXTS = 3  # texts whose full-precision outputs are kept: the rungs of a ladder
 STATE_SHARE = 0.25  # of a worker's memory, for the hidden states of one sweep; longer text is read in parts
 CACHE_SHARE = 0.125  # each for the prefixes of elites, for logits and for the activations of a batch
-FIXED_BYTES = 64 << 20  # for decoding some rows at a time (evaluators/prepare/bank.py) and for matrix libraries
+FIXED_BYTES = 40 << 20  # for decoding some rows at a time (evaluators/prepare/bank.py) and for matrix libraries
 DECODING_COPIES = 8  # temporaries of decoding, each as large as the weights decoded at once
 
 
@@ -83,7 +83,7 @@ class Needs:
     in_head: int  # logits of a chunk
 
 
-def sweep_needs(shape: ModelShape, window: int, load: Load, limit: int) -> Needs:
+def sweep_needs(shape: ModelShape, window: int, load: Load, limit: int, device: torch.device) -> Needs:
     """Return what the sweep of ``load`` over windows of ``window`` tokens takes of ``limit`` bytes besides weights."""
     state = shape.state_bytes
     positions = max(window, load.tokens // window * window)
@@ -99,7 +99,7 @@ def sweep_needs(shape: ModelShape, window: int, load: Load, limit: int) -> Needs
         reference=KEPT_TEXTS * positions * state,
         logits=logits if logits <= min(LOGIT_BYTES, int(limit * CACHE_SHARE)) else 0,
         in_block=windows * window * activations,
-        in_head=4 * chunk_size(shape.vocabulary, best_device()) * FLOAT_BYTES,
+        in_head=4 * chunk_size(shape.vocabulary, device) * FLOAT_BYTES,
     )
 
 
@@ -109,6 +109,21 @@ def windows_at_once(shape: ModelShape, window: int, positions: int, limit: int) 
     return max(1, min(BATCH_TOKENS, positions, fitting) // window)
 
 
+def lighter(division: SweepMemory, shape: ModelShape, window: int, load: Load, device: torch.device) -> SweepMemory:
+    """Return what the sweep of ``load`` uses of a ``division`` that was made for a heavier one: all of its weights."""
+    needs = sweep_needs(shape, window, load, division.limit, device)
+    unused = max(0, division.windows - needs.windows) * window * shape.activation_bytes(window)
+    return replace(
+        division,
+        windows=min(division.windows, needs.windows),
+        states=needs.states,
+        cache=needs.cache,
+        reference=needs.reference,
+        logits=needs.logits,
+        work=division.work - unused,
+    )
+
+
 def sweep_memory(
     shape: ModelShape,
     formats: Mapping[str, Sequence[QuantFormat]],
@@ -116,13 +131,16 @@ def sweep_memory(
     load: Load,
     limit: int,
     compute: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> SweepMemory:
-    """Divide ``limit`` bytes for the sweep of ``load`` over windows of ``window`` tokens.
+    """Divide ``limit`` bytes of ``device``, by default this machine's, for the sweep of ``load``.
 
-    ``formats`` holds the candidate formats by Hugging Face name; tensors without any stay in full precision. Blocks
-    multiply in ``compute``. Raises UserError, which says the least that is enough, if not even one block fits.
+    ``window`` is the number of tokens of a window. ``formats`` holds the candidate formats by Hugging Face name;
+    tensors without any stay in full precision. Blocks multiply in ``compute``. Raises UserError, which says the least
+    that is enough, if not even one block fits.
     """
-    needs = sweep_needs(shape, window, load, limit)
+    device = device or best_device()
+    needs = sweep_needs(shape, window, load, limit, device)
     floats = {name: shape.bytes_of(name, compute) for name in shape.tensors}
     everything = sum(size * (1 + len(formats.get(name, ()))) for name, size in floats.items())
 
@@ -131,7 +149,7 @@ def sweep_memory(
         return SweepMemory(limit, *shares, work, weights, reserve, everything)
 
     beside = needs.states + needs.cache + needs.reference + needs.logits
-    fixed = max(FIXED_BYTES, DECODING_COPIES * chunk_bytes(best_device(), 0))
+    fixed = max(FIXED_BYTES, DECODING_COPIES * chunk_bytes(device, 0))
     work = needs.in_block + needs.in_head + fixed  # both: allocators keep the one's memory during the other
     if everything <= limit - beside - work:
         return memory(work, everything, 0)

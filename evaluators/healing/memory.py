@@ -57,7 +57,7 @@ def whole_memory(
     """Return what training with the whole model in memory takes: every matrix in full precision and as quantized."""
     names = shape.tensors
     weights = sum(shape.bytes_of(name) * (2 if len(names[name]) == 2 else 1) for name in names)
-    micro = max(1, MICRO_TOKENS // window) * window
+    micro = micro_tokens(settings, window)
     measured = max(count for split, count in tokens.items() if split != "calibration")
     training = {
         "weights": weights,
@@ -83,7 +83,7 @@ def blocks_memory(
     used = min(tokens["calibration"], settings.steps * settings.batch_windows(window) * window)
     measured = [count for split, count in tokens.items() if split != "calibration"]
     states = (2 * used + 3 * sum(measured) + max(used, *measured)) * shape.state_bytes  # one more as a block moves on
-    micro = max(1, MICRO_TOKENS // window) * window
+    micro = micro_tokens(settings, window)
     largest = max(shape.bytes_of(name) for name in shape.tensors if name not in (shape.head, shape.embedding))
     activations = max(
         micro * (saved_bytes(shape, window, device) + shape.activation_bytes(window)),
@@ -97,6 +97,11 @@ def blocks_memory(
     }
     host = {"hidden states": states}
     return larger(StageMemory.on(device, block, host), StageMemory.on(device, heads, host))
+
+
+def micro_tokens(settings: HealingSettings, window: int) -> int:
+    """Return the tokens of one backward pass, in whole windows of ``window`` tokens."""
+    return min(max(1, MICRO_TOKENS // window), settings.batch_windows(window)) * window
 
 
 def saved_bytes(shape: ModelShape, window: int, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
 from quantizers.rounding.sparsegpt import batch_rows
 
 DOUBLE_BYTES = 8
-FIXED_BYTES = 64 << 20  # of matrix libraries, and what allocators keep between two blocks
+FIXED_BYTES = 40 << 20  # of matrix libraries, and what allocators keep between two blocks
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
 PLAIN_COPIES = 8  # of the weights that are rounded at once: reordered, integers, decoded, errors times the Hessian
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
@@ -53,22 +53,33 @@ def calibration_memory(shape: ModelShape, tokens: int, window: int, device: torc
     return StageMemory.on(device, there, {"hidden states": (positions + chunk) * shape.state_bytes})
 
 
-def bank_memory(shape: ModelShape, formats: Mapping[str, Sequence[QuantFormat]], device: torch.device) -> StageMemory:
+def bank_memory(
+    shape: ModelShape,
+    formats: Mapping[str, Sequence[QuantFormat]],
+    device: torch.device,
+    *,
+    compensation: bool = True,
+) -> StageMemory:
     """Return what quantizing the largest input group takes; ``formats`` are by Hugging Face name."""
     groups = [names for names in input_groups(shape) if any(name in formats for name in names)]
     found = StageMemory()
     for names in groups:
-        found = larger(found, group_memory(shape, [name for name in names if name in formats], formats, device))
+        searched = [name for name in names if name in formats]
+        found = larger(found, group_memory(shape, searched, formats, device, compensation))
     return found
 
 
 def group_memory(
-    shape: ModelShape, names: Sequence[str], formats: Mapping[str, Sequence[QuantFormat]], device: torch.device
+    shape: ModelShape,
+    names: Sequence[str],
+    formats: Mapping[str, Sequence[QuantFormat]],
+    device: torch.device,
+    compensation: bool,
 ) -> StageMemory:
     """Return what quantizing the tensors ``names``, which read one input, takes.
 
-    Besides their weights and packed bytes these are the Hessian and its float64 factor; then that in float32, with a
-    batch of rows in all formats or, rounded plainly, of one tensor.
+    Besides their weights, packed bytes and Hessian these are its float64 factor; then that in float32, with a batch of
+    rows in all formats or, rounded plainly, of one tensor. Without compensation there is only the last.
     """
     C = shape.tensors[names[0]][1]
     levels = max(len(formats[name]) for name in names)
@@ -77,11 +88,12 @@ def group_memory(
     batch = rows * levels * C * FLOAT_BYTES * BATCH_COPIES
     at_once = ROUNDED_WEIGHTS if device.type == "cpu" else ACCELERATOR_WEIGHTS
     plain = min(at_once, max(shape.weights(name) for name in names)) * FLOAT_BYTES * PLAIN_COPIES
+    compensated = max(C * C * (DOUBLE_BYTES + FLOAT_BYTES), C * C * 2 * FLOAT_BYTES + max(batch, plain))
     there = {
         "weights": sum(shape.weights(name) for name in names) * FLOAT_BYTES,
         "Hessian": C * C * FLOAT_BYTES,
         "packed": packed,
-        "factor and rows": max(C * C * (DOUBLE_BYTES + FLOAT_BYTES), C * C * 2 * FLOAT_BYTES + max(batch, plain)),
+        "factor and rows": compensated if compensation else plain,
     }
     host = {"Hessian as read": C * C * FLOAT_BYTES, "packed, to be written": packed}
     return StageMemory.on(device, there, host if device.type != "cpu" else {"packed, to be written": packed})

@@ -73,9 +73,9 @@ def test_an_8b_ends_on_24_gib_of_device_and_64_of_host() -> None:
         "calibration": calibration_memory(shape, tokens["calibration"], 512, gpu),
         "bank": bank_memory(shape, formats, gpu),
         "gradient": gradient_memory(shape, 4096, 512, gpu),
-        "search": sweep_memory(shape, formats, 512, Load(48, 8192, 4), limit, torch.bfloat16).stage(gpu),
+        "search": sweep_memory(shape, formats, 512, Load(48, 8192, 4), limit, torch.bfloat16, gpu).stage(gpu),
         "healing": healing_memory(shape, "blockwise", HealingSettings(), 512, tokens, gpu),
-        "proof": proof_memory(shape, 512, tokens["test"], 4 * gib, limit, gpu, q8=True),
+        "proof": proof_memory(shape, 512, tokens["test"], limit, gpu, q8=True),
     }
     for name, found in stages.items():
         assert 2 * gib < found.device_bytes <= limit and found.host_bytes < 0.7 * 64 * gib, name
