@@ -70,7 +70,8 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
     with Lease(location, f"the batch {location}"), mirrored(location) as mirror:
         make_directory(runs, path)
         for run in runs:
-            keep_windows(run.plan, run.windows)
+            if run.windows:
+                keep_windows(run.plan, run.windows)
         if mirror:
             mirror.push()
         wait_for_orphans(path)

@@ -19,7 +19,7 @@ from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.config.storage import NAME
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
-from bitgenome.plan.text import read_windows
+from bitgenome.plan.text import ready_windows
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_result import RunResult
 from evaluators.data.windows import TokenWindows
@@ -47,7 +47,7 @@ class Inputs:
     """Caches models by name, and texts by model and settings: each is read once for all runs."""
 
     folders: dict[str, ModelFolder]
-    texts: dict[tuple[str, str], TokenWindows]
+    texts: dict[tuple[str, str], TokenWindows | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BatchRun:
 
     source: Path
     plan: Plan
-    windows: TokenWindows
+    windows: TokenWindows | None  # None: the model writes some of the text, which the first run of it will do
 
     @property
     def config(self) -> RunConfig:
@@ -100,7 +100,7 @@ class BatchRun:
         except UserError:  # a damaged one, which the run writes again
             return False
         found = RunDirectory.open(self.location)
-        digests = {"text": self.windows.digest, "model": self.plan.folder.digest}
+        digests = {"model": self.plan.folder.digest} | ({"text": self.windows.digest} if self.windows else {})
         return found.config.digest == self.config.digest and digests.items() <= found.record["digests"].items()
 
 
@@ -132,7 +132,7 @@ def check(path: Path, settings: dict[str, Any], inputs: Inputs) -> BatchRun:
         _ = plan.folder.digest  # reads all weights here, and remembers what the runs ask of them
         text = (config.model, config.text.model_dump_json())
         if text not in inputs.texts:
-            inputs.texts[text] = read_windows(plan)
+            inputs.texts[text] = ready_windows(plan)
         RunDirectory.find(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

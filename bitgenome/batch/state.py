@@ -13,7 +13,7 @@ from bitgenome.observe.run_status import RunReader
 if TYPE_CHECKING:  # reading states does not need what checks configurations
     from bitgenome.batch.config import BatchRun
 
-SHARED_STAGES = ("workers", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # before the search
+SHARED_STAGES = ("workers", "text", "gene groups", "calibration", "scaling", "bank", "sensitivity")  # before the search
 
 ERROR, ERROR_LEVELS = "error: ", ("ERROR", "CRITICAL")  # marks of an error in a log of lines, and in a log of JSON
 

@@ -84,11 +84,11 @@ def plan(
     from bitgenome.plan.forecast import forecast, rates_here, workers_here  # noqa: PLC0415
     from bitgenome.plan.memory import check_memory  # noqa: PLC0415
     from bitgenome.plan.plan import make_plan  # noqa: PLC0415
-    from bitgenome.plan.text import read_windows  # noqa: PLC0415
+    from bitgenome.plan.text import ready_windows  # noqa: PLC0415
 
     found = make_plan(load_config(config, overrides or ()))
     check_memory(found)
-    read_windows(found)  # a text that a run would refuse is refused here
+    ready_windows(found)  # a text that a run would refuse is refused here
     rates, workers = rates_here(found), workers_here(found)
     show_plan(found, rates, forecast(found, rates, workers), workers, full, console)
 

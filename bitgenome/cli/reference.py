@@ -71,11 +71,13 @@ def row(path: str, field: FieldInfo, schema: dict[str, Any]) -> str:
     """Return the line of the table for the key at ``path``, ``schema`` being the JSON schema of its section."""
     name = path.rpartition(".")[2]
     default = "required"
-    if any(sections_in(field.annotation)):
+    if any(sections_in(field.annotation)) and "oneOf" not in schema["properties"][name]:  # of sections alone
         kind = "list of sections" if get_origin(field.annotation) is tuple else "section"
         kind, default = f"[{kind}](#{path.replace('.', '')})", default if field.is_required() else ""
     else:
         kind = takes(schema["properties"][name], schema.get("$defs", {}))
+        if any(sections_in(field.annotation)):  # or a value
+            kind = f"{kind.partition(' or ')[0]} or a list of [sections](#{path.replace('.', '')})"
         if not field.is_required():
             default = f"`{as_yaml(schema['properties'][name].get('default'))}`"
     meaning = (field.description or "").replace("|", "\\|")
@@ -86,8 +88,8 @@ def takes(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """Return what a key takes, in words, from its JSON schema and the definitions that it refers to."""
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rpartition("/")[2]]
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(takes(option, definitions) for option in schema["anyOf"]))
+    if options := schema.get("anyOf", schema.get("oneOf")):
+        return " or ".join(dict.fromkeys(takes(option, definitions) for option in options))
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if "properties" in schema:

@@ -48,9 +48,10 @@ RESULTS_PARQUET, RESULTS_CSV = "results.parquet", "results.csv"
 
 # What runs share
 SHARED = "shared"  # names below it are digests of content: a file of the same name and size is the same file
-TEXT_KIND, CALIBRATION_KIND, STATISTICS_KIND, SAMPLES_KIND, SCALING_KIND, BANK_KIND, SENSITIVITY_KIND, MODEL_KIND = (
-    "text", "calibration", "statistics", "samples", "scaling", "bank", "sensitivity", "model",
+TEXT_KIND, WRITTEN_KIND, CALIBRATION_KIND, STATISTICS_KIND, SAMPLES_KIND, SCALING_KIND = (
+    "text", "written", "calibration", "statistics", "samples", "scaling",
 )  # fmt: skip
+BANK_KIND, SENSITIVITY_KIND, MODEL_KIND = "bank", "sensitivity", "model"
 GROUPS = "groups.json"  # names of the input groups of a calibration, or of samples
 PASSING = "passing"  # directory below a bank, while it is built, of what is removed when it is
 MANIFEST = "manifest.json"  # sha256 of a bank's files

@@ -157,8 +157,8 @@ class RunConfig(StoredSection):
         what it read there.
         """
         places: dict[str, Any] = dict.fromkeys(("workers", "storage_path", "storage_url", "name", "model"), True)
-        parts = {"text": {"splits", "path", "files"}, "evaluation": {"memory"}, "quantization": {"keep_hessians"}}
-        return self.model_dump(mode="json", exclude=places | parts)
+        parts = {"evaluation": {"memory"}, "quantization": {"keep_hessians", "imatrix"}}
+        return self.model_dump(mode="json", exclude=places | parts) | {"text": self.text.result_keys()}
 
     @property
     def digest(self) -> str:

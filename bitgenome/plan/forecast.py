@@ -11,6 +11,7 @@ from bitgenome.plan.disk import disk_bytes
 from bitgenome.plan.memory import stage_memory, worker_limit, worker_sweep_memory
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.seconds import Work, roundings
+from bitgenome.plan.text import written_counts
 from evaluators.model.sizes import StageMemory
 from evaluators.probes.measure import MeasureRates
 from evaluators.probes.rates import Rates
@@ -40,6 +41,7 @@ def rates_task(plan: Plan) -> MeasureRates:
         compensation_settings(plan),
         evaluation.compute,
         "q8" if evaluation.activations == "q8" else "float",
+        bool(written_counts(config.text)),
     )
 
 

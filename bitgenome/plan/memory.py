@@ -9,12 +9,13 @@ from bitgenome.common.devices import best_device, compute_type, host_share, work
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
 from bitgenome.plan.plan import Plan
+from bitgenome.plan.text import written_counts
 from evaluators.engine.memory import Load, SweepMemory, lighter, sweep_memory
 from evaluators.engine.streamed import pass_memory
 from evaluators.gradient.memory import gradient_memory
 from evaluators.healing.memory import chunk_bytes, healing_memory, reference_bytes
 from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
-from evaluators.prepare.memory import bank_memory, calibration_memory
+from evaluators.prepare.memory import bank_memory, calibration_memory, writing_memory
 from exporters.runtime.comparison import CHUNK_BYTES
 from quantizers.formats.table import QuantFormat
 
@@ -112,7 +113,8 @@ def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | No
     division = sweep_memory(shape, formats, text.window, load, limit, compute, device)
     sweep = division.stage(device)
     exact = sweep_memory(shape, formats, text.window, load, limit, device=device).stage(device)
-    stages = {
+    writing = {"text": writing_memory(shape, text.window, device)} if written_counts(text) else {}
+    stages = writing | {
         "calibration": calibration_memory(shape, text.tokens.calibration, text.window, device),
         "bank": bank_memory(shape, formats, device, compensation=config.quantization.compensation),
         "sensitivity": lighter(division, shape, text.window, sensitivity_load(plan), device).stage(device),
@@ -177,8 +179,23 @@ def check_memory(plan: Plan) -> None:
     """
     if plan.config.evaluation.memory or plan.config.workers.ray in ("off", "auto", "local"):
         worker_sweep_memory(plan)
+        check_writing(plan)
         if plan.config.healing.enabled != "off":
             healing_variant(plan)
+
+
+def check_writing(plan: Plan) -> None:
+    """Raise UserError if the model is to write text and does not fit a worker of this machine as a whole."""
+    if not written_counts(plan.config.text):
+        return
+    device = best_device()
+    memory = writing_memory(ModelShape.of(plan.folder), plan.config.text.window, device)
+    needed = memory.host_bytes if device.type == "cpu" else memory.device_bytes
+    if needed > (limit := worker_limit(plan.config, device)):
+        raise UserError(
+            f"expected {needed / 2**30:.2f} GiB of memory for a worker with text.source: self, which holds the whole "
+            f"model, found {limit / 2**30:.2f} GiB: give fewer workers more memory, or text by file, chat or datasets"
+        )
 
 
 def process_bytes() -> int:

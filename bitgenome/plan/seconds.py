@@ -9,13 +9,16 @@ from math import ceil
 
 from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
 from bitgenome.plan.plan import Plan
+from bitgenome.plan.text import written_counts
 from evaluators.healing.tuner import MICRO_TOKENS
 from evaluators.model.sizes import LAYERS, ModelShape
 from evaluators.prepare.memory import input_groups as groups_of
+from evaluators.prepare.writing import BATCH, batches
 from evaluators.probes.rates import Rates, Rounding
 
 CLUSTER_SECONDS = 6.0  # for a local cluster and its first worker to be there (2 cores; 4 to 12 measured)
 RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tokens
+STEP_SECONDS = 0.01  # of transformers' generation beside the model, for each token of a batch
 STREAM_BYTES = 1e9  # a second, from a disk or the page cache
 SHARED = 0.6  # of the blocks of a generation's genomes run; the rest is shared with neighbours (benchmarks/README.md)
 BRANCH = 0.5  # of the blocks run for a sensitivity: those behind its gene
@@ -89,6 +92,13 @@ class Work:
         decoding = self.decoding * (min(tasks, busy) if self.resident else tasks)
         references = busy * self.passes(1, tokens, exact=exact)
         return (self.passes(genomes, tokens, share=share, exact=exact) + references + decoding) / busy
+
+    def text(self) -> float:
+        """Return the seconds in which the model writes its text: batches of windows, divided among the workers."""
+        counts = written_counts(self.plan.config.text)
+        steps = len(batches(counts)) * self.plan.config.text.window
+        a_step = BATCH * (self.layers * self.rates.written + self.rates.head)
+        return steps * (a_step + STEP_SECONDS) / min(self.workers, max(1, len(batches(counts))))
 
     def calibration(self) -> float:
         """Return the seconds of the Hessians, a single task on all cores."""
@@ -168,6 +178,8 @@ class Work:
     def stages(self) -> Iterator[tuple[str, float]]:
         """Yield the stages of a run in order, named as in run.json, with their seconds."""
         yield "workers", 0.0 if self.plan.config.workers.ray == "off" else CLUSTER_SECONDS
+        if written_counts(self.plan.config.text):
+            yield "text", self.text()
         yield "calibration", self.calibration()
         yield "bank", self.bank()
         yield "sensitivity", self.sensitivity()

@@ -15,7 +15,7 @@ from bitgenome.observe.progress import tracked, tracker
 from bitgenome.plan.forecast import duration, forecast, rates_task
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
-from bitgenome.plan.text import keep_windows, read_windows, windows_of_run
+from bitgenome.plan.text import keep_windows, ready_windows, windows_of_run
 from bitgenome.run.export import export_winner, shipped_file
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import decide_variant, heal
@@ -24,6 +24,7 @@ from bitgenome.run.prepare import prepare
 from bitgenome.run.proof import prove
 from bitgenome.run.search import pool_evaluate, search
 from bitgenome.run.session import open_session
+from bitgenome.run.writing import written_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from exporters.runtime.llamacpp import LlamaCppError
@@ -42,13 +43,14 @@ def run(config: RunConfig, console: Console) -> Outcome:
     check_memory(plan)
     # before the directory is created: text that is too short leaves nothing behind
     resumed = windows_of_run(config)
-    windows = resumed or read_windows(plan)
+    ready = resumed or ready_windows(plan)
     plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
     with (
         RunDirectory.owned(config) as directory,
         open_session(config, plan.folder, directory.path, directory.stage("workers")) as pool,
         monitor_run(config, pool) as monitor,
     ):
+        windows = written_windows(plan, ready, pool, tracker(console), directory.stage)
         if resumed is None:
             keep_windows(plan, windows)
         return run_stages(plan, windows, directory, pool, monitor, console)

@@ -84,7 +84,7 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
         members = [names[name] for name in banks.group_tensors(group)]
         importance.update({name: squares for name in members if name.startswith("blk.")})
     text = windows.windows["calibration"]
-    write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.source)
+    write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.names)
 
 
 def scale_channels(

@@ -20,12 +20,13 @@ from bitgenome.config.run import RunConfig
 from bitgenome.observe.progress import Track, tracker
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
-from bitgenome.plan.text import read_windows
+from bitgenome.plan.text import ready_windows
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.prepare import Artefacts, prepare
 from bitgenome.run.search import pool_evaluate
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, table_of
 from bitgenome.run.session import open_session
+from bitgenome.run.writing import written_windows
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from search.allocation.exact import exact
@@ -77,18 +78,19 @@ def compare_sensitivities(
     plan = make_plan(config)
     budgets_of(plan, bits)  # raises before any work
     check_memory(plan)
-    windows = read_windows(plan)
+    windows = ready_windows(plan)
     plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
     with RunDirectory.owned(config) as directory:
         return directory.path, comparison(plan, windows, directory, count, bits, console)
 
 
 def comparison(
-    plan: Plan, windows: TokenWindows, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
+    plan: Plan, ready: TokenWindows | None, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
 ) -> pd.DataFrame:
     """Measure what is not measured yet, write sensitivity-comparison.parquet, and return its frame."""
     track = tracker(console)
     with open_session(plan.config, plan.folder, directory.path) as pool:
+        windows = written_windows(plan, ready, pool, track, directory.stage)
         plan = with_gene_groups(plan, windows, directory, pool, track)
         artefacts = prepare(plan, windows, directory, pool, track)
         measured = measure_all(artefacts, windows, pool, track)

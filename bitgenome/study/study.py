@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import atomic_write_bytes, atomic_write_json, cut_torn_tail
 from bitgenome.config.study import Study, StudyConfig
 from bitgenome.observe.progress import Track, tracker
-from bitgenome.plan.text import check_text, read_windows
+from bitgenome.plan.text import check_text, ready_windows
 from bitgenome.run.calibration import calibrate, sample_activations
 from bitgenome.run.session import open_session
+from bitgenome.run.writing import written_windows
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
 from bitgenome.storage.staged import local_model
@@ -105,17 +107,19 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
     Raises UserError for what the user can fix, and TaskError or WorkersLostError if the workers fail.
     """
     plan = plan_study(study)
-    windows = read_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
+    ready = ready_windows(plan)  # before there is a directory: text that is too short leaves nothing behind
     if any(method.needs_samples for method in study.methods):
-        count, length = windows.windows["calibration"].shape
-        sample_positions(count, length, study.config.activation_samples)
+        text = study.config.text
+        sample_positions(max(1, text.tokens.calibration // text.window), text.window, study.config.activation_samples)
     location = f"{study.config.storage_root}/{study.config.name}"
     with (
         Lease(location, f"the study {location}") as lease,
         mirrored(location) as mirror,
         open_session(study.config, plan.folder, plan.path) as pool,
     ):
-        return plan.path, StudyRun(plan, windows, pool, tracker(console), lease, mirror).results()
+        track = tracker(console)
+        windows = written_windows(plan, ready, pool, track, lambda stage: nullcontext())
+        return plan.path, StudyRun(plan, windows, pool, track, lease, mirror).results()
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,18 @@ def divide_file(path: Path, shares: Mapping[str, float]) -> dict[str, list[Docum
     return {split: [part] for split, part in zip(shares, parts, strict=True)}
 
 
+def divided_rows(count: int, shares: Mapping[str, float], what: str) -> dict[str, tuple[int, int]]:
+    """Return for each split of ``shares`` its first of ``count`` rows, and the one after its last.
+
+    Raises TextError, naming ``what`` is divided, if a split would get none.
+    """
+    cuts = (np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * count).round().astype(int).tolist()
+    bounds = dict(zip(shares, pairwise(cuts), strict=True))
+    if empty := next((split for split, (start, stop) in bounds.items() if start == stop), None):
+        raise TextError(f"expected enough rows in {what} for every split, found {count}, and none for {empty}")
+    return bounds
+
+
 def _lines(text: str) -> Iterator[str]:
     """Yield the lines of ``text`` with their ends, in pieces of LONG_LINE characters where they are longer."""
     for line in text.splitlines(keepends=True):

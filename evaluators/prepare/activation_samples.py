@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from bitgenome.common.devices import best_device
 from bitgenome.common.files import atomic_write_bytes
-from evaluators.data.windows import TextError, TokenWindows
+from evaluators.data.documents import TextError
+from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import chunked

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from bitgenome.common.devices import compute_type
 from evaluators.model.sizes import FLOAT_BYTES, LAYERS, ModelShape, StageMemory, larger
 from evaluators.prepare.calibration import CHUNK_TOKENS
+from evaluators.prepare.writing import BATCH
 from quantizers.formats.table import QuantFormat
 from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
 from quantizers.rounding.sparsegpt import batch_rows
@@ -19,6 +21,8 @@ FIXED_BYTES = 40 << 20  # of matrix libraries, and what allocators keep between 
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
 PLAIN_COPIES = 8  # of the weights that are rounded at once: reordered, integers, decoded, errors times the Hessian
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
+LOGIT_BYTES = 40  # of a logit where tokens are drawn: masked copies, their softmax, and its sums in float64
+KEYS_AND_VALUES = ("k_proj.weight", "v_proj.weight")
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a block that read one tensor
 
 
@@ -51,6 +55,25 @@ def calibration_memory(shape: ModelShape, tokens: int, window: int, device: torc
         "allocators": FIXED_BYTES,
     }
     return StageMemory.on(device, there, {"hidden states": (positions + chunk) * shape.state_bytes})
+
+
+def writing_memory(shape: ModelShape, window: int, device: torch.device) -> StageMemory:
+    """Return what it takes that the model writes text: all of it, keys and values of a batch, and its logits.
+
+    The cache of a block is copied for every token. Where a model has no projections of keys and values by name, they
+    are taken as wide as its hidden states.
+    """
+    itemsize = compute_type("auto", device).itemsize
+    found = sum(shape.tensors[name][0] for name in shape.tensors if name.endswith(KEYS_AND_VALUES))
+    cache = BATCH * window * (found or 2 * shape.layers * shape.hidden) * itemsize
+    there = {
+        "weights": sum(map(shape.weights, shape.tensors)) * itemsize,
+        "keys and values": cache + 2 * cache // shape.layers,
+        "logits": BATCH * shape.vocabulary * LOGIT_BYTES,
+        "allocators": FIXED_BYTES,
+    }
+    loading = {} if device.type == "cpu" else {"weights, to be moved": there["weights"]}
+    return StageMemory.on(device, there, loading)
 
 
 def bank_memory(

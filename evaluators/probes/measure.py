@@ -4,7 +4,7 @@ No weights are read. Shapes: B windows, T positions of a window, D hidden size, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from evaluators.healing.distillation import DistillationLoss
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.head import Head
+from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, Rounding
 from evaluators.probes.rounding import decode_seconds, hessian_seconds, rounding_seconds
 from evaluators.probes.timing import all_cores, product_flops, seconds_of
@@ -40,6 +41,7 @@ class MeasureRates:
     settings: CompensationSettings
     compute: Compute
     activations: Activations
+    writes: bool = False  # whether the model writes text
 
     @property
     def label(self) -> str:
@@ -47,9 +49,9 @@ class MeasureRates:
 
     def run(self, state: dict[Any, Any]) -> Rates:
         """Return the rates of this worker."""
-        return measure_rates(
-            ModelFolder(self.model), self.window, self.roundings, self.settings, self.compute, self.activations
-        )
+        folder = ModelFolder(self.model)
+        rates = measure_rates(folder, self.window, self.roundings, self.settings, self.compute, self.activations)
+        return replace(rates, written=written_seconds(folder, best_device())) if self.writes else rates
 
 
 def measure_rates(
@@ -126,6 +128,19 @@ def block_seconds(
         with torch.inference_mode():
             fast = seconds_of(lambda: model.run_block(0, hidden), device) / positions
     return fast, plain, back
+
+
+def written_seconds(folder: ModelFolder, device: torch.device) -> float:
+    """Return the seconds of one decoder block for a position of each of BATCH windows, for one of them.
+
+    What attention reads of earlier positions is left out.
+    """
+    model = BlockModel(folder, device, compute_type("auto", device))
+    for name in model.parameters_of(0):
+        model.place(name, model.as_computed(name, torch.full(folder.shapes[name], 0.01)))
+    hidden = torch.randn(BATCH, 1, int(folder.config["hidden_size"]), device=device)
+    with torch.inference_mode():
+        return seconds_of(lambda: model.run_block(0, hidden), device) / BATCH
 
 
 def backward_seconds(model: BlockModel, hidden: Tensor) -> float:

@@ -53,6 +53,7 @@ class Rates:
     rounding: dict[str, RoundingRate]
     decode: float
     host_flops: float  # operations per second of the host, all cores, float32
+    written: float = 0.0  # a block's for each of the windows that a model writes together; 0: the run writes none
 
     def to_json(self) -> dict[str, Any]:
         """Return the rates as JSON values."""

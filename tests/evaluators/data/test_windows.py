@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evaluators.data import documents
-from evaluators.data import windows as windows_module
+from evaluators.data import texts as texts_module
 from evaluators.data.documents import TextError, file_documents
 from evaluators.data.stdlib import SPLITS, load_held_out, read_modules, training_documents
 from evaluators.data.tokenizer import ModelTokenizer, load_tokenizer
@@ -87,7 +87,7 @@ class Counting:
 def test_of_a_large_text_evenly_spread_slices_are_read_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows_module, "WHOLE_TEXT", 10_000)
+    monkeypatch.setattr(texts_module, "WHOLE_TEXT", 10_000)
     monkeypatch.setattr(documents, "WHOLE_FILE", 10_000)
     tokenizer, read = load_tokenizer(EMBEDDED), []
     for lines in (20_000, 80_000):
@@ -101,7 +101,7 @@ def test_of_a_large_text_evenly_spread_slices_are_read_and_no_more(
         in_memory = token_windows(tokenizer, {"test": [path.read_text()]}, 64, {"test": 640}, seed=0)
         assert found.digest == in_memory.digest, "pieces of a file are those of its text"
         read.append(counting.read)
-    assert max(read) < 10 * 64 * windows_module.CHARACTERS * 2
+    assert max(read) < 10 * 64 * texts_module.CHARACTERS * 2
 
 
 def test_slices_go_on_over_the_end_of_a_document_and_blank_ones_are_left_out(
@@ -110,7 +110,7 @@ def test_slices_go_on_over_the_end_of_a_document_and_blank_ones_are_left_out(
     tokenizer = load_tokenizer(EMBEDDED)
     empty = [" " * 3000, "".join(f"{n} " for n in range(800))]
     whole = token_windows(tokenizer, {"test": empty}, 64, {"test": 1536}, seed=0)
-    monkeypatch.setattr(windows_module, "WHOLE_TEXT", 5000)
+    monkeypatch.setattr(texts_module, "WHOLE_TEXT", 5000)
     again = token_windows(tokenizer, {"test": empty}, 64, {"test": 1536}, seed=0)
     assert again.digest == whole.digest, "all is read where slices do not suffice"
     counting = Counting(tokenizer)

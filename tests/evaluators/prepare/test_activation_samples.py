@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluators.data.windows import TextError
+from evaluators.data.documents import TextError
 from evaluators.prepare.activation_samples import SampleActivations, layer_series, sample_positions, sampled_input
 from evaluators.prepare.bank import group_tensors
 from evaluators.prepare.calibration import group_file
