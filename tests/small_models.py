@@ -127,6 +127,20 @@ def sentencepiece_tokenizer(metaspace: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of ``sentencepiece_tokenizer`` with a chat template, and special tokens around its turns."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def sentencepiece_model(size: int) -> bytes:
     """A SentencePiece model file (BPE with byte fallback) of ``size`` pieces, as the first Llama releases had alone.
 

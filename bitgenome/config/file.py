@@ -125,9 +125,10 @@ def refuse_secrets(data: Any, source: str, key: str = "") -> None:
 def _sentence(error: ValidationError, source: str, kind: type[BaseModel]) -> str:
     """Return one sentence on the first problem of ``error``."""
     problem = error.errors()[0]
-    location = ".".join(str(part) for part in problem["loc"])
+    place = [str(part) for part in problem["loc"] if not str(part).startswith("<")]  # which form a value has
+    location = ".".join(place)
     if problem["type"] == "extra_forbidden":
-        *parents, key = (str(part) for part in problem["loc"])
+        *parents, key = place
         names = _section_at(kind, parents).model_fields
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
         hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"known keys: {', '.join(names)}"

@@ -43,12 +43,12 @@ class ChatFile:
             line = file.readline()
         try:
             return checked(json.loads(line.removeprefix(BYTE_ORDER_MARK)))
+        except TextError as error:
+            problem = str(error)
         except UnicodeDecodeError:
             problem = "expected UTF-8, found other bytes"
         except ValueError as error:
             problem = f"expected a JSON object, found none ({error})"
-        except TextError as error:
-            problem = str(error)
         raise TextError(f"line {number} of {self.path}: {problem}")
 
     def row(self, index: int) -> str:

@@ -59,7 +59,11 @@ def script_of(tokenizer: ModelTokenizer, ends: Iterable[int] = ()) -> Script:
 
 def lines(tokenizer: ModelTokenizer) -> set[int]:
     """Return the ids of all tokens with an end of a line."""
-    return {index for index in tokenizer.backend.get_vocab().values() if "\n" in tokenizer.backend.decode([index])}
+    return {
+        index
+        for index in tokenizer.backend.get_vocab().values()
+        if "\n" in tokenizer.backend.decode([index], skip_special_tokens=False)
+    }
 
 
 @dataclass
