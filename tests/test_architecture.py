@@ -30,7 +30,7 @@ ONLY_IN = {  # third-party package -> where it may be imported, by path prefix; 
     "deap": ("search/strategies/genetic.py",),
     "optuna": ("search/strategies/optuna_tpe.py",),
     "gguf": ("exporters/", "quantizers/formats/table.py", "quantizers/formats/codebooks.py"),
-    "transformers": ("evaluators/",),
+    "transformers": ("evaluators/", "exporters/opening/"),
     "torch": ("quantizers/", "evaluators/", "exporters/", "workers/"),
 }
 SEARCH_MAY_IMPORT = {"numpy", "scipy", "deap", "optuna", "pydantic", *PACKAGES, *sys.stdlib_module_names}

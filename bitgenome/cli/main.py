@@ -86,7 +86,7 @@ def plan(
     from bitgenome.plan.plan import make_plan  # noqa: PLC0415
     from bitgenome.plan.text import ready_windows  # noqa: PLC0415
 
-    found = make_plan(load_config(config, overrides or ()))
+    found = make_plan(load_config(config, overrides or ()), weights=False)
     check_memory(found)
     ready_windows(found)  # a text that a run would refuse is refused here
     rates, workers = rates_here(found), workers_here(found)

@@ -26,6 +26,11 @@ def show_plan(
         f"{len(space.genes)} genes, {space.weights:,} weights; files from {bounds[0]:,} to {bounds[1]:,} bytes, "
         f"{space.fixed_bytes:,} of them fixed"
     )
+    if plan.folder.parts:
+        size = megabytes(plan.folder.weights_bytes, 0)
+        console.print(f"the run opens {plan.folder.parts[0]} as a folder of {size}, below {config.storage_path}/shared")
+    if plan.folder.full_precision:
+        console.print(f"full precision here is {plan.folder.full_precision}")
     budget = plan.budget.file_bytes
     console.print(f"budget {budget:,} bytes = {8 * budget / space.weights:.4f} bits per weight")
     if plan.sparsity:

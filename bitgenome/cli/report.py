@@ -31,6 +31,8 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         )
         table.add_row(row.name, *figures, style=style)
     console.print(table)
+    if outcome.full_precision:
+        console.print(f"KL is from full precision, which here is {outcome.full_precision}")
     console.print(lead_on_validation(outcome.winner))
     if outcome.healing:
         console.print(verdict(outcome.healing))

@@ -51,10 +51,11 @@ SHARED = "shared"  # names below it are digests of content: a file of the same n
 TEXT_KIND, WRITTEN_KIND, CALIBRATION_KIND, STATISTICS_KIND, SAMPLES_KIND, SCALING_KIND = (
     "text", "written", "calibration", "statistics", "samples", "scaling",
 )  # fmt: skip
-BANK_KIND, SENSITIVITY_KIND, MODEL_KIND = "bank", "sensitivity", "model"
+BANK_KIND, SENSITIVITY_KIND, MODEL_KIND, OPENED_KIND = "bank", "sensitivity", "model", "opened"
 GROUPS = "groups.json"  # names of the input groups of a calibration, or of samples
 PASSING = "passing"  # directory below a bank, while it is built, of what is removed when it is
 MANIFEST = "manifest.json"  # sha256 of a bank's files
+OPENED = "opened.json"  # in the folder of a GGUF model: written last, what it was made of
 SCALED_MODEL = "model"  # directory of the scaled view within a scaling
 SCALED_VIEW, SCALING_FACTORS = "scaled_view.json", "scaling.safetensors"  # of a scaled view
 SENSITIVITY_PARTS, SENSITIVITY_SECONDS = "parts.jsonl", "seconds.json"

@@ -86,7 +86,7 @@ class RunConfig(StoredSection):
     """Configuration of a run: a model, a budget, and how to search for a genome within it."""
 
     name: Name = Field(description="name of the run and of its directory below storage_path")
-    model: UserPathOrName = Field(description="Hugging Face folder or id")
+    model: UserPathOrName = Field(description="Hugging Face folder or id, or a GGUF file")
     budget: BudgetConfig = Field(description="largest size of the file")
     levels: tuple[str, ...] = Field(
         LEVEL_PRESETS["fine"],
@@ -180,8 +180,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def absolute_model(model: str) -> str:
-    """Return the absolute path of a model directory; anything else, such as a Hugging Face id, as it is."""
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
+    """Return the absolute path of a model's directory or file; anything else, such as an id, as it is."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:

@@ -9,7 +9,8 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.run import BudgetConfig, RunConfig
 from bitgenome.plan.pruning import sparsity_by_tensor
 from bitgenome.plan.text import check_text
-from bitgenome.storage.staged import local_model
+from bitgenome.storage.opened import open_model
+from bitgenome.storage.staged import StoredModel
 from evaluators.model.checks import check_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.scaling import check_scalable
@@ -63,12 +64,13 @@ class Plan:
         return sum(len(gene.formats) for gene in self.space.genes)
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, weights: bool = True) -> Plan:
     """Check model, architecture, budget and text, and return the plan.
 
-    Raises UserError (one sentence) for the first that does not fit.
+    Without ``weights`` a GGUF model is not opened: the plan's folder then has its headers alone. Raises UserError (one
+    sentence) for the first that does not fit.
     """
-    folder = checked_folder(config.model)
+    folder = checked_folder(config, weights)
     check_window(config.text.window, folder)
     shapes = quantizable_tensors(folder)
     if config.quantization.scaling.active:
@@ -92,9 +94,9 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
 
 
-def checked_folder(model: str) -> ModelFolder:
+def checked_folder(config: StoredModel, weights: bool = True) -> ModelFolder:
     """Return a model's folder; raise UserError unless it can be exported and its weights fit its config.json."""
-    folder = ModelFolder(local_model(model))
+    folder = open_model(config, weights)
     model_metadata(folder)
     check_model(folder)
     return folder

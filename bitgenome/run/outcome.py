@@ -52,6 +52,7 @@ class Outcome:
     gguf: Path
     recipe: Path
     run: Path
+    full_precision: str | None = None  # what it means, for a model that was not of floats
 
 
 def comparison_rows(
@@ -94,6 +95,7 @@ def save_outcome(directory: RunDirectory, outcome: Outcome, plan: Plan) -> None:
         "rows": [asdict(row) for row in outcome.rows],
         "healing": outcome.healing and outcome.healing.to_json(),
         "proof": outcome.proof and outcome.proof.to_json(),
+        **({"full_precision": outcome.full_precision} if outcome.full_precision else {}),
         **outcome.file,
     }
     atomic_write_json(directory.path / layout.BEST, record)

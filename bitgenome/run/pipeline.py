@@ -25,6 +25,7 @@ from bitgenome.run.proof import prove
 from bitgenome.run.search import pool_evaluate, search
 from bitgenome.run.session import open_session
 from bitgenome.run.writing import written_windows
+from bitgenome.storage.opened import note_model, open_model
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from exporters.runtime.llamacpp import LlamaCppError
@@ -39,21 +40,37 @@ def run(config: RunConfig, console: Console) -> Outcome:
 
     Raises UserError for what the user can fix, and TaskError or WorkersLostError if the workers fail.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, weights=False)
     check_memory(plan)
     # before the directory is created: text that is too short leaves nothing behind
     resumed = windows_of_run(config)
     ready = resumed or ready_windows(plan)
+    plan = with_weights(plan, console)
     plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
     with (
         RunDirectory.owned(config) as directory,
         open_session(config, plan.folder, directory.path, directory.stage("workers")) as pool,
         monitor_run(config, pool) as monitor,
     ):
+        note_model(config, plan.folder)
         windows = written_windows(plan, ready, pool, tracker(console), directory.stage)
         if resumed is None:
             keep_windows(plan, windows)
         return run_stages(plan, windows, directory, pool, monitor, console)
+
+
+def with_weights(plan: Plan, console: Console) -> Plan:
+    """Return ``plan`` with the weights of its model, of which it may have read no more than a GGUF file's headers.
+
+    Says what full precision means for a model that is not of floats.
+    """
+    if not plan.folder.parts:
+        return plan
+    name = plan.folder.parts[0]
+    folder = tracked(tracker(console), f"opening {name}", partial(open_model, plan.config))
+    if folder.full_precision:
+        log.warning("full precision here is %s: that is what genomes are compared with", folder.full_precision)
+    return replace(plan, folder=folder)
 
 
 def run_stages(
@@ -101,6 +118,7 @@ def run_stages(
         gguf=gguf,
         recipe=directory.path / layout.RECIPE,
         run=directory.path,
+        full_precision=plan.folder.full_precision,
     )
     if not proved(directory, shipped):  # llama.cpp may refuse the file: what was searched is kept
         save_outcome(directory, outcome, plan)

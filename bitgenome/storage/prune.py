@@ -1,7 +1,7 @@
 """Finds the shared artefacts that no run needs, and removes them.
 
 Every run lists in shared.txt what it uses. A run needs all of that while it can be continued; a finished one needs the
-bank, the scaled model and the stored model, which ``export`` and ``verify`` read.
+bank, the scaled model and the model that was stored or opened, which ``export`` and ``verify`` read.
 """
 
 import logging
@@ -18,7 +18,7 @@ from workers.storage.folders import Folder, is_url, mirror_root, open_folder
 
 log = logging.getLogger(__name__)
 
-READ_AGAIN = (layout.BANK_KIND, layout.SCALING_KIND, layout.MODEL_KIND)  # by export and verify
+READ_AGAIN = (layout.BANK_KIND, layout.SCALING_KIND, layout.MODEL_KIND, layout.OPENED_KIND)  # by export and verify
 DIGEST_DIGITS = 16  # of the name of an artefact's directory
 
 

@@ -6,7 +6,8 @@ from typing import Protocol
 from bitgenome.common import layout
 from bitgenome.config.run import RunConfig
 from bitgenome.storage.shared import Storage
-from evaluators.model.folder import ModelFolder, resolve_model
+from evaluators.model.folder import ModelFolder, is_gguf, resolve_model
+from exporters.opening.source import parts_of
 from workers.pool.base import Pool
 from workers.storage.folders import is_url, mirror_root, open_folder
 from workers.storage.staging import StagedPool, StorageRoot, stage
@@ -24,7 +25,7 @@ def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
     roots = []
     if config.storage_url:
         roots.append(StorageRoot(config.storage_path, config.storage_url))
-    if is_url(config.model):
+    if is_url(config.model) and not is_gguf(config.model):
         roots.append(StorageRoot(folder.path.parent, parent_of(config.model), changing=True))
     elif config.storage_url:
         roots.append(StorageRoot(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
@@ -42,14 +43,15 @@ def parent_of(url: str) -> str:
 
 
 def local_model(model: str) -> Path:
-    """Return the directory of a model.
+    """Return the directory of a model, or its GGUF file.
 
-    ``model`` is a directory, a Hugging Face id, or a URL, of which this machine's copy is returned.
+    ``model`` is either, a Hugging Face id, or a URL, of which this machine's copy is returned.
     """
     if not is_url(model):
         return resolve_model(model).resolve()
     parent, name = parent_of(model), model.rstrip("/").rpartition("/")[2]
-    stage(parent, mirror_root(parent), name, None, changing=True)
+    for file in [part.name for part in parts_of(Path(name))] if is_gguf(name) else [name]:
+        stage(parent, mirror_root(parent), file, None, changing=True)
     return mirror_root(parent) / name
 
 
@@ -58,7 +60,7 @@ def with_stored_model(config: RunConfig, digest: str | None) -> RunConfig:
 
     ``digest`` is the recorded digest of the model. Without a stored model ``config`` is returned as it is.
     """
-    if not (config.storage_url and digest and Path(config.model).is_absolute()) or Path(config.model).is_dir():
+    if not (config.storage_url and digest and Path(config.model).is_absolute()) or Path(config.model).exists():
         return config
     names = open_folder(f"{config.storage_url}/{model_folder(digest)}").sizes()
     found = next((name.partition("/")[0] for name in names), None)

@@ -22,7 +22,7 @@ from bitgenome.run.session import open_session
 from bitgenome.run.writing import written_windows
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
-from bitgenome.storage.staged import local_model
+from bitgenome.storage.opened import open_model
 from bitgenome.study.grouping_report import costs, write_grouping_report
 from bitgenome.study.report import write_report
 from evaluators.data.windows import TokenWindows
@@ -63,7 +63,7 @@ def plan_study(study: Study) -> StudyPlan:
 
     Raises UserError for the first that does not fit.
     """
-    folder = ModelFolder(local_model(study.config.model))
+    folder = open_model(study.config)
     check_model(folder)
     columns = min(shape[-1] for shape in quantizable_tensors(folder).values())
     for method in study.methods:

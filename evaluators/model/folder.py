@@ -90,6 +90,7 @@ class ModelFolder:
 
         Raises KeyError for a name that is not stored.
         """
+        assert not self.headers_alone, f"{self.path} has no values"
         with safe_open(self._files[name], framework="pt") as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
         return scaled(self.path, name, tensor) if self._source else tensor
@@ -139,6 +140,37 @@ class ModelFolder:
         path = (self._source or self.path).resolve()
         return path.parent.parent.name.split("--")[-1] if path.parent.name == "snapshots" else path.name
 
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the GGUF files that the folder was made of; none for any other folder."""
+        return self._opened("parts")
+
+    @cached_property
+    def coarse_types(self) -> tuple[str, ...]:
+        """GGUF types, other than floats, that the weights were decoded from."""
+        return self._opened("coarse")
+
+    @property
+    def full_precision(self) -> str | None:
+        """What full precision means for a model that is not of floats, as the end of a sentence; None for others."""
+        if not self.coarse_types:
+            return None
+        return f"what the {' and '.join(self.coarse_types)} weights of {self.parts[0]} decode to"
+
+    @cached_property
+    def headers_alone(self) -> bool:
+        """Whether the folder is of a GGUF model that is not opened: shapes and types are known, and no values."""
+        return bool(self.parts) and not self._opened("files")
+
+    def _opened(self, key: str) -> tuple[str, ...]:
+        record = self.path / layout.OPENED
+        return tuple(map(str, read_json_object(record).get(key, ()))) if record.is_file() else ()
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        return sum(file.stat().st_size for file in set(self._files.values()))
+
     @property
     def model_type(self) -> str:
         """``model_type`` of config.json, "" if there is none."""
@@ -159,14 +191,15 @@ class ModelFolder:
     def digest(self) -> str:
         """sha256 over config.json, the tokenizer's files, a scaled view's factors and every weights file.
 
-        The tokenizer's files that earlier versions left out come last, by name: without them the digest is theirs.
+        The tokenizer's files that earlier versions left out come last, by name: without them the digest is theirs. That
+        of headers alone is of no weights file, and of no model.
         """
         digest = hashlib.sha256()
         names = ("config.json", "tokenizer.json", "tokenizer_config.json", layout.SCALING_FACTORS)
         for file in filter(Path.is_file, (self.path / name for name in names)):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        for _, survey_of_file in sorted(self._surveys.items()):
+        for _, survey_of_file in sorted(self._surveys.items()) if not self.headers_alone else ():
             digest.update(bytes.fromhex(survey_of_file["sha256"]))
         templates = sorted(self.path.glob("additional_chat_templates/*.jinja"))
         for file in [*filter(Path.is_file, (self.path / name for name in TOKENIZER_FILES)), *templates]:
@@ -191,14 +224,19 @@ def _listed_files(index_file: Path) -> list[Path]:
     return files
 
 
+def is_gguf(model: str | Path) -> bool:
+    """Return whether a model is named by a GGUF file, by its path or URL."""
+    return Path(model).suffix.lower() == ".gguf"
+
+
 def resolve_model(name: str) -> Path:
     """Return the local folder of a model: ``name`` itself if it is a directory, else the snapshot of a Hugging Face id.
 
-    JSON, safetensors and tokenizer files of an id are downloaded, or taken from the cache. Raises ModelFolderError if
-    ``name`` is neither a directory nor an id that can be fetched.
+    A GGUF file is returned as it is. JSON, safetensors and tokenizer files of an id are downloaded, or taken from the
+    cache. Raises ModelFolderError if ``name`` is none of these, or an id that cannot be fetched.
     """
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(name):
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ModelFolderError(f"expected a Hugging Face model folder or id, found no folder at {name}")

@@ -65,8 +65,8 @@ class GgufContents:
 
     def dequantized(self, name: str) -> np.ndarray:
         """Return a tensor by GGUF name as float32, in the file's row order."""
-        tensor, rows = self.tensors[name], self.read(name)
-        kind, columns = GGMLQuantizationType[tensor.type_name], tensor.shape[-1]
+        tensor, columns = self.tensors[name], self.tensors[name].shape[-1]
+        kind, rows = GGMLQuantizationType[tensor.type_name], self.read(name).reshape(prod(tensor.shape[:-1]), -1)
         values = np.empty((len(rows), columns), np.float32)
         step = max(1, DECODED_WEIGHTS // columns)
         for start in range(0, len(rows), step):  # decoding takes several times the memory of what it decodes

@@ -1,4 +1,4 @@
-"""Finds the pre-tokenizer of llama.cpp that splits text in the same way as a byte-level BPE tokenizer.
+"""Finds the pre-tokenizer of llama.cpp that splits text in the same way as a byte-level BPE tokenizer, and back.
 
 llama.cpp has its splitting patterns compiled in and selects one by ``tokenizer.ggml.pre`` (llama-vocab.cpp). The table
 is keyed by the pattern in tokenizer.json, as published with the models that llama.cpp's names refer to.
@@ -47,6 +47,50 @@ KNOWN = {
     Splitting((GPT2,), False): "gpt-2",
     Splitting((DIGITS, GPT2), False): "smollm",
 }
+# Other names of llama.cpp for the same splitting; of those that skip the merges of known words, BOS is the default
+ALIASES = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "dbrx": ("smaug-bpe", "glm4", "chatglm-bpe"),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
+    "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
+    "gpt-2": (
+        "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling",
+    ),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+}  # fmt: skip
+ADDS_BOS = ("llama-bpe", "tekken")
+
+
+def canonical_name(name: str) -> str:
+    """Return the name in KNOWN of the splitting that llama.cpp does under ``name``.
+
+    Raises UnknownPretokenizerError for a splitting that is not in the table.
+    """
+    for known, aliases in ALIASES.items():
+        if name in aliases:
+            return known
+    if name not in KNOWN.values():
+        names = sorted([*KNOWN.values(), *(alias for aliases in ALIASES.values() for alias in aliases)])
+        raise UnknownPretokenizerError(f"expected a pre-tokenizer among {', '.join(names)}, found {name or 'none'}")
+    return name
+
+
+def pre_tokenizer_of(name: str) -> tuple[dict[str, Any], bool]:
+    """Return tokenizer.json's ``pre_tokenizer`` and ``ignore_merges`` for a name of llama.cpp.
+
+    Raises UnknownPretokenizerError as ``canonical_name`` does.
+    """
+    known = canonical_name(name)
+    splitting = next(splitting for splitting, found in KNOWN.items() if found == known)
+    steps: list[dict[str, Any]] = []
+    for pattern in splitting.patterns:
+        if pattern == DIGITS:
+            steps.append({"type": "Digits", "individual_digits": True})
+        elif pattern != GPT2:
+            steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    by_regex = GPT2 in splitting.patterns
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": by_regex})
+    return {"type": "Sequence", "pretokenizers": steps}, splitting.ignore_merges
 
 
 def pretokenizer_name(tokenizer: Mapping[str, Any]) -> str:
