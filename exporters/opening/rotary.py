@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.metadata.rope import Rope, frequency_factors
+from exporters.metadata.rope import DEFAULT_THETA, Rope, frequency_factors
 from exporters.opening.source import GgufModel, GgufModelError
 
 FACTORS = "rope_freqs.weight"  # divisors of the frequencies, float32 (head_dim / 2,): Llama 3's scaling
@@ -23,6 +23,8 @@ SCALING = {  # key -> parameter of transformers
 READ = {*SCALING, "rope.scaling.type", "rope.freq_base", "rope.dimension_count"}
 CLOSE = 1e-5  # relative difference of divisors that were computed in another order
 LLAMA3_LOW = 1.0  # low_freq_factor of every model of the kind: the three parameters have a common scale
+LLAMA3_HIGH = 4.0  # high_freq_factor of every model of the kind, where the file does not tell it
+LLAMA3_CONTEXTS = range(4, 25)  # powers of two
 
 
 def rope_parameters(model: GgufModel, head_dim: int) -> dict[str, Any]:
@@ -32,9 +34,7 @@ def rope_parameters(model: GgufModel, head_dim: int) -> dict[str, Any]:
     """
     keys = model.hyperparameters()
     kind = keys.get("rope.scaling.type", "none")
-    found: dict[str, Any] = {"rope_type": "default"}
-    if "rope.freq_base" in keys:
-        found["rope_theta"] = keys["rope.freq_base"]
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", DEFAULT_THETA)}
     if (dimensions := keys.get("rope.dimension_count", head_dim)) != head_dim:
         found["partial_rotary_factor"] = dimensions / head_dim
     if kind not in ("none", "linear", "yarn", "longrope"):
@@ -48,7 +48,7 @@ def rope_parameters(model: GgufModel, head_dim: int) -> dict[str, Any]:
         given |= {"long_factor": model.floats(LONG).tolist(), "short_factor": model.floats(SHORT).tolist()}
         found |= {"rope_type": "longrope", **given}
     if FACTORS in model.tensors:
-        found |= llama3_scaling(model, found.get("rope_theta", 10000.0), dimensions)
+        found |= llama3_scaling(model, found["rope_theta"], dimensions)
     return found
 
 
@@ -64,12 +64,15 @@ def llama3_scaling(model: GgufModel, theta: float, dimensions: int) -> dict[str,
     factor = float(divisors.max())
     frequencies = theta ** (-np.arange(0, dimensions, 2, dtype=np.float64) / dimensions) / (2 * math.pi)
     between = (divisors > 1.0) & (divisors < factor)
-    candidates = [(4.0, 8192.0)]
-    if between.sum() > 1:
-        smooth = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+    smooth = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+    candidates = [(LLAMA3_HIGH, 2.0**power) for power in LLAMA3_CONTEXTS]  # where no frequency is between
+    if len(smooth) == 1:
+        span = LLAMA3_HIGH - LLAMA3_LOW
+        candidates = [(LLAMA3_HIGH, round((smooth[0] * span + LLAMA3_LOW) / frequencies[between][0]))]
+    elif len(smooth) > 1:
         slope, offset = np.polyfit(frequencies[between], smooth, 1)
         span = -LLAMA3_LOW / offset
-        candidates.insert(0, (round(LLAMA3_LOW + span, 3), float(round(slope * span))))
+        candidates = [(round(LLAMA3_LOW + span, 3), round(slope * span))]
     for high, original in candidates:
         scaling: Mapping[str, Any] = {
             "factor": round(factor, 5),

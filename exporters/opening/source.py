@@ -32,10 +32,11 @@ class GgufModel:
         """The file, or its first part."""
         return self.parts[0].path
 
-    @property
+    @cached_property
     def key_values(self) -> Mapping[str, Any]:
-        """The key-values of the model."""
-        return self.parts[0].key_values
+        """The key-values of the model; a number that was rounded to float32 is the shortest that is rounded to it."""
+        values = self.parts[0].key_values
+        return {key: shortest(value) for key, value in values.items()}
 
     @property
     def architecture(self) -> str:
@@ -64,6 +65,11 @@ class GgufModel:
             if tensor.type_name not in FLOATS:
                 weights[tensor.type_name] = weights.get(tensor.type_name, 0) + prod(tensor.shape)
         return tuple(sorted(weights, key=lambda kind: (-weights[kind], kind)))
+
+
+def shortest(value: Any) -> Any:
+    """Return the shortest number that float32 rounds to ``value``, which is what was rounded; other values as is."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def stem_of(path: Path) -> str:

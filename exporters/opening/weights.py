@@ -5,7 +5,7 @@ undoes what llama.cpp's converter did.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -41,6 +41,8 @@ class OpenedTensor:
     def read(self) -> Tensor:
         """Return the tensor. Raises GgufModelError where its shape or type does not hold it."""
         values = torch.as_tensor(self.transformed())
+        if _without_ones(values.shape) == _without_ones(self.shape):
+            values = values.reshape(self.shape)  # files have or leave out a dimension of one
         if tuple(values.shape) != self.shape:
             raise GgufModelError(
                 f"expected {self.name} to be {self.shape} of {', '.join(self.sources)}, found {tuple(values.shape)}"
@@ -49,6 +51,10 @@ class OpenedTensor:
         if not torch.equal(stored.float(), values.float()):
             raise GgufModelError(f"expected {self.name} to keep its values in {self.dtype}, found others")
         return stored
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def opened_tensors(model: GgufModel, config: PretrainedConfig) -> list[OpenedTensor]:
