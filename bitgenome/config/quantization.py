@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from bitgenome.common.section import Section
+from bitgenome.config.paths import UserPath
 from quantizers.formats.table import LEVEL_FORMATS
 from quantizers.settings import CompensationSettings, Importance, ScalingSettings, Sparsity
 
@@ -78,6 +79,11 @@ class QuantizationConfig(Section):
         description="of scales and integers; twice as many if pruned",
     )
     importance: Importance = Field("conditional", description="of the columns that a block's scales are fitted to")
+    imatrix: UserPath | None = Field(
+        None,
+        description="an importance matrix of this model by llama.cpp (GGUF, or the old binary form): its mean squares "
+        "weight the columns of the blocks' tensors, in place of `importance`, and alone without compensation",
+    )
     keep_hessians: bool | Literal["auto"] = Field(
         "auto",
         description="after the bank is built: other levels then need no calibration; auto: where they are below 2 GiB, "
@@ -93,3 +99,16 @@ class QuantizationConfig(Section):
         if level is not None and level not in LEVEL_FORMATS:
             raise ValueError(f"expected a level among {', '.join(LEVEL_FORMATS)}, found {level}")
         return level
+
+    @model_validator(mode="after")
+    def of_this_model(self) -> Self:
+        """Raise ValueError for an imatrix together with scaled channels, of whose inputs it does not tell."""
+        if self.imatrix and self.scaling.active:
+            raise ValueError(
+                "expected an imatrix or scaling, found both: scaling changes the inputs it was measured on"
+            )
+        return self
+
+    def absolute(self) -> Self:
+        """Return these settings with an absolute path of the imatrix."""
+        return self.model_copy(update={"imatrix": self.imatrix and self.imatrix.absolute()})

@@ -175,8 +175,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """Return ``config`` with absolute paths of model and text, so that a run can be resumed from any directory."""
-    return config.model_copy(update={"model": absolute_model(config.model), "text": absolute_text(config.text)})
+    """Return ``config`` with absolute paths, so that a run can be resumed from any directory."""
+    found = {"model": absolute_model(config.model), "text": absolute_text(config.text)}
+    return config.model_copy(update=found | {"quantization": config.quantization.absolute()})
 
 
 def absolute_model(model: str) -> str:

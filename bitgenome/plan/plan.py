@@ -7,6 +7,7 @@ from math import prod
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import BudgetConfig, RunConfig
+from bitgenome.plan.imatrix import imatrix_importance
 from bitgenome.plan.pruning import sparsity_by_tensor
 from bitgenome.plan.text import check_text
 from bitgenome.storage.opened import open_model
@@ -91,6 +92,7 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
     labels = LABELS[groups.by](free) if groups.by in LABELS else {}
     space, budget = tied_space(config, folder, free, labels)
     check_text(config.text, folder)
+    imatrix_importance(config.quantization, folder, shapes)
     return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
 
 

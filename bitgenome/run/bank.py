@@ -7,8 +7,11 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from bitgenome.common import layout
 from bitgenome.observe.progress import Track
+from bitgenome.plan.imatrix import imatrix_digest, imatrix_importance
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.prepare import bank as banks
@@ -38,7 +41,8 @@ class BankBuild:
         plan = self.plan
         formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
         how = compensation_settings(plan), plan.sparsity, plan.config.quantization.importance
-        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how, self.device)
+        imatrix = imatrix_digest(plan.config.quantization)
+        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how, self.device, imatrix)
         return shared_directory(plan.config, layout.BANK_KIND, digest)
 
     def missing(self) -> set[str]:
@@ -63,13 +67,16 @@ class BankBuild:
         """
         absent, plan, names = self.missing(), self.plan, dict(self.formats)
         settings, how = compensation_settings(plan), plan.config.quantization.importance
+        given = imatrix_importance(plan.config.quantization, plan.folder, names)
         tasks = []
         for file in groups:
             tensors = names.keys() & banks.group_tensors(file)
             if absent & tensors:
                 work = sum(prod(plan.folder.shapes[tensor]) for tensor in tensors)
                 where = (plan.folder.path, file, self.directory)
-                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work))
+                squares = [given[tensor] for tensor in sorted(tensors & given.keys())]
+                mean = np.mean(squares, axis=0) if squares else None
+                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean))
         return sorted(tasks, key=lambda task: -task.work)
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.observe.progress import Track
 from bitgenome.plan.disk import keeps_hessians
+from bitgenome.plan.imatrix import imatrix_digest
 from bitgenome.plan.memory import heaviest_load
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
@@ -69,6 +70,8 @@ def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     """
     run.record.pin("text", windows.digest)
     run.record.pin("model", plan.folder.digest)
+    if digest := imatrix_digest(plan.config.quantization):
+        run.record.pin("imatrix", digest)
     atomic_write_bytes(run.path / layout.WINDOWS, windows.to_bytes())
 
 

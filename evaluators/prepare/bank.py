@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save
@@ -67,16 +68,19 @@ def bank_digest(
     sparsity: Mapping[str, Sparsity],
     importance: Importance = "conditional",
     device: str = "cpu",
+    imatrix: str | None = None,
 ) -> str:
     """Return the digest of everything that decides the bytes of a bank; runs with the same digest share the bank.
 
     ``model`` and ``calibration`` are digests. ``formats`` holds the candidate formats of every tensor, ``sparsity`` the
     tensors that are pruned. ``device`` is the kind of device that builds it: products on an accelerator round otherwise
-    than on a CPU, and perhaps otherwise in other batches.
+    than on a CPU, and perhaps otherwise in other batches. ``imatrix`` is the digest of a file of mean squares,
+    where one is used.
     """
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
     where = [] if device == "cpu" else [device, ACCELERATOR_CHUNK, STACK_BYTES]
+    where += [imatrix] if imatrix else []
     return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance, *where)
 
 
@@ -99,6 +103,7 @@ class BuildBankGroup:
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)  # of the tensors that are pruned
     importance: Importance = "conditional"  # used to fit scales; pruned tensors always take the conditional one
     work: float = 1.0  # number of weights, by which the pool compares the times of tasks
+    given: np.ndarray | None = None  # mean squares (columns,) of the input from an imatrix file, in place of importance
 
     @property
     def label(self) -> str:
@@ -130,8 +135,12 @@ class BuildBankGroup:
         H = group.hessian.to(next(iter(weights.values())).device)
         levels: dict[str, dict[str, Compensated]] = {}
         if dense:
-            importance = scale_importance(self.importance, dense, H, group.statistics, self.settings.damping)
-            levels |= compensate(dense, {name: formats[name] for name in dense}, H, self.settings, importance)
+            given = None if self.given is None else torch.from_numpy(self.given).to(H.device)
+            importance = given
+            if given is None:
+                importance = scale_importance(self.importance, dense, H, group.statistics, self.settings.damping)
+            dense_formats = {name: formats[name] for name in dense}
+            levels |= compensate(dense, dense_formats, H, self.settings, importance, plain=given)
         if pruned:
             levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
         return levels

@@ -50,14 +50,15 @@ def compensate(
     H: Tensor,
     settings: CompensationSettings = DEFAULTS,
     importance: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> dict[str, dict[str, Compensated]]:
     """Quantize each tensor to its formats with compensation; return bytes and errors by tensor name and format name.
 
     ``weights`` are float (rows, columns) and read the same input, whose Hessian is H (columns, columns); ``formats``
     lists the formats wanted of each. ``importance`` (columns,) weights the fit of scales in the column loop, by default
     ``conditional_importance``. Each row is the better, by its tr(dW H dW^T), of the compensated row and plain rounding
-    with importance diag(H), so none is worse than ``quantize``. Columns with H_jj = 0 are rounded plainly; float
-    formats are only converted.
+    with importance ``plain`` (columns,), by default diag(H), so none is worse than ``quantize``. Columns with H_jj = 0
+    are rounded plainly; float formats are only converted.
 
     Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
     """
@@ -66,6 +67,7 @@ def compensate(
     for name, W in weights.items():
         for fmt in formats[name]:
             check_weights(fmt, W, columns)
+    plain = H.diagonal() if plain is None else plain
     compensated = (
         compensate_stack(weights, formats, H, settings.damping, settings.refinement_rounds, importance)
         if settings.compensation
@@ -73,9 +75,7 @@ def compensate(
     )
     return {
         name: {
-            fmt.name: better_rows(
-                fmt, W.float(), quantize(fmt, W.float(), H.diagonal()), compensated.get((name, fmt.name)), H
-            )
+            fmt.name: better_rows(fmt, W.float(), quantize(fmt, W.float(), plain), compensated.get((name, fmt.name)), H)
             for fmt in formats[name]
         }
         for name, W in weights.items()
