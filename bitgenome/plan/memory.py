@@ -24,6 +24,7 @@ MOST_TOGETHER = 32  # genomes of one task: bounds what a lost worker costs, and 
 KEPT_GENOMES = 4  # whose prefixes workers keep
 PACKED_COPIES = 3  # of a tensor's bytes: from the file, in another order of rows, from the bank
 TOKEN_BYTES = 1200  # of a token of the vocabulary and its merge, as Python objects and as written
+RUNTIME_BYTES = 28 << 20  # llama.cpp's own buffers, vocabulary and server
 LOG_PROBS = 5  # of a chunk of positions: llama.cpp's, a model's, and what comparing them computes
 REFERENCES = 12  # approximate number of seeds and uniform genomes that the winner is compared with
 
@@ -138,13 +139,12 @@ def export_memory(shape: ModelShape, formats: Mapping[str, Sequence[QuantFormat]
 
 
 def llamacpp_memory(plan: Plan) -> StageMemory:
-    """Return what llama.cpp takes in a process of its own: the mapped file, weights in another order, and a cache.
-
-    Which weights it reorders depends on their types and on the processor; half of them are a guess.
-    """
-    window, shape, size = plan.config.text.window, ModelShape.of(plan.folder), plan.budget.file_bytes
+    """Return what llama.cpp takes in a process of its own: its buffers, and the file, whose pages it gives back."""
+    window, shape = plan.config.text.window, ModelShape.of(plan.folder)
     cache = 2 * shape.layers * window * shape.state_bytes  # keys and values of a window, as if no heads shared them
-    return StageMemory(host={"file in llama.cpp": size, "weights reordered": size // 2, "key-value cache": cache})
+    return StageMemory(
+        host={"file in llama.cpp": plan.budget.file_bytes, "key-value cache": cache, "llama.cpp": RUNTIME_BYTES}
+    )
 
 
 def proof_memory(
