@@ -84,15 +84,16 @@ def write_chats(source: Path, target: Path) -> None:
 
 
 def settings_of(arguments: argparse.Namespace, chat: Path) -> Mapping[str, Any]:
-    """Return the settings of each source, all splits of which are its own; tests read the split "test"."""
+    """Return the settings of each source of calibration text."""
     wikitext = {"source": "file", "path": arguments.calibration}
-    of_self = {"source": "self", "fills": ("calibration", "search", "validation", "test")}
+    own = {"source": "self", "fills": ("calibration",)}
+    rest = {"source": "stdlib", "fills": ("search", "validation", "test")}  # which nothing reads
     return {
-        "self": {"source": "self"},
+        "self": {"source": [own, rest]},
         "wikitext": wikitext,
         "stdlib": {"source": "stdlib"},
         "chat": {"source": "chat", "path": chat},
-        "self+wikitext": {"source": [of_self, wikitext]},
+        "self+wikitext": {"source": [own, wikitext]},
     }
 
 
