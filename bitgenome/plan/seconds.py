@@ -95,10 +95,10 @@ class Work:
 
     def text(self) -> float:
         """Return the seconds in which the model writes its text: batches of windows, divided among the workers."""
-        counts = written_counts(self.plan.config.text)
-        steps = len(batches(counts)) * self.plan.config.text.window
+        text = self.plan.config.text
+        count = len(batches(sum(written_counts(text).values())))
         a_step = BATCH * (self.layers * self.rates.written + self.rates.head)
-        return steps * (a_step + STEP_SECONDS) / min(self.workers, max(1, len(batches(counts))))
+        return count * text.window * (a_step + STEP_SECONDS) / min(self.workers, count)
 
     def calibration(self) -> float:
         """Return the seconds of the Hessians, a single task on all cores."""

@@ -38,28 +38,20 @@ CONFIGS = ("generation_config.json", "config.json")  # that name the ids which e
 
 @dataclass(frozen=True)
 class Batch:
-    """Names windows that are written together: ``count`` of a split from ``start``; ``rank`` counts over all splits."""
+    """Names windows that are written together: ``count`` from ``start``, counted over all splits."""
 
-    split: str
     start: int
     count: int
-    rank: int
 
     @property
     def file(self) -> str:
         """Name of the file of its windows."""
-        return f"{self.split}-{self.start}.safetensors"
+        return f"{self.start}.safetensors"
 
 
-def batches(counts: Mapping[str, int]) -> list[Batch]:
-    """Return the batches of ``counts`` windows by split."""
-    found, rank = [], 0
-    for split in (split for split in SPLITS if split in counts):
-        for start in range(0, counts[split], BATCH):
-            size = min(BATCH, counts[split] - start)
-            found.append(Batch(split, start, size, rank))
-            rank += size
-    return found
+def batches(windows: int) -> list[Batch]:
+    """Return the batches of ``windows`` windows."""
+    return [Batch(start, min(BATCH, windows - start)) for start in range(0, windows, BATCH)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class WriteWindows:
 
     @property
     def label(self) -> str:
-        return f"write[{self.batches[0].file.partition('.')[0]}]"
+        return f"write[{self.batches[0].start}]"
 
     @property
     def makes(self) -> tuple[Path, ...]:
@@ -111,9 +103,9 @@ class WriteWindows:
 def tasks(
     model: Path, directory: Path, counts: Mapping[str, int], length: int, seed: int, workers: int
 ) -> list[WriteWindows]:
-    """Return the tasks that write what is missing of ``counts`` windows by split, a model's loading each."""
+    """Return the tasks that write what is missing of ``counts`` windows by split; each loads the model once."""
     total = sum(counts.values())
-    missing = [b for b in batches(counts) if saved_rows(directory / b.file, b, length) is None]
+    missing = [b for b in batches(total) if saved_rows(directory / b.file, b, length) is None]
     share = ceil(len(missing) / max(1, workers))
     parts = [tuple(missing[start : start + share]) for start in range(0, len(missing), share or 1)]
     return [WriteWindows(model, directory, part, length, total, seed) for part in parts]
@@ -130,12 +122,14 @@ def saved_rows(path: Path, batch: Batch, length: int) -> np.ndarray | None:
 
 def written_rows(directory: Path, counts: Mapping[str, int], length: int) -> dict[str, np.ndarray] | None:
     """Return all windows int64 (n, length) by split, None unless every batch is there and whole."""
-    found: dict[str, list[np.ndarray]] = {}
-    for batch in batches(counts):
+    found = []
+    for batch in batches(sum(counts.values())):
         if (rows := saved_rows(directory / batch.file, batch, length)) is None:
             return None
-        found.setdefault(batch.split, []).append(rows)
-    return {split: np.concatenate(rows) for split, rows in found.items()}
+        found.append(rows)
+    splits = [split for split in SPLITS if split in counts]
+    ends = np.cumsum([counts[split] for split in splits])[:-1]
+    return dict(zip(splits, np.split(np.concatenate(found), ends), strict=True))
 
 
 def writing_script(folder: Path, tokenizer: ModelTokenizer, length: int) -> Script:
@@ -184,11 +178,11 @@ class Writer:
         script = writing_script(self.folder.path, self.tokenizer, length)
         before = 0 if self.tokenizer.bos is None else 1
         new = length + before - len(script.start)
-        split = SPLITS.index(batch.split)
         draws = np.stack([
-            np.random.default_rng([seed, DRAWS, split, batch.start + row]).random(new) for row in range(batch.count)
+            np.random.default_rng([seed, DRAWS, window]).random(new)
+            for window in range(batch.start, batch.start + batch.count)
         ])  # fmt: skip
-        beginning = First(seed, total, range(batch.rank, batch.rank + batch.count), self.forbidden_first())
+        beginning = First(seed, total, range(batch.start, batch.start + batch.count), self.forbidden_first())
         sampler = Sampler(script, torch.from_numpy(draws).to(self.device), beginning, self.unused(), place)
         start = torch.tensor([script.start] * batch.count, device=self.device)
         ids = self.model.generate(

@@ -13,7 +13,7 @@ from evaluators.prepare.writing import BATCH, First, Writer, batches, drawn, tas
 from tests.conftest import EMBEDDED
 from tests.small_models import chat_tokenizer, save_small_model
 
-COUNTS, LENGTH = {"calibration": BATCH + 3, "test": 2}, 16
+COUNTS, LENGTH = {"calibration": 2 * BATCH + 3, "test": 2}, 16
 
 
 def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
@@ -54,10 +54,10 @@ def test_the_text_is_the_same_for_any_number_of_workers_and_goes_on_where_it_sto
     assert {split: len(rows) for split, rows in found[1].items()} == COUNTS
     every = np.concatenate([*found[1].values()])
     assert len({row.tobytes() for row in every}) == len(every)
-    last = directory / batches(COUNTS)[-1].file
+    last = directory / batches(sum(COUNTS.values()))[-1].file
     last.write_bytes(last.read_bytes()[:-8])
     (again,) = tasks(EMBEDDED, directory, COUNTS, LENGTH, 0, 2)
-    assert [batch.split for batch in again.batches] == ["test"]
+    assert [batch.count for batch in again.batches] == [5]
     again.run({})
     rows = written_rows(directory, COUNTS, LENGTH)
     assert rows is not None and np.array_equal(rows["test"], found[3]["test"])
@@ -68,7 +68,7 @@ def test_a_chat_model_writes_turns_of_its_template_and_no_unused_ids(tmp_path: P
     chat_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     script = writing_script(tmp_path, tokenizer, 63)
-    (batch,) = batches({"search": 4})
+    (batch,) = batches(4)
     writer = Writer(ModelFolder(tmp_path), torch.device("cpu"))
     rows = writer.write(batch, 63, 4, seed=0)
     assert rows.shape == (4, 63) and (rows[:, : len(script.start) - 1] == script.start[1:]).all()
