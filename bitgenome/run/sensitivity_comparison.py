@@ -27,6 +27,7 @@ from bitgenome.run.search import pool_evaluate
 from bitgenome.run.sensitivities import GRADIENTS, Measurement, table_of
 from bitgenome.run.session import open_session
 from bitgenome.run.writing import written_windows
+from bitgenome.storage.opened import note_model
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from search.allocation.exact import exact
@@ -81,6 +82,7 @@ def compare_sensitivities(
     windows = ready_windows(plan)
     plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
     with RunDirectory.owned(config) as directory:
+        note_model(config, plan.folder)
         return directory.path, comparison(plan, windows, directory, count, bits, console)
 
 

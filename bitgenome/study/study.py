@@ -22,7 +22,7 @@ from bitgenome.run.session import open_session
 from bitgenome.run.writing import written_windows
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import RunMirror, mirrored
-from bitgenome.storage.opened import open_model
+from bitgenome.storage.opened import note_model, open_model
 from bitgenome.study.grouping_report import costs, write_grouping_report
 from bitgenome.study.report import write_report
 from evaluators.data.windows import TokenWindows
@@ -117,6 +117,7 @@ def run_study(study: Study, console: Console) -> tuple[Path, list[MethodResult]]
         mirrored(location) as mirror,
         open_session(study.config, plan.folder, plan.path) as pool,
     ):
+        note_model(study.config, plan.folder)
         track = tracker(console)
         windows = written_windows(plan, ready, pool, track, lambda stage: nullcontext())
         return plan.path, StudyRun(plan, windows, pool, track, lease, mirror).results()
