@@ -27,8 +27,11 @@ LLAMA3_HIGH = 4.0  # high_freq_factor of every model of the kind, where the file
 LLAMA3_CONTEXTS = range(4, 25)  # powers of two
 
 
-def rope_parameters(model: GgufModel, head_dim: int) -> dict[str, Any]:
+def rope_parameters(model: GgufModel, head_dim: int, usual: str) -> dict[str, Any]:
     """Return what the file says of rotary embeddings: theta, part of the head, and scaling.
+
+    ``usual`` is the kind that the model's configuration has by default: proportional embeddings turn a part of the
+    head with the frequencies of the whole.
 
     Raises GgufModelError for a scaling that transformers does not have.
     """
@@ -47,7 +50,9 @@ def rope_parameters(model: GgufModel, head_dim: int) -> dict[str, Any]:
     elif LONG in model.tensors and SHORT in model.tensors:
         given |= {"long_factor": model.floats(LONG).tolist(), "short_factor": model.floats(SHORT).tolist()}
         found |= {"rope_type": "longrope", **given}
-    if FACTORS in model.tensors:
+    if FACTORS in model.tensors and usual == "proportional":
+        found |= {"rope_type": usual, "partial_rotary_factor": float(np.mean(model.floats(FACTORS) == 1.0))}
+    elif FACTORS in model.tensors:
         found |= llama3_scaling(model, found["rope_theta"], dimensions)
     return found
 

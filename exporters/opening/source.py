@@ -15,6 +15,7 @@ from exporters.files.gguf_reader import GgufContents, StoredTensor, read_gguf
 
 FLOATS = ("F32", "F16", "BF16")  # stored as they are in a Hugging Face folder
 PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")  # llama.cpp's LLAMA_SPLIT_PATH
+TYPE = re.compile(r"[-._](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # of the weights, at the end of a file's name
 
 
 class GgufModelError(UserError):
@@ -73,9 +74,9 @@ def shortest(value: Any) -> Any:
 
 
 def stem_of(path: Path) -> str:
-    """Return the name of a model's file without its ending, and without the number of a part."""
+    """Return the name of the model in a file: without ending, number of a part, and type of the weights."""
     found = PART.match(path.name)
-    return found["stem"] if found else path.name[: -len(path.suffix)] if path.suffix else path.name
+    return TYPE.sub("", found["stem"] if found else path.stem)
 
 
 def parts_of(path: Path) -> list[Path]:

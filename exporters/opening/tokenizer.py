@@ -16,7 +16,8 @@ from exporters.metadata.pretokenizers import ADDS_BOS, UnknownPretokenizerError,
 from exporters.metadata.tokenizer import SPACE_MARK
 from exporters.opening.source import GgufModel, GgufModelError
 
-BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+BYTE_LEVEL, SENTENCEPIECE, MERGED_PIECES = "gpt2", "llama", "gemma4"
+LINES = r"[^\n]+|[\n]+"  # within which llama.cpp merges a gemma4 text
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> llama.cpp's
 DEFAULT_IDS = {SENTENCEPIECE: {"bos": 1, "eos": 2, "unk": 0}}  # of llama.cpp, where a file names none
 WHOLE = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)  # found in text before it is split
@@ -42,10 +43,10 @@ def tokenizer_files(model: GgufModel) -> TokenizerFiles:
     tokens, types = keys.get(f"{PREFIX}tokens"), keys.get(f"{PREFIX}token_type")
     if kind in ("none", "no_vocab") or not tokens:
         raise GgufModelError(f"expected a GGUF file with a tokenizer, found none in {model.path}")
-    if kind not in (BYTE_LEVEL, SENTENCEPIECE):
+    if kind not in (BYTE_LEVEL, SENTENCEPIECE, MERGED_PIECES):
         raise GgufModelError(
-            f"expected a tokenizer of kind {BYTE_LEVEL} or {SENTENCEPIECE}, found {kind!r} in {model.path}: take the "
-            "Hugging Face folder that the file was made from"
+            f"expected a tokenizer of kind {BYTE_LEVEL}, {SENTENCEPIECE} or {MERGED_PIECES}, found {kind!r} in "
+            f"{model.path}: take the Hugging Face folder that the file was made from"
         )
     kinds = [TokenType(kind) for kind in types or [TokenType.NORMAL] * len(tokens)]
     if len(kinds) != len(tokens):
@@ -88,7 +89,7 @@ def special_ids(model: GgufModel, kind: str) -> dict[str, int]:
 def frame(model: GgufModel, kind: str) -> dict[str, bool]:
     """Return whether BOS is put before a text, and EOS after it, with llama.cpp's defaults."""
     keys = model.key_values
-    bos = kind == SENTENCEPIECE or canonical_name(keys.get(f"{PREFIX}pre", "")) in ADDS_BOS
+    bos = kind != BYTE_LEVEL or canonical_name(keys.get(f"{PREFIX}pre", "")) in ADDS_BOS
     return {
         "bos": bool(keys.get(f"{PREFIX}add_bos_token", bos)),
         "eos": bool(keys.get(f"{PREFIX}add_eos_token", False)),
@@ -109,15 +110,21 @@ def _byte_level(model: GgufModel, vocabulary: Mapping[str, int]) -> dict[str, An
 
 
 def _sentencepiece(model: GgufModel, vocabulary: Mapping[str, int], special: Mapping[str, int]) -> dict[str, Any]:
-    """Return the parts of a tokenizer that merges the pair whose result has the highest score."""
-    keys = model.key_values
+    """Return the parts of a tokenizer of pieces that merges the pair whose result has the highest score.
+
+    gemma4's merges are in the file, and apply within lines.
+    """
+    keys, by_lines = model.key_values, model.key_values[f"{PREFIX}model"] == MERGED_PIECES
     tokens, scores = keys[f"{PREFIX}tokens"], keys.get(f"{PREFIX}scores")
-    if not scores or len(scores) != len(tokens):
+    if by_lines:
+        merges = [tuple(merge.split(" ", 1)) for merge in keys.get(f"{PREFIX}merges", [])]
+    elif scores and len(scores) == len(tokens):
+        merges = generate_merges(vocabulary, {text: scores[index] for text, index in vocabulary.items()})
+    else:
         raise GgufModelError(f"expected a score for each of {len(tokens)} tokens in {model.path}, found none")
-    merges = generate_merges(vocabulary, {text: scores[index] for text, index in vocabulary.items()})
     steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}]
     strip: list[dict[str, Any]] = []
-    if keys.get(f"{PREFIX}add_space_prefix", True):
+    if keys.get(f"{PREFIX}add_space_prefix", not by_lines):
         steps.insert(0, {"type": "Prepend", "prepend": SPACE_MARK})
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     decoders = [
@@ -129,7 +136,9 @@ def _sentencepiece(model: GgufModel, vocabulary: Mapping[str, int], special: Map
     unknown = {"unk_token": tokens[special["unk"]], "fuse_unk": True} if "unk" in special else {}
     return {
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": LINES}, "behavior": "Isolated", "invert": False}
+        if by_lines
+        else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(vocabulary, merges) | {"byte_fallback": True} | unknown,

@@ -6,7 +6,6 @@ undoes what llama.cpp's converter did.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.integrations.gguf import GGUF_ARCHS, get_gguf_conversion_mapping
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from exporters.opening.experts import CHAINS
 from exporters.opening.rotary import ROTARY_TENSORS
 from exporters.opening.source import FLOATS, GgufModel, GgufModelError
 
@@ -69,8 +69,8 @@ def opened_tensors(model: GgufModel, config: PretrainedConfig) -> list[OpenedTen
     shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop(HEAD, None)
-    known = GGUF_ARCHS if model.architecture in GGUF_ARCHS else TENSOR_PROCESSORS
-    sources, reader = (_by_operations if known is GGUF_ARCHS else _by_processor)(model, config, built)
+    has_chain = model.architecture in GGUF_ARCHS or config.model_type in CHAINS
+    sources, reader = (_by_operations if has_chain else _by_processor)(model, config, built)
     placed = {name for names in sources.values() for name in names}
     if left := [name for name in model.tensors if name not in placed and name not in ROTARY_TENSORS]:
         raise GgufModelError(
@@ -127,7 +127,8 @@ def _by_processor(model: GgufModel, config: PretrainedConfig, built: PreTrainedM
 
 def _by_operations(model: GgufModel, config: PretrainedConfig, built: PreTrainedModel) -> tuple[Sources, Reader]:
     """Return sources and reader of an architecture whose transforms are renamings and operations."""
-    transforms = deepcopy(get_gguf_conversion_mapping(model.architecture, config))
+    own = CHAINS.get(config.model_type)
+    transforms = own(config) if own else get_gguf_conversion_mapping(model.architecture, config)
     renamings = [step for step in transforms if isinstance(step, WeightRenaming)]
     converters = [step for step in transforms if isinstance(step, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -177,7 +177,7 @@ BAD = {
     "no tokenizer": (with_keys(tokenizer__ggml__model="none"), "expected a GGUF file with a tokenizer, found none"),
     "other tokenizer": (with_keys(tokenizer__ggml__model="bert"), "found 'bert'"),
     "pre-tokenizer": (with_keys(tokenizer__ggml__pre="chameleon"), "found chameleon as tokenizer.ggml.pre"),
-    "hyperparameter": (with_keys(llama__expert_count=4), "llama.expert_count = 4 is no setting of LlamaConfig"),
+    "hyperparameter": (with_keys(llama__logit_scale=4), "llama.logit_scale = 4, for which LlamaConfig has no setting"),
     "rope": (with_keys(llama__rope__scaling__type="su"), "found 'su'"),
     "missing key": (without("llama.block_count"), "block_count"),
     "missing tensor": (without("blk.1.ffn_up.weight"), "weights of model.layers.1.mlp.up_proj.weight, found none"),
