@@ -1,7 +1,8 @@
-"""Train the embedded model: a small Qwen2 on the standard library's sources.
+"""Train the embedded models on the standard library's sources: a small Qwen2, and a small mixture of experts.
 
-Run ``python -m models.train --out models/stdlib-6m``; about an hour on two cores. The modules named in
-``splits.json`` are never read for training, so that calibration, search, validation and test text is unseen.
+Run ``python -m models.train``, about an hour on two cores, then ``python -m models.train --experts``, which takes the
+first one's tokenizer, held-out modules and embedding. The modules named in ``splits.json`` are never read for training,
+so that calibration, search, validation and test text is unseen.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,14 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from evaluators.data.stdlib import SPLITS, load_held_out, read_modules, training_documents
 
@@ -45,6 +54,28 @@ CONFIG = Qwen2Config(
     eos_token_id=0,
     attention_dropout=0.0,
 )
+EXPERTS = Qwen3MoeConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=768,
+    moe_intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=8,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,  # as llama.cpp does
+    max_position_embeddings=CONTEXT,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=0,
+    attention_dropout=0.0,
+)
+BALANCE = 0.01  # weight of the loss that spreads tokens over experts (Fedus et al. 2021, equation 4)
+DENSE_TOKENS, EXPERT_TOKENS = 6_600_000, 1_200_000
+DENSE = Path(__file__).parent / "stdlib-6m"
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -79,13 +110,15 @@ def batches(tokens: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor
                 yield torch.stack([tokens[s : s + CONTEXT + 1] for s in chunk.tolist()])
 
 
-def cross_entropy(model: Qwen2ForCausalLM, batch: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=batch[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+def cross_entropy(model: PreTrainedModel, batch: torch.Tensor, balance: float = 0.0) -> torch.Tensor:
+    """Mean next-token loss, plus ``balance`` times the loss of routers."""
+    output = model(input_ids=batch[:, :-1], **({"output_router_logits": True} if balance else {}))
+    loss = F.cross_entropy(output.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    return loss + balance * output.aux_loss if balance else loss
 
 
 @torch.inference_mode()
-def perplexity(model: Qwen2ForCausalLM, tokens: torch.Tensor, windows: int = 128) -> float:
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor, windows: int = 128) -> float:
     """exp of the mean next-token loss over non-overlapping windows of ``CONTEXT`` tokens."""
     rows = tokens[: (len(tokens) - 1) // CONTEXT * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT)[:windows]
     return math.exp(sum(float(cross_entropy(model, row[None])) for row in rows) / len(rows))
@@ -120,7 +153,8 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
                 shapes.setdefault(parameter.shape, []).append(parameter)
-            for (rows, columns), same in shapes.items():
+            for shape, same in shapes.items():
+                rows, columns = shape[-2:]  # of each expert, where a parameter stacks them
                 updates = []
                 for parameter in same:
                     momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
@@ -129,33 +163,48 @@ class Muon(torch.optim.Optimizer):
                     momentum.lerp_(gradient, 1 - group["momentum"])
                     updates.append(gradient.lerp(momentum, group["momentum"]))
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for parameter, update in zip(same, self.orthogonalize(torch.stack(updates)), strict=True):
+                together = self.orthogonalize(torch.stack(updates).flatten(0, -3)).reshape(len(updates), *shape)
+                for parameter, update in zip(same, together, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
 
-def optimizers(model: Qwen2ForCausalLM, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for embedding, norms and biases."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     return [
         Muon(matrices, lr=muon_lr),
         torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write ``model`` in bf16 safetensors, with its tokenizer."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def train(out: Path, total_tokens: int, batch_size: int, seed: int, muon_lr: float, adam_lr: float) -> None:
+def experts_model() -> PreTrainedModel:
+    """A mixture of experts with random weights and the dense model's embedding."""
+    model = Qwen3MoeForCausalLM(EXPERTS)
+    model.set_experts_implementation("grouped_mm")  # a sixth of the time of one expert after the other
+    dense = Qwen2ForCausalLM.from_pretrained(DENSE, dtype=torch.float32)
+    model.get_input_embeddings().weight.data.copy_(dense.get_input_embeddings().weight)
+    return model
+
+
+def train(
+    out: Path, experts: bool, total_tokens: int, batch_size: int, seed: int, muon_lr: float, adam_lr: float
+) -> None:
     """Train to ``total_tokens`` and write the model, the tokenizer and ``training.json`` under ``out``."""
     torch.manual_seed(seed)
+    if experts:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(DENSE / "splits.json", out / "splits.json")
     held_out = load_held_out(out / "splits.json")
     documents = list(training_documents([m for names in held_out.values() for m in names]))
     texts = [text for _, text in documents]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(DENSE) if experts else train_tokenizer(texts)
 
     def encode(parts: list[str]) -> torch.Tensor:
         return torch.tensor([t for ids in tokenizer(parts)["input_ids"] for t in [*ids, tokenizer.eos_token_id]])
@@ -165,7 +214,7 @@ def train(out: Path, total_tokens: int, batch_size: int, seed: int, muon_lr: flo
     log.info(
         "%d files, %d training tokens, held out %s", len(texts), len(tokens), {k: len(v) for k, v in splits.items()}
     )
-    model = Qwen2ForCausalLM(CONFIG)
+    model = experts_model() if experts else Qwen2ForCausalLM(CONFIG)
     steps = total_tokens // (batch_size * CONTEXT)
     groups = optimizers(model, muon_lr, adam_lr)
     base = [[g["lr"] for g in o.param_groups] for o in groups]
@@ -176,7 +225,7 @@ def train(out: Path, total_tokens: int, batch_size: int, seed: int, muon_lr: flo
         for optimizer, rates in zip(groups, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
-        loss = cross_entropy(model, next(stream))
+        loss = cross_entropy(model, next(stream), BALANCE if experts else 0.0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in groups:
@@ -213,15 +262,18 @@ def train(out: Path, total_tokens: int, batch_size: int, seed: int, muon_lr: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "stdlib-6m")
-    parser.add_argument("--tokens", type=int, default=6_600_000)
+    parser.add_argument("--experts", action="store_true", help="the mixture of experts")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(args.out, args.tokens, args.batch_size, args.seed, args.muon_lr, args.adam_lr)
+    out = args.out or (DENSE.with_name("stdlib-moe-6m") if args.experts else DENSE)
+    tokens = args.tokens or (EXPERT_TOKENS if args.experts else DENSE_TOKENS)
+    train(out, args.experts, tokens, args.batch_size, args.seed, args.muon_lr, args.adam_lr)
 
 
 if __name__ == "__main__":
