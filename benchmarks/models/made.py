@@ -13,7 +13,7 @@ from benchmarks.models.case import COMMON, Case
 from benchmarks.models.vocabulary import SIZE, write_tokenizer
 
 NOISE = 0.1  # of vectors: norms, biases, gates
-DAMPING = 1 / 64
+DAMPING = 1 / 256
 
 
 def config_of(case: Case) -> PreTrainedConfig:

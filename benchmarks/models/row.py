@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from gguf import GGUFReader
 
 from benchmarks.models.case import Case, cases
 from benchmarks.models.made import make_model
-from benchmarks.models.wiring import compare, convert
+from benchmarks.models.wiring import compare, convert, logits_error
 
+VERSIONS = {name: version(name) for name in ("transformers", "xllamacpp")}
 SHOWN = 300  # characters of a reason
 
 
 def measure(case: Case, folder: Path, result: Path, converter: Path) -> None:
     """Make the model, its template and the comparisons; leave figures, or the stage and the reason of a failure."""
-    row: dict[str, Any] = {"name": case.name, "type": case.type, "variant": case.variant}
+    row: dict[str, Any] = {"name": case.name, "type": case.type, "variant": case.variant, "versions": VERSIONS}
     started = time.perf_counter()
 
     def enter(stage: str) -> None:
@@ -41,6 +43,8 @@ def measure(case: Case, folder: Path, result: Path, converter: Path) -> None:
         enter("llama.cpp")
         wiring = compare(model, folder, file)
         row |= {"wiring": wiring.error, "tokens": wiring.tokens}
+        enter("generation")
+        row["logits"] = logits_error(file, wiring)
         enter("done")
     except Exception as error:  # whatever a library raises is this row's result
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 BYTE_LEVEL = Path(__file__).parents[2] / "models" / "stdlib-6m"
 SIZE = 4096
@@ -96,7 +96,10 @@ def _added(number: int, token: str) -> dict[str, Any]:
 def _trained() -> tuple[dict[str, int], list[list[str]]]:
     """Return vocabulary and merges, learned from modules of the running interpreter's library."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
+    lines = pre_tokenizers.Split(
+        Regex(r"\n+|[^\n]+"), "isolated"
+    )  # as Gemma's: no token has both letters and line feeds
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")])
     room = SIZE - len(SPECIAL) - len(BYTES)
     trainer = trainers.BpeTrainer(vocab_size=room, limit_alphabet=200, show_progress=False)
     library = Path(sysconfig.get_path("stdlib"))
