@@ -47,7 +47,9 @@ class ModelFolder:
             raise ModelFolderError(f"expected a Hugging Face model folder, found nothing at {self.path}")
         config = self.path / "config.json"
         if not config.is_file():
-            raise ModelFolderError(f"expected config.json in the model folder, found none in {self.path}")
+            gguf = next((file.name for file in sorted(self.path.iterdir()) if is_gguf(file)), None)
+            found = f"no more than {gguf}: name that file as the model" if gguf else "none"
+            raise ModelFolderError(f"expected config.json in the model folder, found {found} in {self.path}")
         self.config: dict[str, Any] = read_json_object(config)
         self._source = source_of(self.path)
         self._files = self._index(self._source or self.path)

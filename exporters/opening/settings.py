@@ -32,7 +32,9 @@ SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # blocks of models whose scores 
 SETTLED = (  # by other keys and by tensors, and where they would not fit them, by a refusal
     "vocab_size", "attention.key_length", "attention.key_length_swa", "attention.value_length",
     "attention.value_length_swa", "rope.dimension_count_swa", "rope.scaling.finetuned", "attention.causal",
+    "use_parallel_residual",
 )  # fmt: skip
+META_LAYOUT = "Meta AI original pth"  # of the rows of q and k, which are brought back
 
 
 def added_settings(model: GgufModel, usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def unread(keys: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
         known = known or (key == WINDOW and "sliding_window" in usual)
         known = known or (key == WINDOWED and isinstance(value, list) and "layer_types" in usual)
         known = known or (key == LOCAL_THETA and "sliding_attention" in (usual.get("rope_parameters") or {}))
+        known = known or (key == "tensor_data_layout" and value == META_LAYOUT)
         if not known and value:
             yield key
 

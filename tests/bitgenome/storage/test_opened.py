@@ -62,6 +62,9 @@ def test_headers_leave_nothing_behind(folder: ModelFolder, tmp_path: Path) -> No
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected a GGUF file at .*none\.gguf, found none"):
         open_model(stored(tmp_path, tmp_path / "none.gguf"))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match=r"expected config\.json .* model\.gguf: name that file as the model"):
+        open_model(stored(tmp_path, tmp_path))
 
 
 def settings(tmp_path: Path, name: str, model: Path) -> dict[str, Any]:
