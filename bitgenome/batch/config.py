@@ -23,7 +23,7 @@ from bitgenome.plan.text import ready_windows
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_result import RunResult
 from evaluators.data.windows import TokenWindows
-from evaluators.model.folder import ModelFolder
+from evaluators.model.folder import ModelFolder, is_gguf
 from workers.storage.folders import open_folder
 
 NAMED_FIRST, NAMED_LAST = ("model", "budget", "search.strategy"), "search.seed"  # others go between, as in the file
@@ -217,7 +217,7 @@ def within(key: str, section: str) -> bool:
 def label(key: str, value: Any) -> str:
     """Return a setting as a part of a run's name."""
     if key == "model":
-        return Path(str(value)).name
+        return Path(str(value)).stem if is_gguf(str(value)) else Path(str(value)).name
     if key == "budget" and isinstance(value, dict):
         return "-".join(f"{amount}{BUDGET_UNITS.get(kind, '')}" for kind, amount in value.items()).replace(" ", "")
     if key == "search.strategy":
