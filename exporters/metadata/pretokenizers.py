@@ -37,6 +37,11 @@ def _cased(tail: str, digits: str) -> str:
 _QWEN2 = rf"{CONTRACTIONS}|{WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
 _LLAMA3 = rf"{CONTRACTIONS}|{WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
 _QWEN35 = rf"{CONTRACTIONS}|{WORD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{SPACES}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # where other patterns follow it
+_DEEPSEEK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*{SPACES}"
+)
 KNOWN = {
     Splitting((_QWEN2,), False): "qwen2",
     Splitting((_LLAMA3,), True): "llama-bpe",
@@ -46,12 +51,17 @@ KNOWN = {
     Splitting((_cased(f"{CONTRACTIONS}?", r"\p{N}{1,3}"),), False): "gpt-4o",
     Splitting((GPT2,), False): "gpt-2",
     Splitting((DIGITS, GPT2), False): "smollm",
+    Splitting((r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
+    Splitting(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", DIGITS), False): "deepseek-coder",
+    Splitting((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"), False): "falcon",
+    Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False): "default",
 }
 # Other names of llama.cpp for the same splitting; of those that skip the merges of known words, BOS is the default
 ALIASES = {
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     "dbrx": ("smaug-bpe", "glm4", "chatglm-bpe"),
     "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
+    "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
     "gpt-4o": ("llama4", "kanana2", "talkie", "minimax-m2"),
     "gpt-2": (
         "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from benchmarks.float_gguf import export_float
 from bitgenome.common.errors import UserError
@@ -113,13 +113,14 @@ def test_tokenizer_json_decides_how_text_is_split_whatever_the_model_is_called(t
 
 @pytest.mark.parametrize(("splitting", "name"), KNOWN.items(), ids=KNOWN.values())
 def test_every_known_pretokenizer_splits_as_llamacpp_does(splitting: Splitting, name: str, tmp_path: Path) -> None:
-    steps = {
-        (GPT2,): pre_tokenizers.ByteLevel(add_prefix_space=False),
-        (DIGITS, GPT2): pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        ),
-    }
-    pre_tokenizer = steps.get(splitting.patterns) or split_by(splitting.patterns[0])
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    steps = [
+        digits if pattern == DIGITS else pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        for pattern in splitting.patterns
+        if pattern != GPT2
+    ]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in splitting.patterns)
+    pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
     path = save_small_model(tmp_path / "model", "llama", tokenizer=False)
     byte_level_tokenizer(pre_tokenizer, splitting.ignore_merges).save_pretrained(path)
     export_float(ModelFolder(path), tmp_path / "f32.gguf")
