@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of, digests_of_files
+from bitgenome.common.errors import UserError
 from bitgenome.common.files import json_object
 from bitgenome.common.remembered import found_in
 from bitgenome.storage.lease import Lease
@@ -39,8 +40,19 @@ def open_model(config: StoredModel, weights: bool = True) -> ModelFolder:
     if not _whole(folder):
         with Lease(directory, f"the model of {path}", wait=True):
             if not _whole(folder):
-                write_folder(openable(path), folder)
+                model = openable(path)
+                check_space(model.bytes, path, directory)
+                write_folder(model, folder)
     return ModelFolder(folder)
+
+
+def check_space(needed: int, path: Path, directory: Path) -> None:
+    """Raise UserError unless ``needed`` bytes are free where the model of ``path`` is to be opened."""
+    if (free := shutil.disk_usage(directory).free) < needed:
+        raise UserError(
+            f"expected {needed / 1e9:.1f} GB of free disk for the weights of {path}, found {free / 1e9:.1f} GB in "
+            f"{directory}"
+        )
 
 
 def note_model(config: StoredModel, folder: ModelFolder) -> None:

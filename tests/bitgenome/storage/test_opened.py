@@ -12,7 +12,7 @@ import yaml
 from benchmarks.float_gguf import export_float
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
-from bitgenome.storage.opened import note_model, open_model
+from bitgenome.storage.opened import check_space, note_model, open_model
 from bitgenome.storage.prune import artefacts
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
@@ -65,6 +65,12 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match=r"expected config\.json .* model\.gguf: name that file as the model"):
         open_model(stored(tmp_path, tmp_path))
+
+
+def test_a_full_disk_is_one_sentence_before_a_weight_is_written(tmp_path: Path) -> None:
+    check_space(1, tmp_path / "model.gguf", tmp_path)
+    with pytest.raises(UserError, match=r"expected 1000000000\.0 GB of free disk .*model\.gguf, found"):
+        check_space(10**18, tmp_path / "model.gguf", tmp_path)
 
 
 def settings(tmp_path: Path, name: str, model: Path) -> dict[str, Any]:
