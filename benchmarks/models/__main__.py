@@ -1,6 +1,6 @@
 """Which model types run: each made small, converted, run in llama.cpp, and held against transformers.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.models --converter FOLDER [--only llama qwen3 ...] [--missing] [--table]
+    OMP_NUM_THREADS=1 python -m benchmarks.models --converter FOLDER [--only llama qwen3 ...] [--missing] [--quantize]
 
 FOLDER holds llama.cpp's ``convert_hf_to_gguf.py`` with its packages. Every row is measured in a process of its own, so
 that what aborts is a row too, and is kept as a file of ``benchmarks/models/results``; docs/models.md is made of all
@@ -24,11 +24,12 @@ REPOSITORY = Path(__file__).parents[2]
 LIMIT_S = 300.0  # of one row
 
 
-def measure(name: str, work: Path, converter: Path, limit: float) -> None:
+def measure(name: str, work: Path, converter: Path, limit: float, quantized: bool) -> None:
     """Measure one row in a process of its own, whose end becomes the result where it could not say itself."""
     result, folder = RESULTS / f"{name}.json", work / name
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.models.row", name, str(folder), str(result), str(converter)]
+    command += ["quantize"] * quantized
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TRANSFORMERS_VERBOSITY": "error"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--converter", type=Path, help="folder of convert_hf_to_gguf.py and its packages")
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="types or rows, by default all")
     parser.add_argument("--missing", action="store_true", help="only rows that are not measured yet, or failed")
+    parser.add_argument("--quantize", action="store_true", help="also search, export and prove each in a whole run")
     parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--work", type=Path, help="folder to keep the models in, by default a temporary one")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of one row")
@@ -61,7 +63,13 @@ def main() -> None:
                 if options.only and case.type not in options.only and case.name not in options.only:
                     continue
                 if not (options.missing and case.name in whole):
-                    measure(case.name, options.work or Path(scratch), options.converter.absolute(), options.limit)
+                    measure(
+                        case.name,
+                        options.work or Path(scratch),
+                        options.converter.absolute(),
+                        options.limit,
+                        options.quantize,
+                    )
                     show(console, [row for row in rows() if row["name"] == case.name])
     write_page()
     show(console, rows())

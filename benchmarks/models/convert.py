@@ -8,7 +8,8 @@ What is done beforehand is what a new vocabulary needs, and newer versions of tr
 - The converter knows a pre-tokenizer by the ids that a published vocabulary gives to one text, and refuses others; its
   makers add a line to that table. This adds the embedded model's, whose splitting is Qwen2's.
 - The converter reads config.json through transformers, whose newer classes drop what it asks for
-  (``global_head_dim`` of gemma4): what the file has and the class drops is given back.
+  (``global_head_dim`` of gemma4) and change what it reads (``layer_types`` of granitemoehybrid): what the
+  file says holds.
 - Where tokenizer.json is of SentencePiece's kind, a tokenizer.model is made of it, from which the converter reads.
 """
 
@@ -25,7 +26,10 @@ from conversion.base import ModelBase, TextModel
 SPLITTING = "qwen2"  # of models/stdlib-6m
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's types of pieces
 BPE = 2  # its model type
-MISSING = ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ")
+MISSING = {  # what one wheel's converters of a few types name, its own gguf lacks, and whole modules fail to import for
+    gguf.MODEL_TENSOR: ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ"),
+    gguf.MODEL_ARCH: ("HY_V3", "MINIMAXM3"),
+}
 
 
 def write_sentencepiece(folder: Path) -> None:
@@ -56,21 +60,22 @@ def _is_byte(token: str) -> bool:
 
 
 def keep_whole_configuration(base: Any) -> None:
-    """Let ``base.load_hparams`` return what config.json has and transformers' class dropped, too."""
+    """Let ``base.load_hparams`` return what config.json says, and of transformers' class only what that leaves out."""
     through_transformers = base.load_hparams
 
     def whole(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return raw | through_transformers(folder, is_mistral_format)
+        return through_transformers(folder, is_mistral_format) | raw
 
     base.load_hparams = staticmethod(whole)
 
 
 def main() -> None:
     """Make the tokenizer known, and run the converter with this process's arguments."""
-    for name in MISSING:  # the wheel's converter of one draft model names what its gguf lacks; all of its family fails
-        if not hasattr(gguf.MODEL_TENSOR, name):
-            setattr(gguf.MODEL_TENSOR, name, name)
+    for kind, names in MISSING.items():
+        for name in names:
+            if not hasattr(kind, name):
+                setattr(kind, name, name)
     keep_whole_configuration(ModelBase)
     write_sentencepiece(Path(sys.argv[1]))
     TextModel.get_vocab_base_pre = lambda model, tokenizer: SPLITTING

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -39,11 +40,13 @@ class Quantized:
 
 def quantize(model: Path, template: Path, scratch: Path) -> Quantized:
     """Search a genome for ``model``, export it by ``template`` and prove it. Raises RunError if the run fails."""
+    scratch.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_path("stdlib"))
     text, config = scratch / "text.txt", scratch / "run.yaml"
     text.write_text("".join((library / name).read_text(encoding="utf-8") for name in TEXT), encoding="utf-8")
     settings = SETTINGS | {"storage_path": str(scratch), "model": str(model), "template": str(template)}
     settings["text"] = {"source": "file", "path": str(text), "window": 128, "tokens": TOKENS}
+    shutil.rmtree(scratch / "run", ignore_errors=True)
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = [sys.executable, "-m", "bitgenome.cli", "run", str(config)]
     environment = {**os.environ, "COLUMNS": "1000"}

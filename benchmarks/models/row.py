@@ -1,4 +1,4 @@
-"""Measures one row of the table: ``python -m benchmarks.models.row NAME FOLDER RESULT CONVERTER``.
+"""Measures one row of the table: ``python -m benchmarks.models.row NAME FOLDER RESULT CONVERTER [quantize]``.
 
 The result, a JSON file, is written anew after each stage, so that a process that dies leaves how far it came.
 """
@@ -16,14 +16,18 @@ from gguf import GGUFReader
 
 from benchmarks.models.case import Case, cases
 from benchmarks.models.made import make_model
+from benchmarks.models.quantized import quantize
 from benchmarks.models.wiring import compare, convert, logits_error
 
 VERSIONS = {name: version(name) for name in ("transformers", "xllamacpp")}
 SHOWN = 300  # characters of a reason
 
 
-def measure(case: Case, folder: Path, result: Path, converter: Path) -> None:
-    """Make the model, its template and the comparisons; leave figures, or the stage and the reason of a failure."""
+def measure(case: Case, folder: Path, result: Path, converter: Path, quantized: bool = False) -> None:
+    """Make the model, its template and the comparisons; leave figures, or the stage and the reason of a failure.
+
+    With ``quantized`` a whole run searches, exports and proves it, too.
+    """
     row: dict[str, Any] = {"name": case.name, "type": case.type, "variant": case.variant, "versions": VERSIONS}
     started = time.perf_counter()
 
@@ -45,6 +49,10 @@ def measure(case: Case, folder: Path, result: Path, converter: Path) -> None:
         row |= {"wiring": wiring.error, "tokens": wiring.tokens}
         enter("generation")
         row["logits"] = logits_error(file, wiring)
+        if quantized:
+            enter("run")
+            done = quantize(folder, file, folder.with_name(f"{case.name}-run"))
+            row |= {"runtime_kl": done.runtime_kl, "kl": done.simulated_to_runtime_kl}
         enter("done")
     except Exception as error:  # whatever a library raises is this row's result
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -61,5 +69,5 @@ def architecture_of(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    name, *paths = sys.argv[1:]
-    measure(cases()[name], *map(Path, paths))
+    name, made, written, source, *asked = sys.argv[1:]
+    measure(cases()[name], Path(made), Path(written), Path(source), bool(asked))

@@ -78,7 +78,8 @@ def logits_error(file: Path, wiring: Wiring, threads: int = 1) -> float:
     expected = torch.log_softmax(wiring.logits, dim=-1)
     request = {
         "prompt": wiring.window.tolist(),
-        "n_predict": 1,
+        "n_predict": 4,  # a token may be part of a character, which is waited for
+        "ignore_eos": True,  # of the token drawn; the probabilities are those before
         "n_probs": SHOWN_TOKENS,
         "cache_prompt": False,
         "temperature": 0.0,
