@@ -222,7 +222,7 @@ class Sweep:
             self.model.place(name, self.weights.get(name, None))
         found: dict[int, Tensor] = {}
         for node in nodes:
-            hidden = torch.cat([self.model.decoder.norm(chunk) for chunk in node.states])
+            hidden = torch.cat([self.model.norm(chunk) for chunk in node.states])
             node.states = []
             found.update(dict.fromkeys((member.index for member in node.members), hidden))
         return [found[index] for index in range(count)]

@@ -114,11 +114,15 @@ def embedded(weights: ModelWeights, fmt: QuantFormat | None, ids: Tensor, window
 
     Only those rows of the embedding, in the format ``fmt``, are decoded that the text uses.
     """
-    model, name = weights.model, weights.model.embedding_name
+    model = weights.model
     used, places = ids.unique(return_inverse=True)
-    model.place(name, weights.rows(name, fmt, used))
+    for name in model.lookup_names:
+        model.place(name, weights.rows(name, fmt if name == model.embedding_name else None, used))
+    for name in model.entry_parameters:
+        model.place(name, weights.get(name, None))
     yield from (model.embed(rows) for rows in places.split(windows))
-    model.place(name, None)
+    for name in (*model.lookup_names, *model.entry_parameters):
+        model.place(name, None)
 
 
 class _Held:

@@ -115,7 +115,7 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int 
     ids, uniform = ids.to(model.device), uniform.to(model.device)
     *inputs, hidden = _forward(model, ids)
     hidden.requires_grad_(True)
-    final = model.decoder.norm(hidden)
+    final = model.norm(hidden)
     counted = torch.zeros_like(ids, dtype=torch.bool)
     scored(counted, unscored).fill_(True)
     top, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten(), counted.flatten())
@@ -127,8 +127,7 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int 
         with at_hand(model, block):
             scores, uses = _block_uses(model, block, inputs.pop(), scores)
             yield from uses
-    scale = getattr(model.decoder.embed_tokens, "embed_scale", 1.0)  # Gemma scales the embeddings it looks up
-    yield LookupUse(model.embedding_name, ids.flatten(), scores.flatten(0, 1) * scale)
+    yield LookupUse(model.embedding_name, ids.flatten(), model.embedding_gradient(ids, scores).flatten(0, 1))
 
 
 @torch.no_grad()

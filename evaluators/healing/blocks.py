@@ -210,22 +210,22 @@ class _Stream:
         """Train the output norm on the divergence itself, save all float32 tensors, and return the figures by split."""
         model, loss = self.model, DistillationLoss.of(self.task.settings)
         model.load_head()
-        self.advance(FULL, model.decoder.norm)
+        self.advance(FULL, model.norm)
         full_head = model.head
         self.decode(model, [model.head_name])
         head = model.head
-        self.advance(PLAIN, model.decoder.norm)
+        self.advance(PLAIN, model.norm)
         inputs, targets = self.tracks[f"{CALIBRATION}/{HEALED}"], self.tracks[f"{CALIBRATION}/{FULL}"]
 
         def loss_of(rows: Tensor) -> Tensor:
             ids = self.ids[CALIBRATION][rows].to(self.device)
-            hidden = self.head_input(model.decoder.norm(inputs[rows].to(self.device)))
+            hidden = self.head_input(model.norm(inputs[rows].to(self.device)))
             return loss(hidden, head, targets[rows].to(self.device), full_head, ids, self.unscored)
 
         own = {name: model.weight(name).data for name in self.task.names if name not in self.floats}
         with tunable(model, own) as parameters:
             self.tune(parameters, loss_of)
-            self.advance(HEALED, model.decoder.norm)
+            self.advance(HEALED, model.norm)
         figures = {f.split: self.figures(f.split, full_head, head) for f in self.task.fidelities}
         self.tracks = {}
         self.save(len(model.blocks) + 1)

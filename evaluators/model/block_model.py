@@ -3,16 +3,19 @@
 Shapes: B windows, T positions, D hidden size, V vocabulary. The modules are transformers' own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from evaluators.model.block_arguments import BlockArguments, attention_of
+from evaluators.model.block_arguments import BlockArguments
+from evaluators.model.entrance import Entrance
 from evaluators.model.folder import ModelFolder, ModelFolderError
-from evaluators.model.head import Head
+from evaluators.model.head import Head, HeadSettings
+from evaluators.model.outline import build_model
+from evaluators.model.parts import Parts
+from evaluators.model.stand_ins import fill_buffers
 
 
 class BlockModel:
@@ -22,46 +25,35 @@ class BlockModel:
     are always float32.
 
     Weights are on the meta device until ``load_block``, ``load_ends`` or ``place`` is called, so a caller that keeps
-    one block loaded needs the memory of one block. Raises ModelFolderError for a model type that cannot run block by
-    block (see ``evaluators.model.families``), and for one that transformers cannot build.
+    one block loaded needs the memory of one block. Raises ModelFolderError for a model that transformers cannot build,
+    and for one that cannot run block by block (see ``evaluators.model.parts``).
     """
 
     def __init__(self, folder: ModelFolder, device: torch.device, compute: torch.dtype = torch.float32):
         self.folder = folder
         self.device = device
         self.compute = compute
-        attention = attention_of(folder)
-        try:
-            self.config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-            self.config.pad_token_id = None  # no text here is padded, and the embedding may be cut to the rows in use
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-                )
-        except Exception as error:  # whatever transformers makes of a config.json that does not fit
-            found = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ModelFolderError(
-                f"expected a model that transformers can build from {folder.path}, found {found}"
-            ) from None
-        self.model.eval().requires_grad_(False)
-        self.decoder = self.model.get_decoder()
-        self.blocks: nn.ModuleList = self.decoder.layers
-        self._arguments = BlockArguments(self.decoder, self.config)
-        embedding = self.decoder.embed_tokens
-        if hasattr(embedding, "embed_scale"):  # Gemma's: a buffer that no weights file holds
-            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
+        self.model = build_model(folder.path)
+        self.config = self.model.config
+        self.parts = Parts.of(self.model)
+        self.decoder, self.blocks = self.parts.decoder, self.parts.blocks
         self._names = {id(module): name for name, module in self.model.named_modules()}
+        for part in (*self.blocks, *self.parts.lookups, *self.parts.entry, self.parts.norm):
+            fill_buffers(self.decoder, part, device)
+        self._arguments = BlockArguments(self.parts)
+        self._entrance = Entrance(self.parts, device)
+        self._head = HeadSettings.of(self.model)
         self._multiplied = {name for block in range(len(self.blocks)) for name, _ in self.linears(block)}
 
     @property
     def embedding_name(self) -> str:
         """Hugging Face name of the token embedding's weight."""
-        return f"{self._names[id(self.decoder.embed_tokens)]}.weight"
+        return f"{self._names[id(self.parts.embedding)]}.weight"
 
     @property
     def head_name(self) -> str:
         """Hugging Face name of the head's weight, which is the embedding's where the two are tied."""
-        return self.embedding_name if self.folder.tied else "lm_head.weight"
+        return self.embedding_name if self.folder.tied else f"{self._names[id(self.parts.head)]}.weight"
 
     def block_prefix(self, block: int) -> str:
         """Return the prefix of the names of a block's tensors, such as "model.layers.3."."""
@@ -77,11 +69,11 @@ class BlockModel:
         return len(self.blocks)
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        """Load the parameters of ``module``; raise ModelFolderError if the folder lacks one."""
-        missing = [prefix + name for name, _ in module.named_parameters() if prefix + name not in self.folder.shapes]
+        """Load the parameters and stored buffers of ``module``; raise ModelFolderError if the folder lacks one."""
+        names = list(module.state_dict())
+        missing = [prefix + name for name in names if prefix + name not in self.folder.shapes]
         if missing:
             raise ModelFolderError(f"expected tensor {missing[0]} in the weights, found none in {self.folder.path}")
-        names = [name for name, _ in module.named_parameters()]
         state = {name: self.as_computed(prefix + name, self.folder.read(prefix + name)) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
 
@@ -110,15 +102,16 @@ class BlockModel:
         if self.folder.tied:
             self.load_embedding()
         else:
-            self._load(self.model.lm_head, "lm_head.")
+            self._load(self.parts.head, f"{self._names[id(self.parts.head)]}.")
 
     def load_norm(self) -> None:
         """Load the final norm. Raises ModelFolderError if the folder lacks it."""
-        self._load(self.decoder.norm, f"{self._names[id(self.decoder.norm)]}.")
+        self._load(self.parts.norm, f"{self._names[id(self.parts.norm)]}.")
 
     def load_embedding(self) -> None:
-        """Load the token embedding. Raises ModelFolderError if the folder lacks it."""
-        self._load(self.decoder.embed_tokens, self.embedding_name.removesuffix("weight"))
+        """Load the token embedding, and what else runs before the blocks. Raises ModelFolderError if one is missing."""
+        for part in (*self.parts.lookups, *self.parts.entry):
+            self._load(part, f"{self._names[id(part)]}.")
 
     def load_all(self) -> None:
         """Load the whole model."""
@@ -127,21 +120,37 @@ class BlockModel:
             self.load_block(block)
 
     def parameters_of(self, block: int) -> list[str]:
-        """Return the names of a block's parameters, loaded or not, in the order of its modules."""
+        """Return the names of a block's parameters and stored buffers, loaded or not, in the order of its modules."""
         prefix = self.block_prefix(block)
-        return [prefix + name for name, _ in self.blocks[block].named_parameters()]
+        return [prefix + name for name in self.blocks[block].state_dict()]
 
     @property
     def norm_parameters(self) -> list[str]:
         """Names of the final norm's parameters."""
-        prefix = f"{self._names[id(self.decoder.norm)]}."
-        return [prefix + name for name, _ in self.decoder.norm.named_parameters()]
+        return self._tensors([self.parts.norm])
+
+    @property
+    def lookup_names(self) -> list[str]:
+        """Names of the tables that token ids look up, the embedding's first."""
+        return [f"{self._names[id(part)]}.weight" for part in self.parts.lookups]
+
+    @property
+    def entry_parameters(self) -> list[str]:
+        """Names of the other parameters that are used before the first block; none for most models."""
+        return self._tensors(self.parts.entry)
+
+    def _tensors(self, modules: Sequence[nn.Module]) -> list[str]:
+        return [f"{self._names[id(module)]}.{name}" for module in modules for name in module.state_dict()]
 
     def place(self, name: str, weight: Tensor | None) -> None:
         """Make ``weight`` the parameter ``name``, without a copy; None frees the parameter's memory."""
-        module, _, leaf = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
         tensor = torch.empty(self.folder.shapes[name], device="meta") if weight is None else weight
-        self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
     def weight(self, name: str) -> nn.Parameter:
         """Return the loaded parameter ``name``; assign to its ``data`` to change the model."""
@@ -154,18 +163,28 @@ class BlockModel:
 
     def head_with(self, weight: Tensor) -> Head:
         """Return this model's head with another ``weight`` (V, D)."""
-        return Head(weight, getattr(self.config, "final_logit_softcapping", None))
+        bias = self.parts.head.bias
+        return Head(weight, self._head, None if bias is None else bias.data)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (B, T, D) of token ids (B, T)."""
-        return self.decoder.embed_tokens(ids.to(self.device))
+        """Return the first block's input (B, T, D) for token ids (B, T)."""
+        return self._entrance(ids.to(self.device))
+
+    def embedding_gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient (B, T, D) at the rows looked up for ``ids``, given that at the first block's input."""
+        return self._entrance.row_gradient(ids, gradient)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Return the final norm's output (..., D) for the last block's output."""
+        return self.parts.norm(hidden)
 
     def run_block(self, block: int, hidden: Tensor) -> Tensor:
         """Return the output (B, T, D) of one loaded block for its input ``hidden`` (B, T, D), over whole windows."""
-        arguments = self._arguments(block, hidden)
+        inputs, arguments = self._arguments(block, hidden)
         with nullcontext() if self.compute == torch.float32 else self._autocast():
-            output: Tensor = self.blocks[block](hidden, **arguments)
-        return output
+            output = self.blocks[block](hidden, *inputs, **arguments)
+        found: Tensor = output[0] if self.parts.in_tuple else output
+        return found
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.compute, cache_enabled=False)
@@ -174,7 +193,7 @@ class BlockModel:
         """Return the hidden states (B, T, D) after the final norm for the input ``hidden`` (B, T, D) of ``block``."""
         for index in range(block, len(self.blocks)):
             hidden = self.run_block(index, hidden)
-        return self.decoder.norm(hidden)
+        return self.norm(hidden)
 
     def linears(self, block: int) -> Iterator[tuple[str, nn.Linear]]:
         """Yield (weight name, module) of the linear layers of one block."""

@@ -1,8 +1,7 @@
-"""This module lists the supported model families: how each runs block by block, and how GGUF stores it.
+"""This module lists the model families of which more is known than that they run: how GGUF stores them, and scaling.
 
-A family is a ``model_type`` of transformers' config.json. To support another one, add a row. Its decoder blocks must
-map hidden states to hidden states, and its tensors must have transformers' usual names. ``architecture`` is set where
-llama.cpp computes what transformers computes.
+A family is a ``model_type`` of transformers' config.json. Any decoder runs, with a row here or without one
+(``evaluators.model.parts``). ``architecture`` is set where llama.cpp computes what transformers computes.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Family:
-    """Describes one ``model_type``: how transformers runs it, and how it is exported."""
+    """Describes one ``model_type``: whether channel scales fold into it, and how it is exported."""
 
     model_type: str
-    attention: str = "sdpa"  # transformers' name; PyTorch's fused attention (sdpa) has no soft cap
     scalable: bool = False  # norms multiply by the plain weight (not 1 + weight), so channel scales fold into them
-    architecture: Architecture | None = None  # None: evaluated, but not exported
+    architecture: Architecture | None = None  # None: evaluated, but not exported without a template
 
 
 FAMILIES = {
@@ -38,9 +36,6 @@ FAMILIES = {
         Family("mistral", scalable=True, architecture=Architecture("llama", permutes_qk=True)),
         Family("qwen2", scalable=True, architecture=Architecture("qwen2", biases=QKV, free_head_dim=False)),
         Family("qwen3", scalable=True, architecture=Architecture("qwen3")),
-        Family("gemma2", attention="eager"),
-        Family("gemma3_text"),
-        Family("phi3"),
     )
 }
 SCALABLE = tuple(name for name, family in FAMILIES.items() if family.scalable)

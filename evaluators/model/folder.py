@@ -12,11 +12,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from bitgenome.common import layout
-from bitgenome.common.errors import UserError
 from bitgenome.common.json_files import read_json_object, refuse_lfs_pointer
 from bitgenome.common.remembered import Found, found_in
+from evaluators.model.errors import ModelFolderError
 from evaluators.model.scaled_view import scaled, source_of
 from evaluators.model.weights_file import survey
+
+__all__ = ["ModelFolder", "ModelFolderError", "is_gguf", "resolve_model"]
 
 CONVERSION = (
     "convert it once, if you trust its author, with transformers' AutoModelForCausalLM.from_pretrained(FOLDER)"
@@ -28,10 +30,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt",
 )  # fmt: skip
-
-
-class ModelFolderError(UserError):
-    """Raised for a folder that is not a readable model; the message is one sentence for the user."""
 
 
 class ModelFolder:

@@ -9,8 +9,8 @@ from math import prod
 
 import torch
 
-from evaluators.model.block_arguments import attention_of
 from evaluators.model.folder import ModelFolder
+from evaluators.model.outline import attention_of
 
 FLOAT_BYTES = 4
 LAYERS = ".layers."  # part of the names of a decoder block's tensors, before its number
@@ -46,7 +46,7 @@ class ModelShape:
             embedding=next(
                 (name for name in folder.shapes if name.endswith("embed_tokens.weight")), folder.head_tensor
             ),
-            eager=attention_of(folder) == "eager",
+            eager=attention_of(folder.path) == "eager",
             stored=2 if stored in SHORT_TYPES else FLOAT_BYTES,
         )
 

@@ -98,7 +98,7 @@ def sampled_inputs(
             handle.remove()
         model.unload_block(block)
     if model.head_name in tensors:
-        found[model.head_name] = [model.decoder.norm(hidden)[:, positions].flatten(0, 1)]
+        found[model.head_name] = [model.norm(hidden)[:, positions].flatten(0, 1)]
     return [(name, torch.cat(parts)[:samples]) for name, parts in found.items()]
 
 

@@ -232,7 +232,7 @@ def calibrate_block(
         model.load_norm()
         head = _InputAccumulator(hidden[0].shape[-1], model.device)
         for chunk in hidden:
-            head.add(model.decoder.norm(chunk.to(model.device)), model.head_name)
+            head.add(model.norm(chunk.to(model.device)), model.head_name)
         return list(embedding_groups(model, *head.result()))
     model.load_block(block)
     recorder = _InputRecorder(dict(model.linears(block)) if measure or upstream_level else {})

@@ -157,7 +157,7 @@ def head_seconds(folder: ModelFolder, device: torch.device) -> tuple[float, floa
     """Return the seconds a position of one candidate's logits and divergence, and of the gradient of its divergence."""
     vocabulary, width = folder.shapes[folder.head_tensor]
     rows = min(vocabulary, MOST_ROWS)
-    head = Head(torch.full((rows, width), 0.01, device=device), None)
+    head = Head(torch.full((rows, width), 0.01, device=device))
     hidden = torch.randn(1, HEAD_TOKENS, width, device=device)
     ids = torch.zeros(1, HEAD_TOKENS, dtype=torch.long, device=device)
     reference = Reference(hidden, head, ids)

@@ -95,7 +95,7 @@ class MethodBench:
             treat(block)
             hidden = chunked(partial(self.model.run_block, block), hidden)
             self.model.unload_block(block)
-        return chunked(self.model.decoder.norm, hidden), self.model.head
+        return chunked(self.model.norm, hidden), self.model.head
 
     def measure(self, method: Method) -> MethodResult:
         """Return the figures of ``method``. Raises FloatingPointError if weights or logits are not finite."""

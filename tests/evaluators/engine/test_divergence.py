@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluators.engine.divergence import Reference, kl_of_differences
-from evaluators.model.head import Head
+from evaluators.model.head import Head, HeadSettings
 
 VOCABULARY, HIDDEN = 700, 48
 
@@ -19,7 +19,7 @@ def case(
     head = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64) / 4
     other = hidden + noise * torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, VOCABULARY, (2, 50), generator=generator)
-    return hidden.to(dtype), Head(head.to(dtype), softcap), other.to(dtype), ids
+    return hidden.to(dtype), Head(head.to(dtype), HeadSettings(softcap)), other.to(dtype), ids
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -51,7 +51,7 @@ def draws(windows: int, positions: int, seed: int = 3) -> Tensor:
 
 def log_probs(model: BlockModel, ids: Tensor) -> Tensor:
     logits = model.run_from(0, model.embed(ids)) @ model.weight(model.head_name).T
-    cap = model.head.softcap
+    cap = model.head.settings.softcap
     return (cap * (logits / cap).tanh() if cap else logits).log_softmax(-1)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evaluators.healing.distillation import DistillationLoss
-from evaluators.model.head import Head
+from evaluators.model.head import Head, HeadSettings
 
 WINDOWS, POSITIONS, HIDDEN, VOCABULARY = 2, 90, 24, 300
 
@@ -59,7 +59,9 @@ def test_loss_and_gradient_equal_float64_autograd_of_the_plain_formula(
     expected.backward()  # type: ignore[no-untyped-call]
     hidden = tensors[0].float().requires_grad_(True)
     head, reference, reference_head = (t.float() for t in tensors[1:4])
-    found = loss(hidden, Head(head, softcap), reference, Head(reference_head, softcap), tensors[4])
+    found = loss(
+        hidden, Head(head, HeadSettings(softcap)), reference, Head(reference_head, HeadSettings(softcap)), tensors[4]
+    )
     (3 * found).backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5 if noise > 0.1 else 2e-3)
     gradient = expected_hidden.grad

@@ -1,0 +1,66 @@
+"""This module computes the input of the first block from token ids: the embedding, and what a decoder does with it.
+
+Shapes: B windows, T positions, D hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from evaluators.model.parts import Parts
+
+
+class Entrance:
+    """Returns the first block's input for token ids; the modules that run before it must be loaded.
+
+    Most decoders pass the embeddings on as they are, or times a number; others run whole, up to their first block.
+    """
+
+    def __init__(self, parts: Parts, device: torch.device):
+        self._parts = parts
+        self._device = device
+        self._factor: float | None = None
+        self.plain = len(parts.lookups) == 1 and not parts.entry and self._is_product()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the first block's input (B, T, D) for token ids (B, T)."""
+        if not self.plain:
+            return self._run(input_ids=ids)
+        embeddings: Tensor = self._parts.embedding(ids)
+        return embeddings if self._factor is None else embeddings * self._factor
+
+    def row_gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient (B, T, D) at the looked-up rows of the embedding, given that at the first block's input.
+
+        The other modules before the first block must be loaded unless this is a product.
+        """
+        own = getattr(self._parts.embedding, "embed_scale", 1.0)  # Gemma scales the embeddings it looks up
+        if self.plain:
+            return gradient * own * (1.0 if self._factor is None else self._factor)
+        rows: list[Tensor] = []
+
+        def follow(module: nn.Module, given: object, output: Tensor) -> Tensor:
+            rows.append(output.detach().requires_grad_(True))
+            return rows[-1]
+
+        with torch.enable_grad(), self._parts.embedding.register_forward_hook(follow):
+            found = self._run(input_ids=ids)
+        (at_rows,) = torch.autograd.grad(found, rows[-1], gradient)
+        return at_rows * own
+
+    @torch.no_grad()
+    def _is_product(self) -> bool:
+        """Find the factor by which the decoder multiplies embeddings; return whether it does no more than that."""
+        width = self._parts.embedding.embedding_dim
+        values = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+        found = self._run(inputs_embeds=values.to(self._device)).cpu()
+        if torch.equal(found, values):
+            return True
+        self._factor = float(self._run(inputs_embeds=torch.ones_like(values).to(self._device)).flatten()[0])
+        return torch.equal(found, values * self._factor)
+
+    def _run(self, **inputs: Tensor) -> Tensor:
+        recorders = self._parts.recorders([])
+        self._parts.entrance(recorders, self._device)(**inputs, use_cache=False)
+        found = recorders[0].hidden
+        assert found is not None, "every decoder runs its first block"
+        return found

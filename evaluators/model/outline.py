@@ -1,0 +1,51 @@
+"""This module builds the model of a folder without its weights, by transformers' own classes."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from evaluators.model.errors import ModelFolderError
+
+
+def build_model(path: Path) -> PreTrainedModel:
+    """Return the model of the folder ``path`` on the meta device.
+
+    Attention is PyTorch's fused one (sdpa) where transformers has it for the model, else ``eager``: it has no soft cap,
+    as Gemma 2 needs, and no sinks, as gpt-oss does. Raises ModelFolderError for a model that transformers cannot build.
+    """
+    try:
+        config = _config(path)
+        for part in (config, config.get_text_config()):
+            part.pad_token_id = None  # no text here is padded, and the embedding may be cut to the rows in use
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+            )
+    except Exception as error:  # whatever transformers makes of a config.json that does not fit
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelFolderError(f"expected a model that transformers can build from {path}, found {found}") from None
+    model.eval().requires_grad_(False)
+    return model
+
+
+def attention_of(path: Path) -> str:
+    """Return transformers' attention implementation (``sdpa`` or ``eager``) for the model of the folder ``path``.
+
+    Raises ModelFolderError for a model type that transformers does not have.
+    """
+    try:
+        return _attention(_config(path))
+    except (OSError, ValueError, KeyError) as error:
+        found = " ".join(str(error).split())
+        raise ModelFolderError(f"expected a causal language model of transformers in {path}, found {found}") from None
+
+
+def _config(path: Path) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    return "sdpa" if kind._supports_sdpa else "eager"
