@@ -1,6 +1,7 @@
 """Claims about the time that stages are expected to take, from rates that are easy to reckon with."""
 
 import json
+from math import ceil
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from bitgenome.config.run import load_config
 from bitgenome.plan.disk import bank_bytes, hessian_bytes
 from bitgenome.plan.forecast import StageForecast, compared, forecast, too_large
 from bitgenome.plan.plan import Plan, make_plan
-from bitgenome.plan.seconds import Work, input_groups, roundings
+from bitgenome.plan.seconds import STEP_SECONDS, Work, input_groups, roundings
 from evaluators.model.sizes import StageMemory
 from evaluators.prepare.bank import Bank
+from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, RoundingRate
 from tests.bitgenome.conftest import Finished, Runs
 
@@ -55,6 +57,15 @@ def test_tensors_that_read_one_input_are_one_group(plan: Plan) -> None:
 def test_calibration_runs_every_block_once_over_its_text(plan: Plan) -> None:
     tokens = plan.config.text.tokens.calibration
     assert work(plan, block_calibration=1.0).calibration() == tokens * LAYERS
+
+
+def test_text_that_the_model_writes_takes_a_step_for_each_token_of_a_batch(runs: Runs) -> None:
+    assert "text" not in dict(work(planned(runs)).stages())
+    plan = planned(runs, "text.source=self", "text.tokens.calibration=65536")
+    windows = (65536 + 512 + 1024 + 2048) // 256
+    found = [dict(work(plan, workers, written=1.0).stages())["text"] for workers in (1, 3, 1000)]
+    tasks = ceil(windows / BATCH)
+    assert found == pytest.approx([tasks * 256 * n * (BATCH * LAYERS + STEP_SECONDS) for n in (1, 1 / 3, 1 / tasks)])
 
 
 def test_workers_share_the_bank_up_to_its_largest_task(plan: Plan) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from bitgenome.batch.config import load_batch
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
@@ -86,11 +88,14 @@ def test_a_mix_holds_each_source_by_its_share_and_self_only_where_nothing_is_mea
 
 
 def test_a_model_alone_suffices_and_its_text_is_written_once(
-    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     plan = planned(files, source="self")
     assert ready_windows(plan) is None
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plan.config.model_dump(mode="json", exclude={"storage_url"})))
+    (run,) = load_batch([tmp_path / "run.yaml"])
+    assert run.windows is None and not run.finished, "the first run of a batch writes for all"
     with pytest.raises(UserError, match="expected text that is written already"):
         read_windows(plan)
     assert "text" in stage_memory(plan) and rates_task(plan).writes
