@@ -57,7 +57,8 @@ def write_folder(model: OpenableModel, directory: Path, weights: bool = True) ->
     and opened.json lists none of them. Raises StorageError if the disk is full.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / layout.OPENED).unlink(missing_ok=True)
+    for file in (directory / layout.OPENED, *directory.glob(".*.tmp")):  # the latter of a writer that was killed
+        file.unlink(missing_ok=True)
     atomic_write_json(directory / "config.json", _config_json(model.config))
     atomic_write_json(directory / "tokenizer.json", model.tokenizer.tables, indent=None)
     atomic_write_json(directory / "tokenizer_config.json", model.tokenizer.config)

@@ -15,7 +15,9 @@ from exporters.files.gguf_reader import GgufContents, StoredTensor, read_gguf
 
 FLOATS = ("F32", "F16", "BF16")  # stored as they are in a Hugging Face folder
 PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")  # llama.cpp's LLAMA_SPLIT_PATH
-TYPE = re.compile(r"[-._](I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)  # of the weights, at the end of a file's name
+TYPE = re.compile(
+    r"[-._]([IT]?Q\d\w*|MXFP4\w*|BF16|F16|F32)$", re.IGNORECASE
+)  # of the weights, at the end of a file's name
 
 
 class GgufModelError(UserError):

@@ -43,7 +43,9 @@ def test_a_file_is_opened_once_and_again_when_its_folder_is_damaged(folder: Mode
     assert open_model(config).digest == first.digest and weights.stat().st_mtime_ns == time
     for damaged in (written[:-1], written[:-1] + bytes([written[-1] ^ 1])):
         weights.write_bytes(damaged)
+        (first.path / ".model.safetensors.x.tmp").touch()  # as a writer that was killed leaves it
         assert open_model(config).path == first.path and weights.read_bytes() == written
+    assert not list(first.path.glob(".*.tmp"))
     (kept,) = artefacts(str(tmp_path / "runs"))
     assert kept.name == f"{layout.OPENED_KIND}/{first.path.parent.name}" and kept.runs == ("run",)
     export_float(folder, gguf, "F16")  # another file of the same name

@@ -19,7 +19,7 @@ from exporters.metadata.hyperparameters import model_metadata
 from exporters.metadata.pretokenizers import KNOWN, pre_tokenizer_of, pretokenizer_name
 from exporters.metadata.tokenizer import tokenizer_metadata
 from exporters.opening.folder import openable, write_folder
-from exporters.opening.source import GgufModelError
+from exporters.opening.source import GgufModelError, stem_of
 from exporters.runtime.llamacpp import LlamaCppRuntime
 
 LLAMA3 = {
@@ -162,6 +162,17 @@ def test_tokens_are_those_of_llamacpp(
             assert [(path.stem, tokenizer.ids(text)) for text in PROBES] == [
                 (path.stem, runtime.tokenize(text)) for text in PROBES
             ]
+
+
+def test_a_model_is_named_without_the_type_of_its_weights() -> None:
+    names = {
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct",
+        "Qwen3-8B-IQ4_XS.gguf": "Qwen3-8B",
+        "gpt-oss-20b-MXFP4.gguf": "gpt-oss-20b",
+        "Llama-3.1-8B-bf16-00001-of-00003.gguf": "Llama-3.1-8B",
+        "model.gguf": "model",
+    }
+    assert {name: stem_of(Path(name)) for name in names} == names
 
 
 def without(key: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
