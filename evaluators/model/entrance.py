@@ -19,7 +19,8 @@ class Entrance:
         self._parts = parts
         self._device = device
         self._factor: float | None = None
-        self.plain = len(parts.lookups) == 1 and not parts.entry and self._is_product()
+        runs = device.type != "meta"  # a model of shapes alone is not run
+        self.plain = runs and len(parts.lookups) == 1 and not parts.entry and self._is_product()
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the first block's input (B, T, D) for token ids (B, T)."""
