@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bitgenome.common.section import Section
 from bitgenome.config.file import parse_section, read_settings
-from bitgenome.config.paths import UserPathOrName
+from bitgenome.config.paths import UserPath, UserPathOrName
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.storage import Name, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
@@ -87,6 +87,11 @@ class RunConfig(StoredSection):
 
     name: Name = Field(description="name of the run and of its directory below storage_path")
     model: UserPathOrName = Field(description="Hugging Face folder or id, or a GGUF file")
+    template: UserPath | None = Field(
+        None,
+        description="a GGUF file of the model in F16, BF16 or F32, made by `bitgenome convert`: the run's file is as "
+        "this one, but for the bytes of what is searched; a GGUF model in floats is its own",
+    )
     budget: BudgetConfig = Field(description="largest size of the file")
     levels: tuple[str, ...] = Field(
         LEVEL_PRESETS["fine"],
@@ -153,10 +158,12 @@ class RunConfig(StoredSection):
     def result_keys(self) -> dict[str, Any]:
         """Return the settings that decide the result, as JSON values.
 
-        Where the run is computed and stored is left out. So are the paths of model and text: a run records digests of
-        what it read there.
+        Where the run is computed and stored is left out. So are the paths of model, template and text: a run records
+        digests of what it read there.
         """
-        places: dict[str, Any] = dict.fromkeys(("workers", "storage_path", "storage_url", "name", "model"), True)
+        places: dict[str, Any] = dict.fromkeys(
+            ("workers", "storage_path", "storage_url", "name", "model", "template"), True
+        )
         parts = {"evaluation": {"memory"}, "quantization": {"keep_hessians", "imatrix"}}
         return self.model_dump(mode="json", exclude=places | parts) | {"text": self.text.result_keys()}
 
@@ -177,6 +184,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def absolute_paths(config: RunConfig) -> RunConfig:
     """Return ``config`` with absolute paths, so that a run can be resumed from any directory."""
     found = {"model": absolute_model(config.model), "text": absolute_text(config.text)}
+    found |= {"template": config.template and config.template.absolute()}
     return config.model_copy(update=found | {"quantization": config.quantization.absolute()})
 
 

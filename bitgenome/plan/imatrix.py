@@ -7,9 +7,8 @@ import numpy as np
 from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import UserError
 from bitgenome.config.quantization import QuantizationConfig
-from evaluators.model.folder import ModelFolder
+from exporters.files.file_layout import FileLayout
 from exporters.files.imatrix import read_imatrix
-from exporters.metadata.tensor_names import tensor_table
 
 BLOCK = "blk."  # begins the GGUF names of the tensors that llama-imatrix measures
 
@@ -19,30 +18,28 @@ def imatrix_digest(config: QuantizationConfig) -> str | None:
     return digest_of_file(config.imatrix) if config.imatrix else None
 
 
-def imatrix_importance(
-    config: QuantizationConfig, folder: ModelFolder, tensors: Iterable[str]
-) -> dict[str, np.ndarray]:
+def imatrix_importance(config: QuantizationConfig, file: FileLayout, tensors: Iterable[str]) -> dict[str, np.ndarray]:
     """Return the mean squares float32 (columns,) of the inputs of the blocks' ``tensors``, by Hugging Face name.
 
-    Embedding and head are left out, as llama-imatrix leaves them out. Nothing without a configured file. Raises
-    UserError for a file that is missing, has another form, or is that of another model.
+    ``file`` is what the run's file will hold. Embedding and head are left out, as llama-imatrix leaves them out.
+    Nothing without a configured file. Raises UserError for one that is missing, has another form, or is that of another
+    model.
     """
     path = config.imatrix
     if path is None:
         return {}
     if not path.is_file():
         raise UserError(f"expected a file for quantization.imatrix, found nothing at {path}")
-    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(folder)}
     stored, found = read_imatrix(path), {}
     for tensor in tensors:
-        if not (name := names[tensor]).startswith(BLOCK):
+        if not (name := file.names[tensor][0]).startswith(BLOCK):
             continue
         if name not in stored:
             known = next(iter(stored), "none")
             raise UserError(
                 f"expected the importance of {name} in {path}, found none: it has {len(stored)}, as {known}"
             )
-        values, columns = stored[name], folder.shapes[tensor][1]
+        values, columns = stored[name], file.shapes[tensor][1]
         if values.shape != (1, columns):
             raise UserError(
                 f"expected the importance of {columns} columns of {name} in {path}, found {values.shape[0]} x "

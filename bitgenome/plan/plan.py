@@ -9,15 +9,15 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.run import BudgetConfig, RunConfig
 from bitgenome.plan.imatrix import imatrix_importance
 from bitgenome.plan.pruning import sparsity_by_tensor
+from bitgenome.plan.template import check_exportable, file_layout
 from bitgenome.plan.text import check_text
 from bitgenome.storage.opened import open_model
-from bitgenome.storage.staged import StoredModel
 from evaluators.model.checks import check_model
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.scaling import check_scalable
-from exporters.files.gguf_writer import fixed_bytes
-from exporters.metadata.hyperparameters import attention_window, model_metadata
-from exporters.metadata.tensor_names import quantizable_tensors
+from exporters.files.file_layout import FileLayout
+from exporters.metadata.hyperparameters import attention_window
+from exporters.template.layout import TemplateLayout
 from quantizers.settings import CompensationSettings, Sparsity
 from search.budget import Budget
 from search.gene_groups import kind_labels, layer_labels, tied_genes
@@ -35,6 +35,7 @@ class Plan:
 
     config: RunConfig
     folder: ModelFolder
+    file: FileLayout  # what the file will hold
     space: SearchSpace
     budget: Budget
     sparsity: Mapping[str, Sparsity]  # by name of the tensors that are pruned
@@ -73,11 +74,13 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
     """
     folder = checked_folder(config, weights)
     check_window(config.text.window, folder)
-    shapes = quantizable_tensors(folder)
+    file = file_layout(config, folder)
+    check_foldable(config, file)
+    shapes = file.shapes
     if config.quantization.scaling.active:
         check_scalable(folder)
     fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
-    free = SearchSpace.per_tensor(shapes, config.levels, fixed_bytes(folder), fixed_weights)
+    free = SearchSpace.per_tensor(shapes, config.levels, file.fixed_bytes(), fixed_weights)
     groups = config.search.gene_groups
     if groups.count is not None and groups.count > len(shapes):
         raise UserError(
@@ -89,19 +92,29 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
             f"expected search.gene_groups.samples up to text.tokens.calibration ({config.text.tokens.calibration}), "
             f"found {groups.samples}"
         )
-    labels = LABELS[groups.by](free) if groups.by in LABELS else {}
-    space, budget = tied_space(config, folder, free, labels)
+    labels = dict(file.tied) | (LABELS[groups.by](free) if groups.by in LABELS else {})
+    space, budget = tied_space(config, file, free, labels)
     check_text(config.text, folder)
-    imatrix_importance(config.quantization, folder, shapes)
-    return Plan(config, folder, space, budget, sparsity_by_tensor(config.quantization.pruning, folder, space))
+    imatrix_importance(config.quantization, file, shapes)
+    sparsity = sparsity_by_tensor(config.quantization.pruning, file.kinds, space)
+    return Plan(config, folder, file, space, budget, sparsity)
 
 
-def checked_folder(config: StoredModel, weights: bool = True) -> ModelFolder:
+def checked_folder(config: RunConfig, weights: bool = True) -> ModelFolder:
     """Return a model's folder; raise UserError unless it can be exported and its weights fit its config.json."""
     folder = open_model(config, weights)
-    model_metadata(folder)
+    check_exportable(config, folder)
     check_model(folder)
     return folder
+
+
+def check_foldable(config: RunConfig, file: FileLayout) -> None:
+    """Raise UserError if channels are to be scaled and the file takes norms, which scales fold into, from elsewhere."""
+    if config.quantization.scaling.active and isinstance(file, TemplateLayout) and file.unhealed:
+        raise UserError(
+            f"expected a template that holds all of the model's norms and biases as they are, which scaling changes, "
+            f"found none of the values of {file.unhealed[0]}"
+        )
 
 
 def check_window(tokens: int, folder: ModelFolder) -> None:
@@ -124,14 +137,14 @@ def check_window(tokens: int, folder: ModelFolder) -> None:
 
 
 def tied_space(
-    config: RunConfig, folder: ModelFolder, space: SearchSpace, labels: Mapping[str, str]
+    config: RunConfig, file: FileLayout, space: SearchSpace, labels: Mapping[str, str]
 ) -> tuple[SearchSpace, Budget]:
     """Return ``space`` with the tensors of each label tied into one gene, and the budget in that space.
 
     The genome is stored in the file, so its length changes the size. Raises UserError if the budget cannot be met.
     """
     genes = tied_genes(space, labels)
-    tied = SearchSpace(genes, fixed_bytes(folder, len(genes)), space.fixed_weights)
+    tied = SearchSpace(genes, file.fixed_bytes(len(genes)), space.fixed_weights)
     try:
         return tied, budget_of(config.budget, tied)
     except ValueError as error:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.quantization import PruningConfig
-from exporters.metadata.source import ModelSource
-from exporters.metadata.tensor_names import tensor_table
 from quantizers.rounding.pruned_sparsegpt import check_prunable
 from quantizers.settings import Sparsity
 from search.types import SearchSpace
@@ -14,12 +12,11 @@ from search.types import SearchSpace
 ENDS = ("token_embd", "output")  # kinds that only a rule prunes
 
 
-def sparsity_by_tensor(config: PruningConfig, source: ModelSource, space: SearchSpace) -> dict[str, Sparsity]:
-    """Return the sparsity of the tensors that are pruned, by Hugging Face name.
+def sparsity_by_tensor(config: PruningConfig, kinds: Mapping[str, str], space: SearchSpace) -> dict[str, Sparsity]:
+    """Return the sparsity of the tensors that are pruned, by Hugging Face name, given the kind of each that may be.
 
     Raises UserError for a rule that matches no tensor, and for a tensor whose rows or formats cannot hold the zeros.
     """
-    kinds = {entry.hf_name: entry.kind for entry in tensor_table(source) if entry.quantizable}
     for rule in config.rules:
         if not any(re.search(rule.match, name) for name in kinds):
             raise UserError(

@@ -67,7 +67,7 @@ class BankBuild:
         """
         absent, plan, names = self.missing(), self.plan, dict(self.formats)
         settings, how = compensation_settings(plan), plan.config.quantization.importance
-        given = imatrix_importance(plan.config.quantization, plan.folder, names)
+        given = imatrix_importance(plan.config.quantization, plan.file, names)
         tasks = []
         for file in groups:
             tensors = names.keys() & banks.group_tensors(file)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bitgenome.common import layout
@@ -22,11 +21,11 @@ from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_result import RunResult
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank, damaged_tensors
-from exporters.files.gguf_writer import export_gguf
+from exporters.files.file_layout import FileLayout
+from exporters.files.gguf_writer import export_gguf, float_reader
 from exporters.files.packed_file import PackedFile
 from exporters.files.recipe import recipe_command, recipe_lines
 from exporters.metadata.provenance import Provenance
-from exporters.metadata.tensor_names import tensor_table
 from quantizers.formats.table import QuantFormat
 from search.types import Evaluation
 
@@ -58,8 +57,8 @@ def export_winner(
 
     def check(written: Path) -> None:
         check_size(written.stat().st_size, path, plan, winner)
-        different = differing_tensors(written, plan.folder, bank, formats)
-        different += differing_floats(written, plan.folder, healing.tensors if healing else {})
+        different = differing_tensors(written, plan.folder, bank, formats, plan.file)
+        different += differing_floats(written, plan.folder, healing.tensors if healing else {}, plan.file)
         if different:
             raise UserError(f"expected {path} to hold the weights that were scored, found {different[0]} to differ")
 
@@ -73,9 +72,9 @@ def export_winner(
         run_digest=plan.config.digest,
         version=version("bitgenome"),
     )
-    export_gguf(plan.folder, packed, path, provenance, healing.tensors if healing else None, check=check)
-    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
-    by_gguf_name = {names[name]: fmt for name, fmt in formats.items()}
+    healed_tensors = healing.tensors if healing else None
+    export_gguf(plan.folder, packed, path, provenance, healed_tensors, layout=plan.file, check=check)
+    by_gguf_name = {name: fmt for tensor, fmt in formats.items() for name in plan.file.names[tensor]}
     atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name)) + "\n")
     atomic_write_text(run.path / layout.RECIPE_COMMAND, recipe_command(by_gguf_name) + "\n")
     return path
@@ -131,26 +130,29 @@ def shipped_file(path: Path) -> dict[str, Any]:
     return {"gguf": path.name, "gguf_bytes": path.stat().st_size, "gguf_sha256": digest_of_file(path)}
 
 
-def differing_floats(path: Path, folder: ModelFolder, healed: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the file's float32 tensors that differ from the healed or, if not healed, the model's own.
+def differing_floats(
+    path: Path, folder: ModelFolder, healed: Mapping[str, Tensor], file_layout: FileLayout | None = None
+) -> list[str]:
+    """Return the names of the file's float tensors that differ from the healed or, if not healed, the model's own.
 
-    Raises ValueError as ``PackedFile`` does.
+    Those that are not made of the model's are compared with what ``file_layout`` stores. Raises ValueError as
+    ``PackedFile`` does.
     """
-    file = PackedFile(path, folder)
-    return [
-        name
-        for name in file.float_names
-        if file.type_name(name) != "F32"
-        or not torch.equal(file.floats(name), healed[name] if name in healed else folder.read(name).float())
-    ]
+    return PackedFile(path, folder, file_layout).differing_floats(float_reader(folder, healed))
 
 
-def differing_tensors(path: Path, folder: ModelFolder, bank: Bank, formats: Mapping[str, QuantFormat]) -> list[str]:
+def differing_tensors(
+    path: Path,
+    folder: ModelFolder,
+    bank: Bank,
+    formats: Mapping[str, QuantFormat],
+    file_layout: FileLayout | None = None,
+) -> list[str]:
     """Return the names of tensors whose type or bytes in the file are not those in the bank, which were scored.
 
     Raises ValueError as ``PackedFile`` does.
     """
-    file = PackedFile(path, folder)
+    file = PackedFile(path, folder, file_layout)
     return [
         name
         for name, fmt in formats.items()

@@ -78,7 +78,7 @@ def read_labels(run: RunDirectory) -> dict[str, str] | None:
 
 def tied(plan: Plan, labels: Mapping[str, str]) -> Plan:
     """Return ``plan`` with the tensors of each label tied into one gene."""
-    space, budget = tied_space(plan.config, plan.folder, plan.space, labels)
+    space, budget = tied_space(plan.config, plan.file, plan.space, labels)
     return replace(plan, space=space, budget=budget)
 
 

@@ -21,7 +21,6 @@ from evaluators.healing.blocks import HealBlock
 from evaluators.healing.memory import MeasureRoom
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
-from exporters.metadata.tensor_names import tensor_table
 from search.types import Evaluation, Fidelity
 from workers.pool.base import Pool
 
@@ -71,7 +70,7 @@ class Healing:
 
 def float_tensors(plan: Plan) -> tuple[str, ...]:
     """Return the Hugging Face names of the tensors that the file keeps in float32."""
-    return tuple(entry.hf_name for entry in tensor_table(plan.folder) if not entry.quantizable)
+    return plan.file.float_names
 
 
 def decide_variant(plan: Plan, run: RunDirectory, pool: Pool) -> str:

@@ -29,6 +29,7 @@ from bitgenome.storage.opened import note_model, open_model
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from exporters.runtime.llamacpp import LlamaCppError
+from exporters.template.layout import TemplateLayout
 from search.loop.archive import EvaluationLog
 from workers.pool.base import Pool
 
@@ -65,11 +66,13 @@ def with_weights(plan: Plan, console: Console) -> Plan:
     Says what full precision means for a model that is not of floats.
     """
     if not plan.folder.parts:
-        return plan
+        return plan  # all of a folder's weights were there for planning
     name = plan.folder.parts[0]
     folder = tracked(tracker(console), f"opening {name}", partial(open_model, plan.config))
     if folder.full_precision:
         log.warning("full precision here is %s: that is what genomes are compared with", folder.full_precision)
+    if isinstance(plan.file, TemplateLayout):
+        return tracked(tracker(console), "comparing with the template", partial(make_plan, plan.config))
     return replace(plan, folder=folder)
 
 
@@ -124,7 +127,7 @@ def run_stages(
         save_outcome(directory, outcome, plan)
     with directory.stage("proof"):
         how = plan.config.evaluation
-        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory)
+        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory, plan.file)
         try:
             proof = tracked(track, "proving", prove_file)
         except (LlamaCppError, FloatingPointError) as error:

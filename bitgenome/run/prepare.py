@@ -19,6 +19,7 @@ from bitgenome.plan.disk import keeps_hessians
 from bitgenome.plan.imatrix import imatrix_digest
 from bitgenome.plan.memory import heaviest_load
 from bitgenome.plan.plan import Plan, compensation_settings
+from bitgenome.plan.template import file_layout, template_digest
 from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
 from bitgenome.run.bank import build_bank
 from bitgenome.run.calibration import calibrate, has_hessians
@@ -39,7 +40,6 @@ from evaluators.prepare import scaling
 from evaluators.prepare.calibration import group_file, mean_squares
 from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
 from exporters.files.imatrix import write_imatrix
-from exporters.metadata.tensor_names import tensor_table
 from search.allocation.sensitivity import SensitivityTable
 from workers.pool.base import Pool
 
@@ -70,6 +70,9 @@ def record_inputs(plan: Plan, windows: TokenWindows, run: RunDirectory) -> None:
     """
     run.record.pin("text", windows.digest)
     run.record.pin("model", plan.folder.digest)
+    if digest := template_digest(plan.config):
+        run.record.pin("template", digest)
+        file_layout(plan.config, plan.folder)  # among what the run uses, now that it has begun
     if digest := imatrix_digest(plan.config.quantization):
         run.record.pin("imatrix", digest)
     atomic_write_bytes(run.path / layout.WINDOWS, windows.to_bytes())
@@ -80,11 +83,10 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
 
     ``groups`` are the calibration files of the input groups. The head is left out, as llama-imatrix leaves it out.
     """
-    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(plan.folder)}
     importance = {}
     for group in groups:
         squares = mean_squares(group).numpy()
-        members = [names[name] for name in banks.group_tensors(group)]
+        members = [name for tensor in banks.group_tensors(group) for name in plan.file.names.get(tensor, ())]
         importance.update({name: squares for name in members if name.startswith("blk.")})
     text = windows.windows["calibration"]
     write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.names)

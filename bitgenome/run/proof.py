@@ -17,6 +17,7 @@ from evaluators.engine.streamed import streamed
 from evaluators.engine.sweep import Sweep
 from evaluators.model.folder import ModelFolder
 from evaluators.model.sizes import ModelShape
+from exporters.files.file_layout import FileLayout
 from exporters.files.packed_file import PackedFile
 from exporters.runtime.comparison import compare, log_probs
 from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
@@ -67,16 +68,22 @@ class ShippedModel(ModelFolder):
 
 @torch.inference_mode()
 def prove(
-    path: Path, folder: ModelFolder, text: TokenWindows, activations: str = "float", memory: int | None = None
+    path: Path,
+    folder: ModelFolder,
+    text: TokenWindows,
+    activations: str = "float",
+    memory: int | None = None,
+    layout: FileLayout | None = None,
 ) -> Proof:
     """Measure a GGUF file of ``folder``'s model on the test windows (n, T) of ``text``, by simulation and by llama.cpp.
 
     With ``activations`` q8 the simulation is repeated with 8-bit inputs. A warning says where llama.cpp makes other
     tokens of the text than the model. Weights are in memory one block at a time, and at the end the two heads;
-    ``memory`` bounds the windows that go through a block at once, by default by what is free. Raises ValueError for a
+    ``memory`` bounds the windows that go through a block at once, by default by what is free; ``layout``
+    is what the file holds, by default as built. Raises ValueError for a
     damaged file, and LlamaCppError if llama.cpp cannot run it.
     """
-    file, windows = PackedFile(path, folder), text.windows["test"]
+    file, windows = PackedFile(path, folder, layout), text.windows["test"]
     with LlamaCppRuntime(path, windows.shape[1]) as runtime:
         from_runtime = runtime.hidden_states(windows)
         check_tokens(runtime, folder.path, text.sample)

@@ -50,7 +50,7 @@ def verify_file(file: Path | str | None, location: Path | str) -> Proof:
             if result and local.name == result.gguf:
                 check_shipped(local, result, plan, directory)
             how = plan.config.evaluation
-            return prove(local, plan.folder, text, how.activations, how.memory)
+            return prove(local, plan.folder, text, how.activations, how.memory, plan.file)
         except (ValueError, LlamaCppError) as error:
             raise UserError(str(error)) from None
         except FloatingPointError as error:
@@ -75,8 +75,8 @@ def check_shipped(file: Path, result: RunResult, plan: Plan, run: RunDirectory) 
         return
     read_gguf(file)  # raises ValueError for a damaged header
     formats, healing = plan.space.formats_of(result.evaluation.genome), shipped_healing(run.path, result.model_dump())
-    different = differing_tensors(file, plan.folder, Bank(run.artefact("bank")), formats)
-    different += differing_floats(file, plan.folder, healing.tensors if healing else {})
+    different = differing_tensors(file, plan.folder, Bank(run.artefact("bank")), formats, plan.file)
+    different += differing_floats(file, plan.folder, healing.tensors if healing else {}, plan.file)
     if different or result.gguf_sha256:
         where = f"tensor {different[0]}" if different else "bytes outside the tensors"
         raise UserError(f"expected {file} as it was shipped, found {where} to differ: {again}")

@@ -18,7 +18,8 @@ from workers.storage.folders import Folder, is_url, mirror_root, open_folder
 
 log = logging.getLogger(__name__)
 
-READ_AGAIN = (layout.BANK_KIND, layout.SCALING_KIND, layout.MODEL_KIND, layout.OPENED_KIND)  # by export and verify
+# by export and verify
+READ_AGAIN = (layout.BANK_KIND, layout.SCALING_KIND, layout.MODEL_KIND, layout.OPENED_KIND, layout.TEMPLATE_KIND)
 DIGEST_DIGITS = 16  # of the name of an artefact's directory
 
 

@@ -5,7 +5,7 @@ Format: docs/gguf.md of ggml.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from mmap import ACCESS_READ, mmap
@@ -56,6 +56,12 @@ class GgufContents:
     path: Path
     key_values: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]  # by GGUF name, in file order
+    key_spans: Mapping[str, tuple[int, int]]  # first byte of each key, and the one behind its value
+
+    def encoded(self, keys: Iterable[str]) -> bytes:
+        """Return key-values as they are stored."""
+        with self.path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            return b"".join(data[slice(*self.key_spans[key])] for key in keys)
 
     def read(self, name: str) -> np.ndarray:
         """Return the stored bytes of a tensor by GGUF name, uint8 (rows, row_bytes); a vector is one row."""
@@ -149,10 +155,12 @@ def _parse(path: Path, data: mmap) -> GgufContents:
     if version != GGUF_VERSION:
         raise _DamageError(f"GGUF version {version} instead of {GGUF_VERSION}")
     tensor_count, key_count = cursor.scalars("Q", 2)
-    key_values = {}
+    key_values, spans = {}, {}
     for _ in range(key_count):
+        start = cursor.position
         key = cursor.string()
         key_values[key] = cursor.value(cursor.scalars("I")[0])
+        spans[key] = (start, cursor.position)
     table = [_table_row(cursor) for _ in range(tensor_count)]
     if key_values.get("general.alignment", GGUF_ALIGNMENT) != GGUF_ALIGNMENT:
         raise _DamageError(f"an alignment of {key_values['general.alignment']} instead of {GGUF_ALIGNMENT}")
@@ -165,7 +173,7 @@ def _parse(path: Path, data: mmap) -> GgufContents:
                 f"{len(data)} bytes where tensor {name} ends at byte {tensor.offset + tensor.size}: it is truncated"
             )
         tensors[name] = tensor
-    return GgufContents(path, key_values, tensors)
+    return GgufContents(path, key_values, tensors, spans)
 
 
 def _table_row(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:

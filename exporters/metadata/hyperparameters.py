@@ -12,6 +12,14 @@ DEFAULT_WINDOW = 4096  # transformers' default for them
 DEFAULT_FULL_LAYERS = 28  # transformers' default of max_window_layers
 
 
+def mixed_types() -> KeyValues:
+    """Return the key-values of a file whose tensors have several types."""
+    keys = KeyValues()
+    keys.uint32("general.file_type", int(LlamaFileType.GUESSED))
+    keys.uint32("general.quantization_version", GGML_QUANT_VERSION)
+    return keys
+
+
 def model_metadata(source: ModelSource) -> KeyValues:
     """Return the hyperparameters of ``source``, without ``general.architecture``, which GGUFWriter adds.
 
@@ -23,8 +31,7 @@ def model_metadata(source: ModelSource) -> KeyValues:
     keys = KeyValues()
     keys.string("general.type", "model")
     keys.string("general.name", source.name)
-    keys.uint32("general.file_type", int(LlamaFileType.GUESSED))
-    keys.uint32("general.quantization_version", GGML_QUANT_VERSION)
+    keys |= mixed_types()
     for name, value in {
         "block_count": sizes.layers,
         "context_length": sizes.context,

@@ -10,6 +10,7 @@ from bitgenome.config.run import RunConfig, parse_config
 from bitgenome.plan.plan import make_plan
 from bitgenome.plan.pruning import sparsity_by_tensor
 from evaluators.model.folder import ModelFolder
+from exporters.files.built_layout import BuiltLayout
 from exporters.metadata.tensor_names import quantizable_tensors
 from search.types import SearchSpace
 from tests.bitgenome.conftest import SMALL
@@ -86,8 +87,8 @@ def test_a_rule_for_no_tensor_names_some() -> None:
 
 def test_rows_that_the_pattern_does_not_divide_are_named(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = save_small_model(tmp_path_factory.mktemp("odd"), "llama", intermediate_size=90, tokenizer=False)
-    folder = ModelFolder(path)
-    space = SearchSpace.per_tensor(quantizable_tensors(folder), ["W4"], 0)
+    file = BuiltLayout(ModelFolder(path), allow_missing_tokenizer=True)
+    space = SearchSpace.per_tensor(file.shapes, ["W4"], 0)
     with pytest.raises(UserError, match=r"m divides rows of 90 weights, found 2:4, in model.layers.0.mlp.down_proj"):
-        sparsity_by_tensor(PruningConfig(pattern="2:4"), folder, space)
-    assert len(sparsity_by_tensor(PruningConfig(sparsity=0.5), folder, space)) == 14
+        sparsity_by_tensor(PruningConfig(pattern="2:4"), file.kinds, space)
+    assert len(sparsity_by_tensor(PruningConfig(sparsity=0.5), file.kinds, space)) == 14

@@ -53,7 +53,7 @@ def test_mean_squares_of_the_file_weight_the_columns(
     squares: dict[str, np.ndarray], small_bank: SmallBank, tmp_path: Path
 ) -> None:
     plan = make_plan(configured(tmp_path, tmp_path / "imatrix.gguf"))
-    given = imatrix_importance(plan.config.quantization, plan.folder, [gene.name for gene in plan.space.genes])
+    given = imatrix_importance(plan.config.quantization, plan.file, [gene.name for gene in plan.space.genes])
     name = f"{GROUP}.weight"
     assert len(given) == len(squares) and np.allclose(given[name], squares["blk.0.attn_q.weight"], rtol=1e-6)
     weights = plan.folder.read(name).float()

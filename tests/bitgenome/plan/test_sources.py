@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_a_model_alone_suffices_and_its_text_is_written_once(
     assert all_windows(planned(files, source="self", seed=1)).digest != windows.digest
     config = plan.config.model_copy(update={"evaluation": plan.config.evaluation.model_copy(update={"memory": 1000})})
     with pytest.raises(UserError, match="memory"):
-        check_memory(Plan(config, plan.folder, plan.space, plan.budget, plan.sparsity))
+        check_memory(replace(plan, config=config))
 
 
 @pytest.mark.parametrize(
