@@ -18,6 +18,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from bitgenome.cli.batch import batch
+from bitgenome.cli.convert import convert
 from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.prune import prune
 from bitgenome.cli.status import status
@@ -162,6 +163,7 @@ def sensitivity(
     show_comparison(frame, path, console)
 
 
+app.command()(convert)
 app.command()(batch)
 app.command()(submit)
 app.command()(logs)
