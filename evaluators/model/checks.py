@@ -20,7 +20,7 @@ def check_model(folder: ModelFolder) -> None:
     The model is built without memory for weights, from config.json; shapes and types come from the files' headers.
     Warns where embedding and head are one tensor in config.json and two in the weights, or the other way round.
     """
-    model = BlockModel(folder, torch.device("meta"))
+    model = BlockModel(folder, torch.device("cpu"))  # weights stay on the meta device
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     expected = {name: tuple(parameter.shape) for name, parameter in model.model.named_parameters()}
     if folder.tied:
