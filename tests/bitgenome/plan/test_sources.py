@@ -21,7 +21,7 @@ from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import keep_windows, read_windows, ready_windows
 from bitgenome.run.writing import written_windows
 from evaluators.data.windows import TokenWindows, divided
-from tests.bitgenome.conftest import LITTLE
+from tests.bitgenome.conftest import LITTLE, call_here
 from tests.small_models import chat_tokenizer, save_small_model
 from workers.pool.base import SerialPool
 
@@ -189,3 +189,22 @@ def test_a_data_set_needs_its_library_and_a_column_of_text_or_messages(
         UserError, match=r"expected a column other in .*, train, found messages, said: choose by column"
     ):
         read_windows(planned(files, source="datasets", dataset={"id": str(tmp_path), "column": "other"}))
+
+
+@pytest.mark.long
+def test_a_run_without_any_text_ends_in_a_proved_file_and_the_next_writes_nothing(tmp_path: Path) -> None:
+    settings = LITTLE | {"storage_path": str(tmp_path / "runs"), "budget": {"bits_per_weight": 3.5}}
+    settings |= {"text": LITTLE["text"] | {"source": "self"}, "workers": {"ray": "off"}}  # type: ignore[operator]
+    written = tmp_path / "runs" / layout.SHARED / layout.WRITTEN_KIND
+    times: list[dict[Path, int]] = []
+    digests = []
+    for name in ("first", "second"):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
+        done = call_here("run", tmp_path / "c.yaml")
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "runs" / name / layout.RECORD).read_text())
+        assert ("text" in record["stages"]) == (name == "first") and record["forecast"]["text"] > 0
+        digests.append(record["digests"]["text"])
+        assert json.loads((tmp_path / "runs" / name / layout.BEST).read_text())["proof"]
+        times.append({file: file.stat().st_mtime_ns for file in written.rglob("*.safetensors")})
+    assert times[0] == times[1] and times[0] and digests[0] == digests[1]
