@@ -27,16 +27,17 @@ class BlockArguments:
     def __call__(self, block: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional arguments after the hidden states (B, T, D), and the keyword arguments, of ``block``.
 
-        Their first dimension is 1, so that they broadcast over windows.
+        Their first dimension is 1, so that they broadcast over windows, unless the model needs one for each.
         """
-        shape = (hidden.shape[1], hidden.dtype, hidden.device)
+        rows = len(hidden) if self._parts.by_window else 1
+        shape = (rows, hidden.shape[1], hidden.dtype, hidden.device)
         if shape != self._shape:
-            self._record(hidden)
+            self._record(hidden, rows)
             self._shape = shape
         return self._recorders[block].inputs, self._recorders[block].arguments
 
     @torch.inference_mode(False)  # autograd may use the cached tensors, which inference tensors do not allow
     @torch.no_grad()
-    def _record(self, hidden: Tensor) -> None:
+    def _record(self, hidden: Tensor, rows: int) -> None:
         decoder = self._parts.stubbed(self._recorders, hidden.device, hidden.dtype, [], [])
-        decoder(input_ids=torch.zeros(1, hidden.shape[1], dtype=torch.long, device=hidden.device), use_cache=False)
+        decoder(input_ids=torch.zeros(rows, hidden.shape[1], dtype=torch.long, device=hidden.device), use_cache=False)

@@ -38,8 +38,8 @@ class BlockModel:
         self.parts = Parts.of(self.model)
         self.decoder, self.blocks = self.parts.decoder, self.parts.blocks
         self._names = {id(module): name for name, module in self.model.named_modules()}
-        for part in (*self.blocks, *self.parts.lookups, *self.parts.entry, self.parts.norm):
-            fill_buffers(self.decoder, part, device)
+        parts = (*self.blocks, *self.parts.lookups, *self.parts.entry, self.parts.norm)
+        fill_buffers(self.decoder, parts, device)
         self._arguments = BlockArguments(self.parts)
         self._entrance = Entrance(self.parts, device)
         self._head = HeadSettings.of(self.model)
@@ -142,6 +142,19 @@ class BlockModel:
     def _tensors(self, modules: Sequence[nn.Module]) -> list[str]:
         return [f"{self._names[id(module)]}.{name}" for module in modules for name in module.state_dict()]
 
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of all that must be loaded: embedding, blocks, norm, and the head where it is a tensor of its own."""
+        head = [] if self.folder.tied else self._tensors([self.parts.head])
+        blocks = (name for block in range(len(self.blocks)) for name in self.parameters_of(block))
+        return [*self.lookup_names, *self.entry_parameters, *blocks, *self.norm_parameters, *head]
+
+    def tensor_of(self, name: str) -> Tensor:
+        """Return the parameter or stored buffer ``name``, loaded or not."""
+        path, _, leaf = name.rpartition(".")
+        found: Tensor = getattr(self.model.get_submodule(path), leaf)
+        return found
+
     def place(self, name: str, weight: Tensor | None) -> None:
         """Make ``weight`` the parameter ``name``, without a copy; None frees the parameter's memory."""
         path, _, leaf = name.rpartition(".")
@@ -183,7 +196,7 @@ class BlockModel:
         inputs, arguments = self._arguments(block, hidden)
         with nullcontext() if self.compute == torch.float32 else self._autocast():
             output = self.blocks[block](hidden, *inputs, **arguments)
-        found: Tensor = output[0] if self.parts.in_tuple else output
+        found: Tensor = output if self.parts.beside is None else output[0]
         return found
 
     def _autocast(self) -> torch.autocast:

@@ -22,11 +22,7 @@ def check_model(folder: ModelFolder) -> None:
     """
     model = BlockModel(folder, torch.device("cpu"))  # weights stay on the meta device
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    expected = {name: tuple(parameter.shape) for name, parameter in model.model.named_parameters()}
-    if folder.tied:
-        expected.pop("lm_head.weight", None)
-    else:
-        expected["lm_head.weight"] = expected[model.embedding_name]
+    expected = {name: tuple(model.tensor_of(name).shape) for name in model.tensor_names}
     quantized = _quantized(folder)
     for name, shape in expected.items():
         stored = folder.shapes.get(name)
@@ -61,11 +57,12 @@ def _quantized(folder: ModelFolder) -> str | None:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method:
         return f"a model quantized by {method} (quantization_config in config.json)"
-    kinds = {folder.types[name] for name in folder.shapes if name.endswith("proj.weight")} & QUANTIZED_TYPES.keys()
+    headers = folder.stored.headers
+    kinds = {kind for name, (_, kind) in headers.items() if name.endswith("proj.weight")} & QUANTIZED_TYPES.keys()
     if kinds:
         kind = sorted(kinds)[0]
         return f"a model quantized before, with {QUANTIZED_TYPES[kind]} weights ({kind})"
-    named = next((name for name in folder.shapes if name.endswith(QUANTIZED_SUFFIXES)), None)
+    named = next((name for name in headers if name.endswith(QUANTIZED_SUFFIXES)), None)
     return f"a model quantized before, with the tensor {named}" if named else None
 
 

@@ -9,21 +9,18 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
 
 from bitgenome.common import layout
-from bitgenome.common.json_files import read_json_object, refuse_lfs_pointer
+from bitgenome.common.json_files import read_json_object
 from bitgenome.common.remembered import Found, found_in
+from evaluators.model.conversion import EMBEDDING, Conversion, is_plain
 from evaluators.model.errors import ModelFolderError
 from evaluators.model.scaled_view import scaled, source_of
+from evaluators.model.stored import StoredTensors
 from evaluators.model.weights_file import survey
 
 __all__ = ["ModelFolder", "ModelFolderError", "is_gguf", "resolve_model"]
 
-CONVERSION = (
-    "convert it once, if you trust its author, with transformers' AutoModelForCausalLM.from_pretrained(FOLDER)"
-    ".save_pretrained(FOLDER)"
-)
 LARGEST_HALF = 65504.0  # of float16, in which GGUF types store weights or their scales
 # which the file's tokenizer is made of, beside tokenizer.json and tokenizer_config.json
 TOKENIZER_FILES = (
@@ -50,68 +47,56 @@ class ModelFolder:
             raise ModelFolderError(f"expected config.json in the model folder, found {found} in {self.path}")
         self.config: dict[str, Any] = read_json_object(config)
         self._source = source_of(self.path)
-        self._files = self._index(self._source or self.path)
+        self.stored = StoredTensors(self._source or self.path)
 
-    @staticmethod
-    def _index(path: Path) -> dict[str, Path]:
-        """Return the file of every tensor, sorted by tensor name."""
-        index_file = path / "model.safetensors.index.json"
-        if index_file.is_file():
-            files = _listed_files(index_file)
-        elif (path / "model.safetensors").is_file():
-            files = [path / "model.safetensors"]  # alone: other *.safetensors beside it are copies in other layouts
-        else:
-            files = sorted(path.glob("*.safetensors"))
-        if not files:
-            pickled = next(path.glob("*.bin*"), None)
-            found = f"{pickled.name}, which may hold code: {CONVERSION}" if pickled else "none"
-            raise ModelFolderError(f"expected *.safetensors weights in {path}, found {found}")
-        index: dict[str, Path] = {}
-        for file in files:
-            refuse_lfs_pointer(file)
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    index.update(dict.fromkeys(tensors.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise ModelFolderError(f"expected a readable safetensors file, found {error} in {file}") from None
-        return dict(sorted(index.items()))
+    @cached_property
+    def conversion(self) -> Conversion | None:
+        """How parameters are made of the stored tensors; None where these are the parameters."""
+        return None if is_plain(self.config, self.stored.files) else Conversion(self.path, self.stored.files)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every stored tensor, by Hugging Face name."""
-        shapes = {}
-        for name, file in self._files.items():
-            with safe_open(file, framework="pt") as tensors:
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        return shapes
+        """Shape of every parameter, by Hugging Face name. Raises ModelFolderError for tensors that make none."""
+        stored = {name: shape for name, (shape, _) in self.stored.headers.items()}
+        if self.conversion is None:
+            return stored
+        return {name: self.conversion.shape(name, stored) for name in sorted(self.conversion.made)}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the CPU, in its stored type (float32 where a scaled view has factors for it).
+        """Return one parameter on the CPU, in its stored type (float32 where a scaled view has factors for it).
 
-        Raises KeyError for a name that is not stored.
+        Raises KeyError for a name that the weights do not have.
         """
         assert not self.headers_alone, f"{self.path} has no values"
-        with safe_open(self._files[name], framework="pt") as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(name)
+        read = self.stored.read
+        tensor = self.conversion.tensor(name, read) if self.conversion else read([name])[name]
         return scaled(self.path, name, tensor) if self._source else tensor
+
+    def read_slices(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return ``parameter[start:stop]`` as ``read`` does, such as some experts of a layer, in their memory alone."""
+        if self._source:
+            return self.read(name)[start:stop]
+        if self.conversion:
+            return self.conversion.slices(name, start, stop, self.stored.read)
+        return self.stored.read([name])[name][start:stop]
+
+    def _parts_of(self, name: str) -> list[str]:
+        """Return the names of the stored tensors that a parameter is made of."""
+        return self.conversion.made[name].names if self.conversion else [name]
 
     @cached_property
     def types(self) -> Mapping[str, str]:
-        """Type of every stored tensor as safetensors names it, such as BF16, by Hugging Face name."""
-        types = {}
-        for name, file in self._files.items():
-            with safe_open(file, framework="pt") as tensors:
-                types[name] = str(tensors.get_slice(name).get_dtype())
-        return types
+        """Type of every parameter as safetensors names it, such as BF16, by Hugging Face name."""
+        return {name: self.stored.headers[self._parts_of(name)[0]][1] for name in self.shapes}
 
     def file_of(self, name: str) -> Path:
-        """Return the file that stores a tensor."""
-        return self._files[name]
+        """Return the file that stores a parameter, or the first part of it."""
+        return self.stored.files[self._parts_of(name)[0]]
 
     @cached_property
     def _surveys(self) -> Mapping[Path, Found]:
         """What ``survey`` finds in each weights file; a file that has not changed since the last time is not read."""
-        files = sorted(set(self._files.values()))
+        files = sorted(set(self.stored.files.values()))
         return found_in(files, "weights", self._source or self.path, survey)
 
     def check_values(self, in_half: Iterable[str] = ()) -> None:
@@ -119,11 +104,11 @@ class ModelFolder:
 
         The tensor is named. Weights are read once, and not at all if they have not changed since the last time.
         """
-        halves = set(in_half)
-        for name, file in self._files.items():
+        halves = {part for name in in_half for part in self._parts_of(name)}
+        for name, file in self.stored.files.items():
             largest = self._surveys[file]["largest"].get(name, 0.0)
             if largest is None:
-                tensor = self.read(name)
+                tensor = self.stored.read([name])[name]
                 raise ModelFolderError(
                     f"expected finite weights, found {int((~tensor.isfinite()).sum())} of {tensor.numel()} not finite "
                     f"in {name} of {file}"
@@ -169,7 +154,7 @@ class ModelFolder:
     @property
     def weights_bytes(self) -> int:
         """Bytes of the files of weights."""
-        return sum(file.stat().st_size for file in set(self._files.values()))
+        return sum(file.stat().st_size for file in set(self.stored.files.values()))
 
     @property
     def model_type(self) -> str:
@@ -178,14 +163,22 @@ class ModelFolder:
 
     @property
     def tied(self) -> bool:
-        """Whether embedding and head are one tensor (no ``lm_head.weight`` is stored)."""
-        return "lm_head.weight" not in self.shapes
+        """Whether embedding and head are one tensor (no head is stored)."""
+        return self._own_head not in self.shapes
+
+    @property
+    def _own_head(self) -> str:
+        return self.conversion.head if self.conversion else "lm_head.weight"
+
+    @property
+    def embedding_tensor(self) -> str:
+        """Hugging Face name of the embedding's weight."""
+        return self.conversion.embedding if self.conversion else EMBEDDING
 
     @property
     def head_tensor(self) -> str:
         """Hugging Face name of the head's weight, which is the embedding's where the two are tied."""
-        names = [name for name in self.shapes if name.endswith("embed_tokens.weight")] if self.tied else []
-        return names[0] if names else "lm_head.weight"
+        return self.embedding_tensor if self.tied else self._own_head
 
     @cached_property
     def digest(self) -> str:
@@ -205,23 +198,6 @@ class ModelFolder:
         for file in [*filter(Path.is_file, (self.path / name for name in TOKENIZER_FILES)), *templates]:
             digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
-
-
-def _listed_files(index_file: Path) -> list[Path]:
-    """Return the files that an index lists; raise ModelFolderError unless all of them are there."""
-    weight_map = read_json_object(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelFolderError(f"expected weight_map with a file for every tensor in {index_file}, found none")
-    listed = sorted(set(weight_map.values()))
-    if outside := [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise ModelFolderError(f"expected weights inside the model folder, found {outside[0]} in {index_file}")
-    files = [index_file.parent / name for name in listed]
-    if missing := [file for file in files if not file.is_file()]:
-        raise ModelFolderError(
-            f"expected the {len(files)} files that {index_file} lists, found no {missing[0].name}"
-            + (f" and {len(missing) - 1} more missing" if len(missing) > 1 else "")
-        )
-    return files
 
 
 def is_gguf(model: str | Path) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evaluators.model.errors import ModelFolderError
-from evaluators.model.stand_ins import replaced
+from evaluators.model.stand_ins import StandIn, Unchanged, replaced
 
+FACTORS = ("logit_scale", "lm_head_multiplier")  # of configurations
 PROBE = torch.tensor([[[-30.0, -1.7, -0.3, 0.0, 0.1, 1.0, 2.9, 77.0]]])  # logits before whatever a model does with them
 
 
@@ -31,7 +32,8 @@ class HeadSettings:
     def of(cls, model: PreTrainedModel) -> "HeadSettings":
         """Return a model's settings. Raises ModelFolderError where it does something else with its logits."""
         config = model.config.get_text_config()
-        divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+        factors = (getattr(config, name) for name in FACTORS if getattr(config, name, None) is not None)
+        divisor, factor = getattr(config, "logits_scaling", None), next(factors, None)
         settings = cls(getattr(config, "final_logit_softcapping", None), divisor, factor)
         given = _after_head(model)
         for found in (settings, cls()):
@@ -63,7 +65,7 @@ class _Output:
         return PROBE.clone()
 
 
-class _Given(nn.Module):
+class _Given(StandIn):
     """Takes the place of a decoder: returns PROBE as its hidden states."""
 
     def forward(self, *_: object, **__: object) -> _Output:
@@ -74,7 +76,7 @@ class _Given(nn.Module):
 def _after_head(model: PreTrainedModel) -> Tensor:
     """Return the logits of a model whose head returns PROBE."""
     head = model.get_output_embeddings()
-    children = {name: nn.Identity() if part is head else _Given() for name, part in model.named_children()}
+    children = {name: Unchanged(part) if part is head else _Given(part) for name, part in model.named_children()}
     ids = torch.zeros(1, 1, dtype=torch.long)
     logits: Tensor = replaced(model, children)(input_ids=ids, use_cache=False).logits
     return logits

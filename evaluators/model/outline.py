@@ -29,6 +29,14 @@ def build_model(path: Path) -> PreTrainedModel:
     return model
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a causal language model that has the blocks."""
+    found = model.get_decoder()
+    if found is model:  # transformers 5.23 does not find Llama 4's
+        found = next(part for part in model.children() if isinstance(part, PreTrainedModel))
+    return found
+
+
 def attention_of(path: Path) -> str:
     """Return transformers' attention implementation (``sdpa`` or ``eager``) for the model of the folder ``path``.
 

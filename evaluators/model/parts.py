@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from evaluators.model.errors import ModelFolderError
-from evaluators.model.stand_ins import SOME_IDS, Recorder, Stub, fresh, of_weights, replaced
+from evaluators.model.outline import decoder_of
+from evaluators.model.stand_ins import SOME_IDS, Recorder, Stub, Unchanged, fresh, of_weights, replaced
 
 
 @dataclass
@@ -29,12 +30,13 @@ class Parts:
     head: nn.Linear
     lookups: list[nn.Embedding]  # what is looked up by token id: the embedding, first, and any others
     entry: list[nn.Module]  # other modules with weights that run before the first block
-    in_tuple: bool  # whether blocks return a tuple, whose first item is the hidden states
+    beside: int | None = None  # values that blocks return in a tuple after the hidden states; None: no tuple
+    by_window: bool = False  # whether what blocks are given has a row for each window
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Parts":
         """Find the parts of a model, on the meta device. Raises ModelFolderError, which says what is missing."""
-        decoder, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+        decoder, embedding, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()
         kind = model.config.model_type
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise ModelFolderError(
@@ -44,14 +46,14 @@ class Parts:
         if not blocks:
             raise ModelFolderError(f"expected a {kind} model with one list of blocks, found none in its decoder")
         found = max(blocks, key=lambda part: sum(p.numel() for p in part.parameters()))
-        parts = cls(model, decoder, embedding, found, nn.Identity(), head, [], [], False)
+        parts = cls(model, decoder, embedding, found, nn.Identity(), head, [], [])
         parts._run_through()
         return parts
 
     def _run_through(self) -> None:
         """Find the order of modules in a forward pass without weights; check that blocks follow each other directly."""
         calls: list[Any] = []
-        for self.in_tuple in (False, True):
+        for self.beside in (None, 0, 1):
             recorders = self.recorders(calls)
             calls.clear()
             tables: list[nn.Module] = []
@@ -77,7 +79,10 @@ class Parts:
                 f"expected a {self.model.config.model_type} model with one norm after its blocks, found {len(after)}"
             )
         self.norm = after[0]
+        given = [value for value in recorders[0].arguments.values() if isinstance(value, torch.Tensor)]
+        self.by_window = any(value.ndim > 2 and value.shape[0] != 1 for value in given)
         before = [call for call in dict.fromkeys(calls[: calls.index(recorders[0])]) if call is not self.embedding]
+        before = [call for call in before if any(True for _ in call.parameters())]
         self.lookups = [self.embedding, *(part for part in before if part in tables)]
         self.entry = [part for part in before if part not in tables]
 
@@ -88,7 +93,7 @@ class Parts:
 
     def recorders(self, calls: list[Any]) -> list[Recorder]:
         """Return a recorder for each block; each call is appended to ``calls``."""
-        return [Recorder(block, calls, self.in_tuple) for block in self.blocks]
+        return [Recorder(block, calls, self.beside) for block in self.blocks]
 
     def stubbed(
         self, recorders: list[Recorder], device: torch.device, dtype: torch.dtype, calls: list[Any], tables: list[Any]
@@ -101,7 +106,7 @@ class Parts:
 
     def entrance(self, recorders: list[Recorder], device: torch.device) -> nn.Module:
         """Return the decoder with ``recorders`` in place of blocks, and nothing after them."""
-        return self._replaced(recorders, lambda part: nn.Identity() if part is self.norm else part, device)
+        return self._replaced(recorders, lambda part: Unchanged(part) if part is self.norm else part, device)
 
     def _replaced(
         self, recorders: list[Recorder], change: Callable[[nn.Module], nn.Module], device: torch.device
@@ -110,9 +115,9 @@ class Parts:
         for name, part in self.decoder.named_children():
             if part is self.blocks:
                 children[name] = nn.ModuleList(recorders)
-            elif any(True for _ in part.parameters()):
+            elif any(True for _ in part.parameters()) or not any(True for _ in part.buffers()):
                 children[name] = change(part)
-            elif any(buffer.is_meta for buffer in part.buffers()):
+            else:
                 # anew for each length: dynamic rotary frequencies remember the longest text that they have seen
                 children[name] = fresh(self.decoder, part, device)
         return replaced(self.decoder, children)

@@ -43,9 +43,7 @@ class ModelShape:
             heads=int(config["num_attention_heads"]),
             tensors=folder.shapes,
             head=folder.head_tensor,
-            embedding=next(
-                (name for name in folder.shapes if name.endswith("embed_tokens.weight")), folder.head_tensor
-            ),
+            embedding=folder.embedding_tensor,
             eager=attention_of(folder.path) == "eager",
             stored=2 if stored in SHORT_TYPES else FLOAT_BYTES,
         )

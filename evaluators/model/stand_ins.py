@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,58 +15,67 @@ SOME = 5
 SOME_IDS = torch.arange(SOME, 0, -1)[None]  # token ids that are no positions
 
 
-class Recorder(nn.Module):
-    """Takes the place of a block: returns its input unchanged, and keeps what the last call gave it.
+class StandIn(nn.Module):
+    """Takes the place of a module; attributes that it does not have are the module's own."""
 
-    The block's other attributes, such as its kind of attention, are the block's own.
-    """
-
-    def __init__(self, block: nn.Module, calls: list[Any], in_tuple: bool = False):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self._block = (block,)  # in a tuple, so that its parameters are not this module's
-        self._calls = calls
-        self._in_tuple = in_tuple
-        self.hidden: Tensor | None = None
-        self.inputs: tuple[Any, ...] = ()  # positional ones, after the hidden states
-        self.arguments: dict[str, Any] = {}
+        self.of = (module,)  # in a tuple, so that its parameters are not this module's
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattribute__("_block")[0], name)
+            return getattr(super().__getattribute__("of")[0], name)
+
+
+class Unchanged(StandIn):
+    """Returns what it is given."""
+
+    def forward(self, given: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return ``given``."""
+        return given
+
+
+class Recorder(StandIn):
+    """Takes the place of a block: returns its input unchanged, and keeps what the last call gave it.
+
+    ``beside`` is the number of values that the block returns in a tuple after the hidden states; None for a block that
+    returns these alone.
+    """
+
+    def __init__(self, block: nn.Module, calls: list[Any], beside: int | None = None):
+        super().__init__(block)
+        self._calls = calls
+        self._beside = beside
+        self.hidden: Tensor | None = None
+        self.inputs: tuple[Any, ...] = ()  # positional ones, after the hidden states
+        self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden: Tensor | None = None, *inputs: Any, **arguments: Any) -> Any:
         """Keep all arguments; return ``hidden``."""
         hidden = arguments.pop("hidden_states") if hidden is None else hidden
         self._calls.append(self)
         self.hidden, self.inputs, self.arguments = hidden, inputs, arguments
-        return (hidden,) if self._in_tuple else hidden
+        return hidden if self._beside is None else (hidden, *[hidden.new_full((), math.nan)] * self._beside)
 
 
-class Stub(nn.Module):
+class Stub(StandIn):
     """Takes the place of a module with weights: returns NaN in the shape that the module would return."""
 
     def __init__(
         self, module: nn.Module, calls: list[Any], tables: list[Any], device: torch.device, dtype: torch.dtype
     ):
-        super().__init__()
-        self._module = (module,)
+        super().__init__(module)
         self._calls, self._tables = calls, tables
         self._device, self._dtype = device, dtype
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattribute__("_module")[0], name)
-
     def forward(self, given: Tensor, *_: Any, **__: Any) -> Tensor:
-        module = self._module[0]
+        (module,) = self.of
         self._calls.append(module)
         how: dict[str, Any] = {"device": self._device, "dtype": self._dtype}
         if isinstance(module, nn.Embedding):
-            if given.shape == (1, SOME) and torch.equal(given, SOME_IDS):
+            if given.shape == (1, SOME) and (given.is_meta or torch.equal(given, SOME_IDS)):
                 self._tables.append(module)
             return torch.full((*given.shape, module.embedding_dim), math.nan, **how)
         if isinstance(module, nn.Linear):
@@ -96,38 +105,44 @@ def replaced(parent: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
 def fresh(model: PreTrainedModel, module: nn.Module, device: torch.device) -> nn.Module:
     """Return a copy of ``module``, which has no weights, with its buffers as transformers initializes them."""
     twin = copy.deepcopy(module)
-    fill_buffers(model, twin, device)
+    fill_buffers(model, [twin], device)
     return twin
 
 
 @torch.no_grad()
-def fill_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
-    """Give the buffers of ``module`` that no file holds, and that are on the meta device, transformers' values.
+def fill_buffers(model: PreTrainedModel, modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Give the buffers of ``modules`` that no file holds, and that are on the meta device, transformers' values.
 
     Raises ModelFolderError for one that transformers does not initialize.
     """
-    for name, part in module.named_modules():
-        empty = {
-            key: torch.full_like(buffer, _unset(buffer.dtype), device=device)
+    filled: list[tuple[nn.Module, str]] = []
+    for part in (part for module in modules for part in module.modules()):
+        empty = [
+            key
             for key, buffer in part.named_buffers(recurse=False)
             if buffer.is_meta and key in part._non_persistent_buffers_set
-        }
-        if not empty:
-            continue
-        for key, buffer in empty.items():
-            part._buffers[key] = buffer
-        for parameter in part.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # transformers' mark of what it leaves alone
-        model._init_weights(part)
+        ]
         for key in empty:
-            value = part._buffers[key]
-            if value.dtype != torch.bool and bool(
-                (value.isnan() if value.is_floating_point() else value == _unset(value.dtype)).any()
-            ):
-                raise ModelFolderError(f"expected buffers that transformers initializes, found {name}.{key}")
+            buffer = part.get_buffer(key)
+            nothing = math.nan if buffer.is_floating_point() else 0
+            part._buffers[key] = torch.full_like(buffer, nothing, device=device)
+        if empty:
+            _initialize(model, part)
+        filled += ((part, key) for key in empty)
+    if any(map(_unset, filled)):  # Falcon H1's are filled for all blocks at once
+        _initialize(model, model)
+    if unset := next(filter(_unset, filled), None):
+        raise ModelFolderError(
+            f"expected buffers that transformers initializes, found {unset[1]} of {type(unset[0]).__name__}"
+        )
 
 
-def _unset(dtype: torch.dtype) -> float | int | bool:
-    if dtype.is_floating_point:
-        return float("nan")
-    return False if dtype == torch.bool else int(torch.iinfo(dtype).min)
+def _initialize(model: PreTrainedModel, module: nn.Module) -> None:
+    for tensor in (*module.parameters(recurse=False),):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined] # transformers' mark of what it leaves alone
+    model._init_weights(module)
+
+
+def _unset(found: tuple[nn.Module, str]) -> bool:
+    value = found[0].get_buffer(found[1])
+    return value.is_floating_point() and bool(value.isnan().any())
