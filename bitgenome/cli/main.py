@@ -95,14 +95,26 @@ def plan(
 
 
 @app.command()
-def export(run: RunPath, storage: Storage = RUNS) -> None:
+def export(
+    run: RunPath,
+    storage: Storage = RUNS,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Also in llama.cpp's shards, whose tensors take at most this, such as 4GB")
+    ] = None,
+    split_max_tensors: Annotated[int | None, typer.Option(min=1, help="Also in shards of at most as many")] = None,
+) -> None:
     """Write the GGUF and the recipe of a finished run again, from its bank."""
     from bitgenome.run.export import export_again  # noqa: PLC0415
     from bitgenome.storage.run_names import run_location  # noqa: PLC0415
+    from exporters.files.splits import Shards, shard_path, shard_size  # noqa: PLC0415
 
+    shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
     location = run_location(run, storage)
-    gguf = tracked(tracker(console), "exporting", lambda: export_again(location))
+    gguf = tracked(tracker(console), "exporting", lambda: export_again(location, shards))
     console.print(f"wrote {location}/{gguf.name} and {location}/recipe.txt", soft_wrap=True)
+    if shards.wanted:
+        count = len(shards.of(gguf))
+        console.print(f"wrote {count} shards, of which {shard_path(gguf, 1, count).name} is the first", soft_wrap=True)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from exporters.files.file_layout import FileLayout
 from exporters.files.gguf_writer import export_gguf, float_reader
 from exporters.files.packed_file import PackedFile
 from exporters.files.recipe import recipe_command, recipe_lines
+from exporters.files.splits import Shards, split_gguf
 from exporters.metadata.provenance import Provenance
 from quantizers.formats.table import QuantFormat
 from search.types import Evaluation
@@ -91,11 +92,12 @@ def check_size(size: int, path: Path, plan: Plan, winner: Evaluation) -> None:
         raise UserError(f"expected {path} within the budget of {plan.budget.file_bytes:,} bytes, found {size:,}")
 
 
-def export_again(location: Path | str) -> Path:
+def export_again(location: Path | str, shards: Shards | None = None) -> Path:
     """Write GGUF and recipe of a finished run from its record and bank, and return the file's path.
 
-    ``location`` is the run's path or URL. Raises UserError if the run is not finished, its bank is damaged, or the file
-    is not right; an earlier file is then as it was.
+    With limits in ``shards`` the file is also written in shards, beside it. ``location`` is the run's path or URL.
+    Raises UserError if the run is not finished, its bank is damaged, or the file is not right; an earlier file is then
+    as it was.
     """
     directory = RunDirectory.open(location)
     with directory.own():
@@ -115,6 +117,8 @@ def export_again(location: Path | str) -> Path:
             )
         path = export_winner(plan, bank, directory, winner, healing)
         record_file(directory.path, path)
+        if shards and shards.wanted:
+            split_gguf(path, shards)
         return path
 
 

@@ -155,6 +155,8 @@ def test_export_of_a_run_that_is_not_finished(
     refused(sets=("model=./nowhere",))
     run = RunDirectory.create(load_config(tmp_path / "config.yaml"))
     assert "expected a finished run" in refusal(capsys, monkeypatch, "export", run.path)
+    said = refusal(capsys, monkeypatch, "export", run.path, "--split-max-size", "much")
+    assert "--split-max-size: size 'much' is not a number of bytes" in said
 
 
 def test_an_option_that_does_not_exist(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
