@@ -25,7 +25,7 @@ class Entrance:
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the first block's input (B, T, D) for token ids (B, T)."""
         if not self.plain:
-            return self._run(input_ids=ids)
+            return self._run(ids)
         embeddings: Tensor = self._parts.embedding(ids)
         return embeddings if self._factor is None else embeddings * self._factor
 
@@ -44,7 +44,7 @@ class Entrance:
             return rows[-1]
 
         with torch.enable_grad(), self._parts.embedding.register_forward_hook(follow):
-            found = self._run(input_ids=ids)
+            found = self._run(ids)
         (at_rows,) = torch.autograd.grad(found, rows[-1], gradient)
         return at_rows * own
 
@@ -53,15 +53,19 @@ class Entrance:
         """Find the factor by which the decoder multiplies embeddings; return whether it does no more than that."""
         width = self._parts.embedding.embedding_dim
         values = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
-        found = self._run(inputs_embeds=values.to(self._device)).cpu()
+        found = self._run(values.to(self._device)).cpu()
         if torch.equal(found, values):
             return True
-        self._factor = float(self._run(inputs_embeds=torch.ones_like(values).to(self._device)).flatten()[0])
+        self._factor = float(self._run(torch.ones_like(values).to(self._device)).flatten()[0])
         return torch.equal(found, values * self._factor)
 
-    def _run(self, **inputs: Tensor) -> Tensor:
+    def _run(self, given: Tensor) -> Tensor:
+        """Return the first block's input for token ids (B, T), or for embeddings (B, T, D) that are not looked up."""
         recorders = self._parts.recorders([])
-        self._parts.entrance(recorders, self._device)(**inputs, use_cache=False)
+        looked_up = given.is_floating_point()
+        decoder = self._parts.entrance(recorders, self._device, given if looked_up else None)
+        ids = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device) if looked_up else given
+        decoder(input_ids=ids, use_cache=False)
         found = recorders[0].hidden
         assert found is not None, "every decoder runs its first block"
         return found

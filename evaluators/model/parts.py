@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from evaluators.model.errors import ModelFolderError
 from evaluators.model.outline import decoder_of
-from evaluators.model.stand_ins import SOME_IDS, Recorder, Stub, Unchanged, fresh, of_weights, replaced
+from evaluators.model.stand_ins import SOME_IDS, Constant, Recorder, Stub, Unchanged, fresh, of_weights, replaced
 
 
 @dataclass
@@ -104,9 +104,20 @@ class Parts:
         """
         return self._replaced(recorders, lambda part: Stub(part, calls, tables, device, dtype), device)
 
-    def entrance(self, recorders: list[Recorder], device: torch.device) -> nn.Module:
-        """Return the decoder with ``recorders`` in place of blocks, and nothing after them."""
-        return self._replaced(recorders, lambda part: Unchanged(part) if part is self.norm else part, device)
+    def entrance(
+        self, recorders: list[Recorder], device: torch.device, embeddings: torch.Tensor | None = None
+    ) -> nn.Module:
+        """Return the decoder with ``recorders`` in place of blocks, and nothing after them.
+
+        Any token ids look up ``embeddings`` (B, T, D) if these are given.
+        """
+
+        def change(part: nn.Module) -> nn.Module:
+            if part is self.embedding and embeddings is not None:
+                return Constant(part, embeddings)
+            return Unchanged(part) if part is self.norm else part
+
+        return self._replaced(recorders, change, device)
 
     def _replaced(
         self, recorders: list[Recorder], change: Callable[[nn.Module], nn.Module], device: torch.device

@@ -37,6 +37,18 @@ class Unchanged(StandIn):
         return given
 
 
+class Constant(StandIn):
+    """Returns the same ``value`` whatever it is given."""
+
+    def __init__(self, module: nn.Module, value: Tensor):
+        super().__init__(module)
+        self._value = value
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """Return the value."""
+        return self._value
+
+
 class Recorder(StandIn):
     """Takes the place of a block: returns its input unchanged, and keeps what the last call gave it.
 
