@@ -11,7 +11,7 @@ from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, hea
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
 from evaluators.healing.tuner import MICRO_TOKENS
-from evaluators.model.sizes import LAYERS, ModelShape
+from evaluators.model.sizes import ModelShape, block_of
 from evaluators.prepare.memory import input_groups as groups_of
 from evaluators.prepare.writing import BATCH, batches
 from evaluators.probes.rates import Rates, Rounding
@@ -48,7 +48,7 @@ def input_groups(plan: Plan) -> list[Group]:
             first = members[0]
             choices = tuple(fmt.name for fmt in formats[first])
             kind = Rounding(shape.tensors[first][-1], choices, plan.sparsity.get(first))
-            found.append(Group(kind, sum(map(shape.weights, members)), LAYERS in first))
+            found.append(Group(kind, sum(map(shape.weights, members)), block_of(first) is not None))
     return found
 
 

@@ -21,6 +21,7 @@ from evaluators.healing.blocks import HealBlock
 from evaluators.healing.memory import MeasureRoom
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
+from evaluators.model.sizes import ModelShape
 from search.types import Evaluation, Fidelity
 from workers.pool.base import Pool
 
@@ -130,7 +131,7 @@ def heal(
         training = WholeHealing(setup, genome, floats, settings, windows, checkpoint)
         trained, figures = heal_whole(training, fidelities, pool, track)
     else:
-        parts = range(int(plan.folder.config["num_hidden_layers"]) + 1)  # the last is the output norm
+        parts = range(ModelShape.of(plan.folder).layers + 1)  # the last is the output norm
         shared = (setup, genome, float_tensors(plan), settings, checkpoint, tuple(fidelities))
         trained, figures = heal_blocks([HealBlock(*shared, part) for part in parts], pool, track)
     better = figures["validation"].better

@@ -110,7 +110,7 @@ class GenomeEvaluator:
         finite.
         """
         ids = self.ids(fidelity)
-        state = ids.shape[1] * self.sweep.model.config.hidden_size * FLOAT_BYTES
+        state = ids.shape[1] * self.sweep.model.state_width * FLOAT_BYTES
         most = max(len(candidates), self.setup.load.candidates)
         rows = min(len(ids), max(1, self.memory.states // (state * (most + 2))))
         starts = range(0, len(ids), rows)

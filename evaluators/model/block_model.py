@@ -179,6 +179,11 @@ class BlockModel:
         bias = self.parts.head.bias
         return Head(weight, self._head, None if bias is None else bias.data)
 
+    @property
+    def state_width(self) -> int:
+        """Numbers that pass from a block to the next for a position: D, and what a model carries beside it."""
+        return int(self.config.get_text_config().hidden_size)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return the first block's input (B, T, D) for token ids (B, T)."""
         return self._entrance(ids.to(self.device))

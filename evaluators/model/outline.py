@@ -45,8 +45,23 @@ def attention_of(path: Path) -> str:
     try:
         return _attention(_config(path))
     except (OSError, ValueError, KeyError) as error:
-        found = " ".join(str(error).split())
-        raise ModelFolderError(f"expected a causal language model of transformers in {path}, found {found}") from None
+        raise _unknown(path, error) from None
+
+
+def text_config(path: Path) -> PreTrainedConfig:
+    """Return the configuration of the folder ``path``, of the text part of a multimodal model.
+
+    Raises ModelFolderError for a model type that transformers does not have.
+    """
+    try:
+        return _config(path).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise _unknown(path, error) from None
+
+
+def _unknown(path: Path, error: Exception) -> ModelFolderError:
+    found = " ".join(str(error).split())
+    return ModelFolderError(f"expected a causal language model of transformers in {path}, found {found}")
 
 
 def _config(path: Path) -> PreTrainedConfig:

@@ -3,18 +3,26 @@
 All of it is arithmetic on the configuration and the tensors' shapes; no weight is read. Sizes are in bytes.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
+from transformers import PreTrainedConfig
 
 from evaluators.model.folder import ModelFolder
-from evaluators.model.outline import attention_of
+from evaluators.model.outline import attention_of, text_config
 
 FLOAT_BYTES = 4
-LAYERS = ".layers."  # part of the names of a decoder block's tensors, before its number
+BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")  # part of the names of a decoder block's tensors
 SHORT_TYPES = ("bfloat16", "float16")
+
+
+def block_of(tensor: str) -> int | None:
+    """Return the number of the decoder block that a tensor belongs to by its name; None for one of no block."""
+    found = BLOCK.search(tensor)
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,17 @@ class ModelShape:
 
     @classmethod
     def of(cls, folder: ModelFolder) -> "ModelShape":
-        """Return the sizes of a model folder. Raises ModelFolderError for a model type that is not supported."""
-        config = folder.config
-        stored = str(config.get("dtype", config.get("torch_dtype", "float32")))
+        """Return the sizes of a model folder. Raises ModelFolderError for a model type that transformers lacks."""
+        config = text_config(folder.path)
+        tensors = folder.shapes
+        written = {**folder.config, **folder.config.get("text_config", {})}
+        stored = str(written.get("dtype") or written.get("torch_dtype") or "float32")
         return cls(
-            layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
-            inner=int(config["intermediate_size"]),
-            heads=int(config["num_attention_heads"]),
-            tensors=folder.shapes,
+            layers=int(config.num_hidden_layers),
+            hidden=int(config.hidden_size),
+            inner=_inner(config, tensors),
+            heads=_number(config, "num_attention_heads") or 1,
+            tensors=tensors,
             head=folder.head_tensor,
             embedding=folder.embedding_tensor,
             eager=attention_of(folder.path) == "eager",
@@ -62,15 +72,15 @@ class ModelShape:
 
         Only the matrices of blocks are in that type; embedding, head, norms and biases are float32 always.
         """
-        multiplied = LAYERS in name and len(self.tensors[name]) == 2
+        multiplied = block_of(name) is not None and len(self.tensors[name]) == 2
         return self.weights(name) * (compute.itemsize if multiplied else FLOAT_BYTES)
 
     def block_bytes(self, compute: torch.dtype = torch.float32) -> int:
         """Return the bytes of the largest decoder block, decoded."""
         blocks = [0] * self.layers
         for name in self.tensors:
-            if LAYERS in name:
-                blocks[int(name.partition(LAYERS)[2].split(".")[0])] += self.bytes_of(name, compute)
+            if (block := block_of(name)) is not None:
+                blocks[block] += self.bytes_of(name, compute)
         return max(blocks)
 
     @property
@@ -91,6 +101,23 @@ class ModelShape:
         """
         scores = 3 * window * self.heads if self.eager else 0
         return (6 * self.hidden + 3 * self.inner + scores) * FLOAT_BYTES
+
+
+def _inner(config: PreTrainedConfig, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the width of what an MLP holds for a token: that of the experts that a token goes to, if there are any."""
+    experts = _number(config, "num_experts_per_tok")
+    each = _number(config, "moe_intermediate_size") or _number(config, "intermediate_size")
+    shared = _number(config, "shared_expert_intermediate_size")
+    dense = _number(config, "intermediate_size")
+    return max(dense, experts * each + shared) or max(
+        shape[0] for n, shape in tensors.items() if block_of(n) is not None
+    )
+
+
+def _number(config: PreTrainedConfig, name: str) -> int:
+    """Return a number of the configuration, the largest where it differs by layer; 0 where there is none."""
+    value = getattr(config, name, None)
+    return int(max(value) if isinstance(value, list | tuple) else value or 0)
 
 
 @dataclass(frozen=True)

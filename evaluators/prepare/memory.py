@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bitgenome.common.devices import compute_type
-from evaluators.model.sizes import FLOAT_BYTES, LAYERS, ModelShape, StageMemory, larger
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
 from evaluators.prepare.calibration import CHUNK_TOKENS
 from evaluators.prepare.writing import BATCH
 from quantizers.formats.table import QuantFormat
@@ -46,7 +46,7 @@ def calibration_memory(shape: ModelShape, tokens: int, window: int, device: torc
     """
     positions = max(window, tokens // window * window)
     chunk = min(positions, max(1, CHUNK_TOKENS // window) * window)
-    inputs = [shape.tensors[names[0]][1] for names in input_groups(shape) if f"{LAYERS}0." in names[0]]
+    inputs = [shape.tensors[names[0]][1] for names in input_groups(shape) if block_of(names[0]) == 0]
     there = {
         "block": shape.block_bytes(),
         "Hessians": sum(C * C for C in inputs) * (DOUBLE_BYTES + FLOAT_BYTES)

@@ -18,6 +18,7 @@ from evaluators.healing.distillation import DistillationLoss
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.head import Head
+from evaluators.model.outline import text_config
 from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, Rounding
 from evaluators.probes.rounding import decode_seconds, hessian_seconds, rounding_seconds
@@ -107,7 +108,7 @@ def block_seconds(
     Times that are not wanted are 0.
     """
     windows = max(1, BLOCK_TOKENS // window)
-    hidden = torch.randn(windows, window, int(folder.config["hidden_size"]), device=device)
+    hidden = torch.randn(windows, window, text_config(folder.path).hidden_size, device=device)
     positions = windows * window
 
     def model_in(dtype: torch.dtype) -> BlockModel:
@@ -138,7 +139,7 @@ def written_seconds(folder: ModelFolder, device: torch.device) -> float:
     model = BlockModel(folder, device, compute_type("auto", device))
     for name in model.parameters_of(0):
         model.place(name, model.as_computed(name, torch.full(folder.shapes[name], 0.01)))
-    hidden = torch.randn(BATCH, 1, int(folder.config["hidden_size"]), device=device)
+    hidden = torch.randn(BATCH, 1, model.state_width, device=device)
     with torch.inference_mode():
         return seconds_of(lambda: model.run_block(0, hidden), device) / BATCH
 

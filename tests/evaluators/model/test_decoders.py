@@ -1,0 +1,89 @@
+"""Any decoder of transformers runs block by block, and its parameters come from whatever its files hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from evaluators.model.block_model import BlockModel
+from evaluators.model.checks import check_model
+from evaluators.model.folder import ModelFolder, ModelFolderError
+from evaluators.model.sizes import ModelShape
+
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+SMALL = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": None,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {  # one model type for each kind of decoder
+    "gpt_oss": EXPERTS,  # sinks, transposed experts
+    "qwen3_moe": EXPERTS,  # experts that files hold one by one
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 5.0, "residual_multiplier": 0.5},
+    "cohere2": {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32},  # embedding_norm
+    "qwen3_5_text": LINEAR,
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # positions are looked up, other names
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},  # tuples
+}
+LONG: dict[str, dict[str, Any]] = {
+    "mixtral": EXPERTS, "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32}, "granitemoe": EXPERTS,
+    "phimoe": EXPERTS, "olmoe": EXPERTS, "qwen3_next": EXPERTS | LINEAR, "qwen3_5_moe_text": EXPERTS | LINEAR,
+    "olmo2": {}, "smollm3": {}, "glm4": {}, "exaone4": {}, "ministral3": {}, "gemma": {}, "bloom": {}, "stablelm": {},
+    "starcoder2": {}, "phi": {}, "olmo": {}, "nemotron": {}, "arcee": {}, "cohere": {},
+}  # fmt: skip
+
+
+def save(path: Path, model_type: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """Write a small random model; its norms, biases and buffers are random too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SMALL | settings), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("model_type", [*KINDS, *(pytest.param(kind, marks=pytest.mark.long) for kind in LONG)])
+def test_blocks_give_exactly_the_logits_of_transformers(model_type: str, tmp_path: Path) -> None:
+    save(tmp_path, model_type, (KINDS | LONG)[model_type])
+    folder = ModelFolder(tmp_path)
+    check_model(folder)
+    model = BlockModel(folder, torch.device("cpu"))
+    model.load_all()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        found = model.head(model.run_from(0, model.embed(IDS)))
+        assert torch.equal(found, expected(IDS).logits)
+    shape = ModelShape.of(folder)
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (2, 64, 64)
+    assert shape.block_bytes() > 0 and shape.activation_bytes(12) > 0
+
+
+def test_experts_are_read_alone_and_all_of_them_from_the_files_that_hold_them_one_by_one(tmp_path: Path) -> None:
+    model = save(tmp_path, "qwen3_moe", EXPERTS)
+    folder = ModelFolder(tmp_path)
+    for leaf in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{leaf}"
+        assert name not in folder.stored.files
+        assert torch.equal(folder.read(name), model.get_parameter(name))
+        assert torch.equal(folder.read_slices(name, 2, 3), model.get_parameter(name)[2:3])
+
+
+def test_an_expert_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    save(tmp_path, "qwen3_moe", EXPERTS)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"7 tensors of model.layers.1.mlp.experts.gate_up_proj .* to fit"):
+        check_model(ModelFolder(tmp_path))
