@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import BudgetConfig, RunConfig
 from bitgenome.plan.imatrix import imatrix_importance
 from bitgenome.plan.pruning import sparsity_by_tensor
-from bitgenome.plan.template import check_exportable, file_layout
+from bitgenome.plan.template import check_exportable, file_layout, report
 from bitgenome.plan.text import check_text
 from bitgenome.storage.opened import open_model
 from evaluators.model.checks import check_model
@@ -75,6 +75,8 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
     folder = checked_folder(config, weights)
     check_window(config.text.window, folder)
     file = file_layout(config, folder)
+    if isinstance(file, TemplateLayout):
+        report(file)
     check_foldable(config, file)
     shapes = file.shapes
     if config.quantization.scaling.active:
@@ -92,7 +94,8 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
             f"expected search.gene_groups.samples up to text.tokens.calibration ({config.text.tokens.calibration}), "
             f"found {groups.samples}"
         )
-    labels = dict(file.tied) | (LABELS[groups.by](free) if groups.by in LABELS else {})
+    free = replace(free, genes=tied_genes(free, file.tied))  # one type for all tensors of the model in one of the file
+    labels = LABELS[groups.by](free) if groups.by in LABELS else {}
     space, budget = tied_space(config, file, free, labels)
     check_text(config.text, folder)
     imatrix_importance(config.quantization, file, shapes)

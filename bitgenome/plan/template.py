@@ -89,7 +89,6 @@ def _explanation(config: RunConfig, template: GgufModel, folder: ModelFolder, pa
     def build() -> None:
         log.info("comparing the weights of %s with those of %s, row by row", path, folder.path)
         found = explain(template, folder, multiplied(folder).__contains__)
-        report(found, path)
         save_explanation(found, file)
 
     build_once(
@@ -107,12 +106,12 @@ def multiplied(folder: ModelFolder) -> frozenset[str]:
     return frozenset([*linears, model.embedding_name, model.head_name])
 
 
-def report(found: Explanation, path: Path) -> None:
+def report(file: TemplateLayout) -> None:
     """Say in the log which tensors of the model stay as they are in the template, and why."""
-    for name, reason in found.refused.items():
-        log.warning("%s stays as it is in %s: %s", name, path.name, reason)
-    if found.unhealed:
-        log.info("not healed, as %s holds other values: %s", path.name, _some(found.unhealed))
+    for name, reason in file.refused.items():
+        log.warning("%s stays as it is in %s: %s", name, file.path.name, reason)
+    if file.unhealed:
+        log.info("not healed, as %s holds other values: %s", file.path.name, _some(file.unhealed))
 
 
 def _some(names: tuple[str, ...]) -> str:

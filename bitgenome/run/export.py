@@ -76,7 +76,7 @@ def export_winner(
     healed_tensors = healing.tensors if healing else None
     export_gguf(plan.folder, packed, path, provenance, healed_tensors, layout=plan.file, check=check)
     by_gguf_name = {name: fmt for tensor, fmt in formats.items() for name in plan.file.names[tensor]}
-    atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name)) + "\n")
+    atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name, plan.file.kept)) + "\n")
     atomic_write_text(run.path / layout.RECIPE_COMMAND, recipe_command(by_gguf_name) + "\n")
     return path
 

@@ -19,6 +19,7 @@ from gguf.gguf_writer import WriterState
 
 from exporters.metadata.key_values import KeyValues
 from exporters.metadata.provenance import Provenance
+from exporters.metadata.tensor_names import place_of
 from quantizers.formats.table import padded
 
 Types = Mapping[str, GGMLQuantizationType]  # of searched tensors, by GGUF name
@@ -131,10 +132,13 @@ class FileLayout(ABC):
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes (rows, columns) of the model's tensors that may be searched, by Hugging Face name, in file order."""
+        """Shapes (rows, columns) of the model's tensors that may be searched, by Hugging Face name, in order of use.
+
+        The order does not depend on the file's, so that a search of one model is one search.
+        """
         return {
             name: (rows, tensor.shape[-1])
-            for tensor in self.tensors
+            for tensor in sorted(self.tensors, key=lambda tensor: place_of(tensor.name))
             if tensor.searched and tensor.gather
             for name, rows in tensor.gather.sources
         }
@@ -160,8 +164,8 @@ class FileLayout(ABC):
 
     @cached_property
     def float_names(self) -> tuple[str, ...]:
-        """Hugging Face names of the tensors that the file keeps in float32: norms and biases, in file order."""
-        floats = (tensor for tensor in self.tensors if not tensor.searched and tensor.gather)
+        """Hugging Face names of the tensors that the file keeps in float32: norms and biases, in order of use."""
+        floats = sorted((t for t in self.tensors if not t.searched and t.gather), key=lambda t: place_of(t.name))
         return tuple(name for tensor in floats if tensor.gather for name in tensor.gather.names)
 
     @cached_property
@@ -169,6 +173,11 @@ class FileLayout(ABC):
         """The GGUF tensor of each tensor of the model that shares one with others, and hence its type."""
         shared = (tensor for tensor in self.tensors if tensor.searched and tensor.gather)
         return {n: t.name for t in shared if t.gather and len(t.gather.sources) > 1 for n in t.gather.names}
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """Types of the matrices that are not searched, by GGUF name."""
+        return {t.name: t.type_name for t in self.tensors if not t.searched and len(t.shape) > 1}
 
     @cached_property
     def searched(self) -> list[FileTensor]:

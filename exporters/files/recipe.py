@@ -12,12 +12,16 @@ from quantizers.formats.table import QuantFormat
 OWN_OPTIONS = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
 
 
-def recipe_lines(formats: Mapping[str, QuantFormat]) -> list[str]:
+def recipe_lines(formats: Mapping[str, QuantFormat], kept: Mapping[str, str] | None = None) -> list[str]:
     """Return one line ``^name$=type`` for each GGUF tensor name, so that no default rule of llama.cpp applies.
+
+    ``kept`` are the types of the matrices that no gene decides, by GGUF name.
 
     The file must contain only these lines: llama-quantize refuses comments.
     """
-    return [f"^{re.escape(name)}$={_ggml_name(chosen)}" for name, chosen in formats.items()]
+    types = {name: _ggml_name(chosen) for name, chosen in formats.items()}
+    types |= {name: kind.lower() for name, kind in (kept or {}).items()}
+    return [f"^{re.escape(name)}$={kind}" for name, kind in types.items()]
 
 
 def recipe_command(formats: Mapping[str, QuantFormat]) -> str:

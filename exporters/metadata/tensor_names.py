@@ -65,14 +65,16 @@ def tensor_table(source: ModelSource) -> list[TensorEntry]:
             )
         quantizable = len(shape) == 2 and kind in QUANTIZABLE_KINDS
         entries.append(TensorEntry(hf_name, gguf_name, tuple(shape), quantizable, heads.get(kind, 0)))
-    return sorted(entries, key=_file_position)
+    return sorted(entries, key=lambda entry: place_of(entry.gguf_name))
 
 
-def _file_position(entry: TensorEntry) -> tuple[int, int, int, str]:
-    parts = entry.gguf_name.split(".")
-    if parts[0] == "blk":
-        return END_ORDER.index("blk"), int(parts[1]), BLOCK_ORDER.index(parts[2]), parts[3]
-    return END_ORDER.index(parts[0]), 0, 0, parts[1]
+def place_of(name: str) -> tuple[int, int, int, str]:
+    """Return a key that sorts GGUF names by use: ends, blocks, kinds of BLOCK_ORDER, and behind them other kinds."""
+    first, *rest = name.split(".")
+    if first == "blk":
+        kind = BLOCK_ORDER.index(rest[1]) if rest[1] in BLOCK_ORDER else len(BLOCK_ORDER)
+        return END_ORDER.index("blk"), int(rest[0]), kind, ".".join(rest[1:])
+    return END_ORDER.index(first) if first in END_ORDER else len(END_ORDER), 0, 0, ".".join(rest)
 
 
 def quantizable_tensors(source: ModelSource) -> dict[str, tuple[int, ...]]:

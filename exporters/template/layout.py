@@ -27,6 +27,11 @@ class TemplateLayout(FileLayout):
         self.tensors = explanation.tensors
         self.refused, self.unhealed = explanation.refused, explanation.unhealed
 
+    @property
+    def path(self) -> Path:
+        """The template, or its first part."""
+        return self._template.path
+
     def key_values(self) -> tuple[int, bytes]:
         """Return number and bytes of the key-values: the template's, and those of a file with several types."""
         ours = mixed_types()
