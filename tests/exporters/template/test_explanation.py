@@ -149,7 +149,7 @@ def test_rows_are_found_in_stacks_slices_and_other_orders(kind: str, model: Tens
     down = [f"{block}mlp.experts.{i}.down_proj.weight" for i in range(E)]
     assert layout.tied == dict.fromkeys(down, "blk.0.ffn_down_exps.weight")
     experts = f"{block}mlp.experts.gate_up_proj"
-    searched = ["model.embed_tokens.weight", f"{block}qkv.weight", experts, *down]  # in order of use
+    searched = ["model.embed_tokens.weight", f"{block}qkv.weight", *down, experts]  # in order of use
     assert list(layout.shapes) == searched and layout.shapes[experts] == (E * 2 * F, D)
     packed = {
         name: (FORMATS["Q8_0"], quantize(model.read(name).reshape(-1, columns).numpy(), Q8_0))
