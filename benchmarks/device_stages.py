@@ -31,7 +31,8 @@ from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import final_hidden
 from evaluators.prepare.bank import Bank, BuildBankGroup, group_tensors, tensor_file
-from evaluators.prepare.calibration import Calibrate, group_file
+from evaluators.prepare.calibration import Calibrate
+from evaluators.prepare.input_group import group_file
 from evaluators.settings import Compute, HealingSettings
 from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings

@@ -41,7 +41,7 @@ from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluateGenomes
 from evaluators.model.block_model import BlockModel
 from evaluators.model.forward import final_hidden
-from evaluators.prepare.calibration import InputGroup, group_file
+from evaluators.prepare.input_group import InputGroup, group_file
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize

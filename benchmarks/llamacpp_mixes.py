@@ -25,7 +25,7 @@ from bitgenome.run.pipeline import run
 from bitgenome.run.proof import Proof, prove
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
-from evaluators.prepare.calibration import InputGroup
+from evaluators.prepare.input_group import InputGroup
 from exporters.files.gguf_writer import export_gguf
 from exporters.metadata.provenance import Provenance
 from exporters.metadata.tensor_names import quantizable_tensors, tensor_table

@@ -30,7 +30,7 @@ from bitgenome.run.calibration import calibrate
 from evaluators.engine.divergence import Divergence, Reference
 from evaluators.model.block_model import BlockModel
 from evaluators.model.forward import final_hidden
-from evaluators.prepare.calibration import InputGroup, group_file
+from evaluators.prepare.input_group import InputGroup, group_file
 from quantizers.formats.grids import GRIDS, Grid, Scales
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.scalar_packing import pack

@@ -33,7 +33,7 @@ from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.model.folder import ModelFolder
 from evaluators.model.scaled_view import scaled, source_of
 from evaluators.prepare.bank import Bank
-from evaluators.prepare.calibration import InputGroup
+from evaluators.prepare.input_group import InputGroup
 from exporters.files.gguf_writer import export_gguf
 from quantizers.formats.table import format_for
 from quantizers.rounding.sparsegpt import row_errors

@@ -34,7 +34,7 @@ from evaluators.data.windows import TokenWindows, windows_digest
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import BuildBankGroup, readable
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.tensor_names import quantizable_tensors
 from quantizers.settings import CompensationSettings

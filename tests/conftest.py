@@ -22,7 +22,8 @@ from evaluators.data.windows import TokenWindows, token_windows
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import BuildBankGroup
-from evaluators.prepare.calibration import Calibrate, group_file
+from evaluators.prepare.calibration import Calibrate
+from evaluators.prepare.input_group import group_file
 from exporters.files.gguf_writer import fixed_bytes
 from exporters.metadata.tensor_names import quantizable_tensors
 from quantizers.settings import CompensationSettings

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 512
@@ -35,6 +36,7 @@ CONFIGS: dict[str, type] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
     "phi3": Phi3Config,

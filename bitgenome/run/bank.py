@@ -15,7 +15,7 @@ from bitgenome.plan.imatrix import imatrix_digest, imatrix_importance
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.prepare import bank as banks
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)

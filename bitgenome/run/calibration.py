@@ -15,7 +15,8 @@ from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import TokenWindows
 from evaluators.prepare.activation_samples import SampleActivations
 from evaluators.prepare.activation_samples import readable as samples_readable
-from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate, group_file, group_readable
+from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate
+from evaluators.prepare.input_group import group_file, group_readable
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.activation_samples import layer_series
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from quantizers.statistics.clustering import group
 from quantizers.statistics.mutual_information import pairwise_information
 from search.loop.settings import GeneGroups

@@ -37,7 +37,7 @@ from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare import bank as banks
 from evaluators.prepare import scaling
-from evaluators.prepare.calibration import group_file, mean_squares
+from evaluators.prepare.input_group import group_file, mean_squares
 from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
 from exporters.files.imatrix import write_imatrix
 from search.allocation.sensitivity import SensitivityTable

@@ -22,8 +22,9 @@ from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.shared import build_once, pull_shared, push_shared, remove_shared, shared_directory
 from evaluators.data.windows import TokenWindows
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import Calibrate, copy_statistics, group_file, statistics_readable
+from evaluators.prepare.calibration import Calibrate
 from evaluators.prepare.hidden_states import saved_blocks, states_file
+from evaluators.prepare.input_group import copy_statistics, group_file, statistics_readable
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)

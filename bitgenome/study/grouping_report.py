@@ -9,7 +9,7 @@ import numpy as np
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.activation_samples import layer_series, sampled_input
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from evaluators.study.bench import MethodResult, StudySetup
 from evaluators.study.mutual_information import MutualInformation
 from quantizers.statistics.clustering import group, redundancy

@@ -191,7 +191,8 @@ class Sweep:
         linears = dict(self.model.linears(block))
         groups = input_groups(linears, lambda: self.model.run_block(block, rows))
         found: list[Replay] = []
-        before: list[str] = []
+        called = {name for group in groups for name in group}
+        before = [name for name in linears if name not in called]  # experts that other rows may choose
         for group in groups:
             found += [Replay(linears[name], partial(self._formats, (*before, name))) for name in group]
             before += group

@@ -1,4 +1,4 @@
-"""This module builds the model of a folder without its weights, by transformers' own classes."""
+"""This module builds the model of a folder without its weights, by transformers' own classes, its experts apart."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from evaluators.model.errors import ModelFolderError
+from evaluators.model.experts import take_apart
 
 
 def build_model(path: Path) -> PreTrainedModel:
@@ -25,6 +26,7 @@ def build_model(path: Path) -> PreTrainedModel:
     except Exception as error:  # whatever transformers makes of a config.json that does not fit
         found = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelFolderError(f"expected a model that transformers can build from {path}, found {found}") from None
+    take_apart(model)
     model.eval().requires_grad_(False)
     return model
 

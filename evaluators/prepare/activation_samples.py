@@ -25,7 +25,7 @@ from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.forward import chunked
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from quantizers.statistics.mutual_information import Estimate, PairwiseInformation, pairwise_information
 
 STRIDE = 8  # positions between samples of a window, if there is enough text: neighbouring positions are similar

@@ -23,7 +23,7 @@ from bitgenome.common.digests import digest_of, digest_of_file, digests_of_files
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from evaluators.model.folder import ModelFolder
-from evaluators.prepare.calibration import InputGroup
+from evaluators.prepare.input_group import InputGroup
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate

@@ -1,32 +1,27 @@
-"""This module measures Hessians and moments of the inputs of all linear layers, with one block in memory at a time.
-
-Linear layers that read the same tensor (q/k/v, gate/up) form one input group and share one Hessian.
-"""
+"""This module measures Hessians and moments of the inputs of all linear layers, with one block in memory at a time."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import safe_open, save, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.common.devices import best_device, release_memory
-from bitgenome.common.files import atomic_write_bytes, replacing
 from bitgenome.common.steps import steps
 from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
-from evaluators.model.folder import ModelFolder, ModelFolderError
+from evaluators.model.folder import ModelFolder
 from evaluators.prepare.hidden_states import HiddenStates, joined, remove_states, saved_blocks
+from evaluators.prepare.input_group import InputGroup, group_file, group_readable
+from evaluators.prepare.input_recorder import InputAccumulator, InputRecorder
 from quantizers.formats.table import format_for
 from quantizers.rounding.sparsegpt import compensate
-from quantizers.statistics.hessian import HessianAccumulator
-from quantizers.statistics.moments import InputStatistics, StatisticsAccumulator
+from quantizers.statistics.moments import InputStatistics
 
 log = logging.getLogger(__name__)
 
@@ -37,142 +32,6 @@ CHUNK_TOKENS = 4096  # positions in a chunk, which goes through a block at once
 # Validation KL of the embedded model with only the embedding at Q2_K: .0942 at 0, .0898 at 0.3, .0906 at 1, .1005 at 3,
 # .1236 at 30; at Q4_K .00568, .00539, .00568, .00604, .00783.
 LOOKUP_WEIGHT = 0.3
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Holds the names of the tensors (rows, columns) that multiply one input, and what was measured of that input.
-
-    ``hessian`` is (columns, columns), ``statistics`` are the moments (columns,) of each feature. ``name`` is the first
-    tensor's without ".weight".
-    """
-
-    name: str
-    tensors: tuple[str, ...]
-    hessian: Tensor
-    statistics: InputStatistics
-
-    def save(self, path: Path) -> None:
-        """Write the group atomically as a safetensors file, in float32."""
-        metadata = {"name": self.name, "tensors": "\n".join(self.tensors)}
-        members = {"hessian": self.hessian, **self.statistics.tensors()}
-        with replacing(path) as temporary:  # without a copy in memory: the Hessian may take gigabytes
-            save_file({key: t.float().cpu().contiguous() for key, t in members.items()}, temporary, metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> "InputGroup":
-        """Read a group from a file of ``save``, onto the CPU."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            statistics = InputStatistics(**{f.name: file.get_tensor(f.name) for f in fields(InputStatistics)})
-            tensors = tuple(metadata["tensors"].split("\n"))
-            return cls(metadata["name"], tensors, file.get_tensor("hessian"), statistics)
-
-
-def group_file(directory: Path, name: str) -> Path:
-    """Return the path of the input group ``name`` in ``directory``."""
-    return directory / f"{name}.safetensors"
-
-
-def mean_squares(path: Path) -> Tensor:
-    """Return the mean square (columns,) of each input feature from an input group's file, without its Hessian."""
-    with safe_open(path, framework="pt") as file:
-        values: Tensor = file.get_tensor("mean_square")
-    return values
-
-
-def group_readable(path: Path) -> bool:
-    """Return whether the file of an input group exists and is complete."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {"hessian", "mean_square"} <= set(file.keys())
-    except (OSError, SafetensorError):
-        return False
-
-
-def statistics_readable(path: Path) -> bool:
-    """Return whether a file holds the moments of an input group, with its Hessian or without it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {"tensors", "name"} <= set(file.metadata() or ()) and "mean_square" in file.keys()  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False
-
-
-def copy_statistics(source: Path, target: Path) -> None:
-    """Write to ``target`` all that ``source``, the file of an input group, holds beside the Hessian."""
-    with safe_open(source, framework="pt") as file:
-        members = {key: file.get_tensor(key) for key in file.keys() if key != "hessian"}  # noqa: SIM118
-        atomic_write_bytes(target, save(members, file.metadata()))
-
-
-class _InputAccumulator:
-    """Accumulates the Hessian and the moments of one input."""
-
-    def __init__(self, columns: int, device: torch.device):
-        self._hessian = HessianAccumulator(columns, device)
-        self._moments = StatisticsAccumulator(columns, device)
-
-    def add(self, x: Tensor, reader: str) -> None:
-        """Add inputs x (..., columns).
-
-        Raises ModelFolderError for a value that is not finite, naming ``reader``, the tensor that multiplies x.
-        """
-        if not x.isfinite().all():
-            raise ModelFolderError(
-                f"expected finite activations, found {int((~x.isfinite()).sum())} of {x.numel()} not finite in the "
-                f"input of {reader}"
-            )
-        self._hessian.add(x)
-        self._moments.add(x)
-
-    def result(self) -> tuple[Tensor, InputStatistics]:
-        return self._hessian.matrix(), self._moments.statistics()
-
-
-class _InputRecorder:
-    """Accumulates Hessians and moments of the inputs of one block's linear layers while the block runs.
-
-    Layers belong to one input group if they read the same memory within a pass.
-    """
-
-    def __init__(self, linears: Mapping[str, nn.Linear]):
-        self.accumulators: dict[int, _InputAccumulator] = {}
-        self.members: dict[int, list[str]] = {}
-        self._alive: list[Tensor] = []  # inputs of this pass, kept so that their addresses are not reused
-        self._addresses: dict[int, int] = {}
-        self._handles = [m.register_forward_pre_hook(self._hook(name)) for name, m in linears.items()]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            group = self._addresses.get(x.data_ptr())
-            if group is None:  # groups are numbered in the order of the pass, which all passes share
-                group = self._addresses[x.data_ptr()] = len(self._addresses)
-                self._alive.append(x)
-                accumulator = self.accumulators.setdefault(group, _InputAccumulator(x.shape[-1], x.device))
-                accumulator.add(x, name)
-            members = self.members.setdefault(group, [])
-            if name not in members:
-                members.append(name)
-
-        return record
-
-    def end_pass(self) -> None:
-        """Release the inputs of the pass; call it after every chunk."""
-        self._alive.clear()
-        self._addresses.clear()
-
-    def groups(self) -> Iterator[InputGroup]:
-        """Remove the hooks and yield the input groups in the order in which the block reads them."""
-        for handle in self._handles:
-            handle.remove()
-        for group, members in self.members.items():
-            hessian, statistics = self.accumulators.pop(group).result()
-            if not statistics.mean_square.any():
-                for name in members:
-                    log.warning("the input of %s is always zero: all of its columns are rounded alike", name)
-            yield InputGroup(members[0].removesuffix(".weight"), tuple(members), hessian, statistics)
 
 
 def embedding_groups(model: BlockModel, H: Tensor, statistics: InputStatistics) -> Iterator[InputGroup]:
@@ -230,12 +89,12 @@ def calibrate_block(
     """
     if block == len(model.blocks):
         model.load_norm()
-        head = _InputAccumulator(hidden[0].shape[-1], model.device)
+        head = InputAccumulator(hidden[0].shape[-1], model.device)
         for chunk in hidden:
             head.add(model.norm(chunk.to(model.device)), model.head_name)
         return list(embedding_groups(model, *head.result()))
     model.load_block(block)
-    recorder = _InputRecorder(dict(model.linears(block)) if measure or upstream_level else {})
+    recorder = InputRecorder(dict(model.linears(block)) if measure or upstream_level else {})
     inputs = hidden if upstream_level is None else list(hidden)  # kept if the block runs again, quantized
     for index, chunk in enumerate(inputs):
         hidden[index] = model.run_block(block, chunk.to(model.device)).cpu()

@@ -24,7 +24,7 @@ from evaluators.model.families import SCALABLE
 from evaluators.model.folder import ModelFolder, ModelFolderError
 from evaluators.model.scaled_view import COLUMNS, ROWS, source_of, write_scaled_view
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import InputGroup, group_file, group_readable
+from evaluators.prepare.input_group import InputGroup, group_file, group_readable
 from quantizers.formats.table import format_for
 from quantizers.rounding.channel_scaling import SharedColumns, choose_scaling, scaled_hessian
 from quantizers.settings import CompensationSettings, ScalingSettings

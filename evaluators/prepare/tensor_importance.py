@@ -9,7 +9,7 @@ import torch
 
 from bitgenome.common.devices import best_device
 from evaluators.model.folder import ModelFolder
-from evaluators.prepare.calibration import InputGroup
+from evaluators.prepare.input_group import InputGroup
 from quantizers.statistics.importance import DIMENSIONS, ImportanceWeights, channel_dimensions, combined_importance
 from quantizers.statistics.moments import InputStatistics
 from search.types import SearchSpace

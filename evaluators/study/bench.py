@@ -20,7 +20,7 @@ from evaluators.model.forward import chunked
 from evaluators.model.head import Head
 from evaluators.prepare.activation_samples import sampled_input
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import InputGroup, group_file
+from evaluators.prepare.input_group import InputGroup, group_file
 from evaluators.study.layer import LayerInput, LayerRecord, StudyLayer, record_of
 from evaluators.study.methods import Method
 from search.types import Fidelity

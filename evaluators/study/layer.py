@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evaluators.prepare.activation_samples import SampledInput
-from evaluators.prepare.calibration import InputGroup
+from evaluators.prepare.input_group import InputGroup
 from quantizers.rounding.sparsegpt import row_errors
 from quantizers.statistics.hessian import inverse_factor
 from quantizers.statistics.moments import InputStatistics

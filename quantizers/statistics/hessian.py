@@ -6,6 +6,7 @@ every rounding decision.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,23 +31,23 @@ class HessianAccumulator:
     def __init__(self, columns: int, device: torch.device | None = None):
         self.columns = columns
         self.count = 0  # input vectors seen
-        self._sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)  # of x x^T
 
     def add(self, x: Tensor) -> None:
         """Add the vectors of x (..., columns) to the sum. Raises ValueError for another number of features."""
         if x.shape[-1] != self.columns:
             raise ValueError(f"expected inputs of {self.columns} features, got {x.shape[-1]}")
         vectors = x.detach().reshape(-1, self.columns).float()
-        self._sum += vectors.T @ vectors
+        self.sum += vectors.T @ vectors
         self.count += len(vectors)
 
     def matrix(self) -> Tensor:
         """Return H float32 (columns, columns), symmetric. Raises ValueError before the first input."""
         if self.count == 0:
             raise ValueError("the Hessian has seen no input")
-        H = torch.empty_like(self._sum, dtype=torch.float32)
+        H = torch.empty_like(self.sum, dtype=torch.float32)
         rows = max(1, BLOCK_ENTRIES // self.columns)
-        for target, part in zip(H.split(rows), self._sum.split(rows), strict=True):
+        for target, part in zip(H.split(rows), self.sum.split(rows), strict=True):
             target.copy_(part / self.count)
         return H
 
@@ -56,6 +57,30 @@ class HessianAccumulator:
         Raises ValueError before the first input.
         """
         return self.matrix().diagonal()
+
+
+def mean_of(accumulators: Sequence[HessianAccumulator]) -> Tensor:
+    """Return the Hessian over all inputs that ``accumulators`` have seen, float64 (columns, columns).
+
+    Raises ValueError before the first input.
+    """
+    count = sum(accumulator.count for accumulator in accumulators)
+    if count == 0:
+        raise ValueError("the Hessians have seen no input")
+    total = torch.zeros_like(accumulators[0].sum)
+    for accumulator in accumulators:
+        total += accumulator.sum
+    return total / count
+
+
+def shrunk(own: HessianAccumulator | None, mean: Tensor, strength: float) -> Tensor:
+    """Return H float32 (columns, columns) as if ``strength`` more inputs, of the Hessian ``mean``, had been seen.
+
+    None has seen no input of its own.
+    """
+    if own is None:
+        return mean.float()
+    return ((own.sum + strength * mean) / (own.count + strength)).float()
 
 
 def check_hessian(H: Tensor, columns: int) -> None:

@@ -12,7 +12,7 @@ from bitgenome.plan.imatrix import imatrix_digest, imatrix_importance
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.run.bank import BankBuild
 from evaluators.prepare.bank import Bank
-from evaluators.prepare.calibration import InputGroup, group_file
+from evaluators.prepare.input_group import InputGroup, group_file
 from exporters.files.imatrix import write_imatrix
 from exporters.metadata.tensor_names import tensor_table
 from quantizers.formats.table import format_for

@@ -11,7 +11,7 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.run import parse_config
 from bitgenome.run.proof import prove
 from evaluators.model.folder import ModelFolder
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from evaluators.prepare.scaling import ScaleGroup, write_scaled_model
 from exporters.files.gguf_writer import export_gguf
 from exporters.files.packed_file import PackedFile

@@ -25,7 +25,7 @@ from bitgenome.storage.staged import staged_pool
 from evaluators.data.windows import TokenWindows
 from evaluators.prepare import calibration
 from evaluators.prepare.bank import tensor_file
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from tests.conftest import no_progress
 from tests.small_models import save_small_model
 from tests.workers.storage.test_staging import OtherNode

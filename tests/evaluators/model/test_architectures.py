@@ -10,7 +10,8 @@ from evaluators.data.windows import TokenWindows
 from evaluators.engine.evaluator import EvaluatorSetup, GenomeEvaluator
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank, BuildBankGroup
-from evaluators.prepare.calibration import Calibrate, InputGroup, group_file
+from evaluators.prepare.calibration import Calibrate
+from evaluators.prepare.input_group import InputGroup, group_file
 from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings
 from search.types import Fidelity, SearchSpace

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from evaluators.data.documents import TextError
 from evaluators.prepare.activation_samples import SampleActivations, layer_series, sample_positions, sampled_input
 from evaluators.prepare.bank import group_tensors
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from quantizers.statistics.mutual_information import pairwise_information
 from tests.conftest import EMBEDDED, SmallBank
 

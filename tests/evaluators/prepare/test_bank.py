@@ -19,7 +19,7 @@ from evaluators.prepare.bank import (
     tensor_file,
     write_manifest,
 )
-from evaluators.prepare.calibration import InputGroup, group_file
+from evaluators.prepare.input_group import InputGroup, group_file
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS
 from quantizers.settings import CompensationSettings, Sparsity

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evaluators.model.folder import ModelFolder, ModelFolderError
-from evaluators.prepare.calibration import InputGroup, calibrate, group_file
+from evaluators.prepare.calibration import calibrate
+from evaluators.prepare.input_group import InputGroup, group_file
 from quantizers.formats.table import FORMATS
 from quantizers.rounding.sparsegpt import compensate
 from tests.conftest import EMBEDDED, SmallBank

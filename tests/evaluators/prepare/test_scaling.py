@@ -11,7 +11,8 @@ from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder, ModelFolderError
 from evaluators.model.scaled_view import COLUMNS, ROWS, write_scaled_view
-from evaluators.prepare.calibration import Calibrate, InputGroup, calibrate, group_file
+from evaluators.prepare.calibration import Calibrate, calibrate
+from evaluators.prepare.input_group import InputGroup, group_file
 from evaluators.prepare.scaling import (
     SCALABLE,
     ScaleGroup,

@@ -8,7 +8,8 @@ import torch
 
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank, BuildBankGroup, bank_digest, scale_importance
-from evaluators.prepare.calibration import InputGroup, calibrate
+from evaluators.prepare.calibration import calibrate
+from evaluators.prepare.input_group import InputGroup
 from evaluators.prepare.tensor_importance import gene_importance
 from quantizers.formats.table import FORMATS
 from quantizers.rounding.sparsegpt import compensate, conditional_importance

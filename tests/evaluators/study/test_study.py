@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluators.prepare.calibration import InputGroup, group_file
+from evaluators.prepare.input_group import InputGroup, group_file
 from evaluators.study.bench import MeasureMethod, MethodResult, StudySetup
 from evaluators.study.methods import BudgetMethod, Gptq, Method, Quantile, Rounding, Threshold
 from evaluators.study.mutual_information import middles

@@ -11,7 +11,7 @@ from bitgenome.common import layout
 from bitgenome.common.errors import StorageError
 from bitgenome.storage.staged import local_model
 from evaluators.prepare.bank import Bank, BuildBankGroup
-from evaluators.prepare.calibration import group_file
+from evaluators.prepare.input_group import group_file
 from quantizers.settings import CompensationSettings
 from tests.conftest import SmallBank
 from workers.pool.base import SerialPool, Task

@@ -1,0 +1,92 @@
+"""This module takes a mixture's stacked experts apart: each expert is linear layers of its own.
+
+transformers keeps the experts of a layer in stacked parameters, and most files keep them by expert. Apart they are
+matrices like any other: hooks see what an expert reads, and its weights are calibrated, rounded and placed alone.
+
+Shapes: N positions, k experts of a position, D hidden size, I inner size.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+STACKED = "is_transposed"  # attribute that transformers' interface for experts gives to every module that stacks them
+
+NAME = re.compile(r"^(?P<mixture>.*\bexperts\.)(?P<expert>\d+)\.(?P<kind>.+)$")
+
+
+class ExpertParts(NamedTuple):
+    """The parts of the name of an expert's tensor."""
+
+    mixture: str  # "model.layers.3.mlp.experts."
+    expert: int
+    kind: str  # "gate_proj.weight"
+
+
+def expert_parts(name: str) -> ExpertParts | None:
+    """Return the parts of the name of an expert's tensor, None for any other tensor."""
+    found = NAME.match(name)
+    return ExpertParts(found["mixture"], int(found["expert"]), found["kind"]) if found else None
+
+
+class Expert(nn.Module):
+    """Holds the linear layers of one expert under the names that files give them, and its ``gate`` function."""
+
+    def __init__(self, hidden: int, inner: int, gated: bool, bias: bool):
+        super().__init__()
+        if gated:
+            self.gate_proj = nn.Linear(hidden, inner, bias)
+        self.up_proj = nn.Linear(hidden, inner, bias)
+        self.down_proj = nn.Linear(inner, hidden, bias)
+
+
+class Experts(nn.ModuleList):
+    """Computes what a module of stacked experts computes, one expert after the other, in their order."""
+
+    def __init__(self, stacked: Any):
+        gated, bias = bool(stacked.has_gate), bool(stacked.has_bias)
+        count, *down = stacked.down_proj.shape
+        inner, hidden = down if stacked.is_transposed else reversed(down)
+        super().__init__(Expert(hidden, inner, gated, bias) for _ in range(count))
+        self._gate = gate_of(stacked)
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum (N, D) of the outputs of the ``chosen`` experts (N, k) for ``hidden`` (N, D).
+
+        ``weights`` (N, k) are the router's. An expert runs only if a position has chosen it.
+        """
+        total = torch.zeros_like(hidden)
+        for index in chosen.unique().tolist():  # sorted
+            if index >= len(self):  # of positions that choose fewer than k
+                continue
+            rows, places = torch.where(chosen == index)
+            expert, x = self[index], hidden[rows]
+            gate = expert.gate_proj(x) if hasattr(expert, "gate_proj") else None
+            output = expert.down_proj(self._gate(gate, expert.up_proj(x)))
+            total.index_add_(0, rows, (output * weights[rows, places, None]).to(total.dtype))
+        return total
+
+
+def gate_of(stacked: Any) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """Return the function of gate (n, I), if there is one, and up (n, I) that is between the two products."""
+
+    def gate_and_up(gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is None:
+            return cast(Tensor, stacked.act_fn(up))
+        both = torch.cat([gate, up], -1) if stacked.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        return cast(Tensor, stacked._apply_gate(both))
+
+    return gate_and_up
+
+
+def take_apart(model: nn.Module) -> None:
+    """Replace every module of stacked experts in ``model``, whose weights are on the meta device, by ``Experts``."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, STACKED):
+                parent.register_module(name, Experts(child))
+                for stack, _ in list(child.named_parameters(recurse=False)):
+                    delattr(child, stack)  # its gate is still used
