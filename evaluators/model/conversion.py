@@ -1,8 +1,8 @@
 """This module makes a model's parameters of a file's tensors, where the two are not the same.
 
 transformers holds the experts of a layer as one parameter, and files hold them one by one; names differ too. Patterns
-and operations are transformers' own (``transformers.conversion_mapping``). One parameter is made at a time, of the
-stored tensors that it needs.
+and operations are transformers' own (``transformers.conversion_mapping``). One parameter, or one expert's part of it
+is made at a time, of the stored tensors that it needs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +25,12 @@ from transformers.core_model_loading import (
 )
 
 from evaluators.model.errors import ModelFolderError
+from evaluators.model.experts import slices_of
 from evaluators.model.outline import build_model, decoder_of
 
 USUAL = ("model.", "lm_head.")  # beginnings of the names of parameters where files hold them as they are
 EMBEDDING = "model.embed_tokens.weight"
+EXPERTS = ".experts."  # in the names of their tensors, which some files stack
 
 
 @dataclass(frozen=True)
@@ -78,34 +80,55 @@ class Conversion:
     """
 
     def __init__(self, path: Path, stored: Iterable[str]):
-        self.model = build_model(path)
+        self.model = build_model(path, apart=False)
         known = self.model.state_dict()
         names = {id(module): name for name, module in self.model.named_modules()}
         ends = [decoder_of(self.model), self.model.get_output_embeddings()]
         prefixes = tuple(f"{names[id(module)]}." for module in ends if module is not None)
         self.embedding = f"{names[id(self.model.get_input_embeddings())]}.weight"
         self.head = f"{names[id(ends[1])]}.weight"
-        self.made = {n: m for n, m in _made_of(self.model, known, stored).items() if n.startswith(prefixes)}
+        self._made = {n: m for n, m in _made_of(self.model, known, stored).items() if n.startswith(prefixes)}
+        self._apart = {n: s for n, s in slices_of(self.model).items() if s.parameter in self._made}
+        stacked = {part.parameter for part in self._apart.values()}
+        self.names = sorted([*self._apart, *(self._made.keys() - stacked)])
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of stacked parameters too
+
+    def stored_of(self, name: str) -> list[str]:
+        """Return the names of the stored tensors that the parameter ``name`` is made of."""
+        part = self._apart.get(name)
+        made = self._made[part.parameter if part else name]
+        one = made.only(part.expert, part.expert + 1) if part else None
+        return (one or made).names
 
     def tensor(self, name: str, read: Callable[[list[str]], Mapping[str, Tensor]]) -> Tensor:
         """Return the parameter ``name``; ``read`` returns the stored tensors of a list of names."""
-        made = self.made[name]
-        return made.tensor(name, read(made.names), self.model)
-
-    def slices(self, name: str, start: int, stop: int, read: Callable[[list[str]], Mapping[str, Tensor]]) -> Tensor:
-        """Return ``parameter[start:stop]`` of the parameter ``name``, such as some experts, from what it needs."""
-        made = self.made[name].only(start, stop)
-        return self.tensor(name, read)[start:stop] if made is None else made.tensor(name, read(made.names), self.model)
+        part = self._apart.get(name)
+        if part is None:
+            return self._made[name].tensor(name, read(self._made[name].names), self.model)
+        made = self._made[part.parameter]
+        if one := made.only(part.expert, part.expert + 1):
+            return part.taken(one.tensor(part.parameter, read(one.names), self.model)[0])
+        return part.taken(made.tensor(part.parameter, read(made.names), self.model)[part.expert])
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the shape of the parameter ``name``, given those of stored tensors. Raises ModelFolderError."""
+        part = self._apart.get(name)
+        whole = part.parameter if part else name
+        if whole not in self._shapes:
+            self._shapes[whole] = self._shape(whole, shapes)
+        if part is None:
+            return self._shapes[name]
+        return tuple(part.taken(torch.empty(self._shapes[whole][1:], device="meta")).shape)
+
+    def _shape(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        made = self._made[name]
+        stored = {n: torch.empty(shapes[n], device="meta") for n in made.names}
         try:
-            found = self.tensor(name, lambda names: {n: torch.empty(shapes[n], device="meta") for n in names})
+            found = made.tensor(name, stored, self.model)
         except Exception as error:  # whatever an operation makes of tensors that do not fit
             reason = " ".join(str(error).split())
-            stored = self.made[name].names
             raise ModelFolderError(
-                f"expected the {len(stored)} tensors of {name} ({stored[0]}, ...) to fit, found {reason}"
+                f"expected the {len(stored)} tensors of {name} ({made.names[0]}, ...) to fit, found {reason}"
             ) from None
         return tuple(found.shape)
 
@@ -115,7 +138,8 @@ def is_plain(config: Mapping[str, Any], stored: Iterable[str]) -> bool:
     names = list(stored)
     kinds = [str(config.get("model_type")), *map(str, config.get("architectures") or ())]
     mapped = any(get_checkpoint_conversion_mapping(kind) for kind in kinds)
-    return not mapped and "text_config" not in config and EMBEDDING in names and all(n.startswith(USUAL) for n in names)
+    usual = EMBEDDING in names and all(n.startswith(USUAL) and EXPERTS not in n for n in names)
+    return usual and not mapped and "text_config" not in config
 
 
 def _made_of(model: PreTrainedModel, known: Mapping[str, Tensor], stored: Iterable[str]) -> dict[str, Made]:

@@ -8,6 +8,7 @@ Shapes: N positions, k experts of a position, D hidden size, I inner size.
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -68,6 +69,44 @@ class Experts(nn.ModuleList):
             output = expert.down_proj(self._gate(gate, expert.up_proj(x)))
             total.index_add_(0, rows, (output * weights[rows, places, None]).to(total.dtype))
         return total
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Says which part of a stacked ``parameter`` (experts, ...) is a tensor of one expert."""
+
+    parameter: str
+    expert: int
+    transposed: bool  # whether the stack holds (columns, rows) of each expert
+    rows: slice  # of the expert's matrix, or of its bias
+
+    def taken(self, of_expert: Tensor) -> Tensor:
+        """Return the tensor (rows, columns), or (rows,) of a bias, from what the stack holds of the expert."""
+        return (of_expert.mT if self.transposed else of_expert)[self.rows]
+
+
+def slices_of(model: nn.Module) -> dict[str, Slice]:
+    """Return where the tensors of experts are in the stacked parameters of ``model``, by their names once apart."""
+    found: dict[str, Slice] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, STACKED):
+            found |= _slices(path, module)
+    return found
+
+
+def _slices(path: str, stacked: Any) -> dict[str, Slice]:
+    whole = {kind: (kind, slice(None)) for kind in ("up_proj", "down_proj")}
+    if stacked.has_gate:
+        half = stacked.gate_up_proj.shape[1 if not stacked.is_transposed else 2] // 2
+        rows = (slice(half), slice(half, None)) if stacked.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+        whole |= {kind: ("gate_up_proj", part) for kind, part in zip(("gate_proj", "up_proj"), rows, strict=True)}
+    found = {}
+    for expert in range(len(stacked.down_proj)):
+        for kind, (stack, part) in whole.items():
+            found[f"{path}.{expert}.{kind}.weight"] = Slice(f"{path}.{stack}", expert, stacked.is_transposed, part)
+            if stacked.has_bias:
+                found[f"{path}.{expert}.{kind}.bias"] = Slice(f"{path}.{stack}_bias", expert, False, part)
+    return found
 
 
 def gate_of(stacked: Any) -> Callable[[Tensor | None, Tensor], Tensor]:

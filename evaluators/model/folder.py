@@ -60,7 +60,7 @@ class ModelFolder:
         stored = {name: shape for name, (shape, _) in self.stored.headers.items()}
         if self.conversion is None:
             return stored
-        return {name: self.conversion.shape(name, stored) for name in sorted(self.conversion.made)}
+        return {name: self.conversion.shape(name, stored) for name in self.conversion.names}
 
     def read(self, name: str) -> torch.Tensor:
         """Return one parameter on the CPU, in its stored type (float32 where a scaled view has factors for it).
@@ -72,17 +72,9 @@ class ModelFolder:
         tensor = self.conversion.tensor(name, read) if self.conversion else read([name])[name]
         return scaled(self.path, name, tensor) if self._source else tensor
 
-    def read_slices(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return ``parameter[start:stop]`` as ``read`` does, such as some experts of a layer, in their memory alone."""
-        if self._source:
-            return self.read(name)[start:stop]
-        if self.conversion:
-            return self.conversion.slices(name, start, stop, self.stored.read)
-        return self.stored.read([name])[name][start:stop]
-
     def _parts_of(self, name: str) -> list[str]:
         """Return the names of the stored tensors that a parameter is made of."""
-        return self.conversion.made[name].names if self.conversion else [name]
+        return self.conversion.stored_of(name) if self.conversion else [name]
 
     @cached_property
     def types(self) -> Mapping[str, str]:

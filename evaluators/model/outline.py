@@ -1,4 +1,4 @@
-"""This module builds the model of a folder without its weights, by transformers' own classes, its experts apart."""
+"""This module builds the model of a folder without its weights, by transformers' own classes."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from evaluators.model.errors import ModelFolderError
 from evaluators.model.experts import take_apart
 
 
-def build_model(path: Path) -> PreTrainedModel:
-    """Return the model of the folder ``path`` on the meta device.
+def build_model(path: Path, apart: bool = True) -> PreTrainedModel:
+    """Return the model of the folder ``path`` on the meta device; not ``apart``, experts are stacked.
 
     Attention is PyTorch's fused one (sdpa) where transformers has it for the model, else ``eager``: it has no soft cap,
     as Gemma 2 needs, and no sinks, as gpt-oss does. Raises ModelFolderError for a model that transformers cannot build.
@@ -26,7 +26,8 @@ def build_model(path: Path) -> PreTrainedModel:
     except Exception as error:  # whatever transformers makes of a config.json that does not fit
         found = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelFolderError(f"expected a model that transformers can build from {path}, found {found}") from None
-    take_apart(model)
+    if apart:
+        take_apart(model)
     model.eval().requires_grad_(False)
     return model
 
