@@ -10,8 +10,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -36,11 +38,11 @@ CONFIGS: dict[str, type] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
-    "qwen3_moe": Qwen3MoeConfig,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
     "phi3": Phi3Config,
 }
+MIXTURES: dict[str, type] = {"qwen3_moe": Qwen3MoeConfig, "mixtral": MixtralConfig, "gpt_oss": GptOssConfig}
 
 
 def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
@@ -65,7 +67,7 @@ def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: b
     }
     if model_type.startswith("gemma"):
         settings["query_pre_attn_scalar"] = settings["head_dim"]
-    config = CONFIGS[model_type](**(settings | overrides))
+    config = (CONFIGS | MIXTURES)[model_type](**(settings | overrides))
     center = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,5 +1,7 @@
 """Experts that are taken apart compute what transformers' stacked ones do, and each is a tensor like any other."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from evaluators.engine.prefix_cache import PrefixCache
 from evaluators.engine.sweep import Candidate, Sweep
 from evaluators.engine.weights import ModelWeights
 from evaluators.model.block_model import BlockModel
+from evaluators.model.checks import check_model
 from evaluators.model.experts import Experts, expert_parts
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.calibration import calibrate
@@ -20,7 +23,7 @@ from evaluators.prepare.input_group import InputGroup
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize
-from tests.small_models import save_small_model
+from tests.small_models import MIXTURES, save_small_model
 
 CPU = torch.device("cpu")
 EXPERTS = 4
@@ -87,11 +90,15 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return ModelFolder(save_small_model(tmp_path_factory.mktemp("mixture"), "qwen3_moe", **SETTINGS))
 
 
-def test_a_mixture_runs_block_by_block_as_transformers_runs_it(mixture: ModelFolder) -> None:
-    model = BlockModel(mixture, CPU)
+@pytest.mark.parametrize("model_type", MIXTURES)  # files with experts one by one, by other names, and stacked
+def test_a_mixture_runs_block_by_block_as_transformers_runs_it(model_type: str, tmp_path: Path) -> None:
+    counts = dict.fromkeys(("num_experts", "num_local_experts"), EXPERTS)
+    folder = ModelFolder(save_small_model(tmp_path, model_type, tokenizer=False, **(SETTINGS | counts)))
+    model = BlockModel(folder, CPU)
+    check_model(folder)
     model.load_all()
     ids = torch.randint(0, 500, (3, 24), generator=torch.Generator().manual_seed(2))
-    whole = AutoModelForCausalLM.from_pretrained(mixture.path, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(model.run_from(0, model.embed(ids)), whole.model(ids).last_hidden_state)
     linears = [parts for name, _ in model.linears(0) if (parts := expert_parts(name))]
