@@ -198,7 +198,11 @@ class Sweep:
             before += group
         attention = tuple(name for name in before if ATTENTION in name)
         module = getattr(self.model.blocks[block], ATTENTION.strip("."), None)
-        return found if module is None else [*found, Replay(module, partial(self._formats, attention))]
+        return (
+            found
+            if module is None or self.model.leaves_keys(block)
+            else [*found, Replay(module, partial(self._formats, attention))]
+        )
 
     def _formats(self, names: tuple[str, ...]) -> Choice:
         return tuple(self._placed[name] for name in names)

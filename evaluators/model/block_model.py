@@ -182,7 +182,11 @@ class BlockModel:
     @property
     def state_width(self) -> int:
         """Numbers that pass from a block to the next for a position: D, and what a model carries beside it."""
-        return int(self.config.get_text_config().hidden_size)
+        return self.parts.carried.width
+
+    def leaves_keys(self, block: int) -> bool:
+        """Return whether a block's attention leaves keys and values for later blocks, and so must always run."""
+        return block in self.parts.carried.kinds
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the first block's input (B, T, D) for token ids (B, T)."""
@@ -194,15 +198,17 @@ class BlockModel:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Return the final norm's output (..., D) for the last block's output."""
-        return self.parts.norm(hidden)
+        found: Tensor = self.parts.norm(hidden[..., : self.parts.carried.hidden])
+        return found
 
     def run_block(self, block: int, hidden: Tensor) -> Tensor:
         """Return the output (B, T, D) of one loaded block for its input ``hidden`` (B, T, D), over whole windows."""
-        inputs, arguments = self._arguments(block, hidden)
+        carried = self.parts.carried
+        inputs, arguments = carried.unpacked(block, hidden, *self._arguments(block, hidden))
         with nullcontext() if self.compute == torch.float32 else self._autocast():
-            output = self.blocks[block](hidden, *inputs, **arguments)
+            output = self.blocks[block](hidden[..., : carried.hidden], *inputs, **arguments)
         found: Tensor = output if self.parts.beside is None else output[0]
-        return found
+        return carried.packed(block, found, hidden, arguments)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.compute, cache_enabled=False)

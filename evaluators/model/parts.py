@@ -6,13 +6,14 @@ them. The modules are transformers' own.
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from evaluators.model.carried import Carried
 from evaluators.model.errors import ModelFolderError
 from evaluators.model.outline import decoder_of
 from evaluators.model.stand_ins import SOME_IDS, Constant, Recorder, Stub, Unchanged, fresh, of_weights, replaced
@@ -31,6 +32,7 @@ class Parts:
     lookups: list[nn.Embedding]  # what is looked up by token id: the embedding, first, and any others
     entry: list[nn.Module]  # other modules with weights that run before the first block
     beside: int | None = None  # values that blocks return in a tuple after the hidden states; None: no tuple
+    carried: Carried = field(default_factory=lambda: Carried(0, 0))  # what passes between blocks beside hidden states
     by_window: bool = False  # whether what blocks are given has a row for each window
 
     @classmethod
@@ -57,7 +59,7 @@ class Parts:
             recorders = self.recorders(calls)
             calls.clear()
             tables: list[nn.Module] = []
-            with suppress(IndexError, ValueError, RuntimeError, TypeError):
+            with suppress(IndexError, ValueError, RuntimeError, TypeError, AttributeError):
                 self.stubbed(recorders, torch.device("cpu"), torch.float32, calls, tables)(
                     input_ids=SOME_IDS, use_cache=False
                 )
@@ -68,7 +70,14 @@ class Parts:
                 f"expected a {self.model.config.model_type} model whose blocks pass hidden states to each other, found "
                 "one that does more between them"
             )
-        if any(of_weights((recorder.inputs, recorder.arguments)) for recorder in recorders):
+        width = self.embedding.embedding_dim if recorders[0].hidden is None else recorders[0].hidden.shape[-1]
+        self.carried = Carried.of(self.blocks, [recorder.inputs for recorder in recorders], width)
+        carried = self.carried.inputs
+        others = [
+            [value for place, value in enumerate(recorder.inputs) if (block, place) not in carried]
+            for block, recorder in enumerate(recorders)
+        ]
+        if any(of_weights((others, recorder.arguments)) for recorder in recorders):
             raise ModelFolderError(
                 f"expected a {self.model.config.model_type} model whose blocks take hidden states alone, found "
                 "one that gives each block inputs of its own"
@@ -88,8 +97,7 @@ class Parts:
 
     @staticmethod
     def _direct(recorders: list[Recorder]) -> bool:
-        first = recorders[0].hidden
-        return all(recorder.hidden is first for recorder in recorders)
+        return len({recorder.identity for recorder in recorders}) == 1
 
     def recorders(self, calls: list[Any]) -> list[Recorder]:
         """Return a recorder for each block; each call is appended to ``calls``."""

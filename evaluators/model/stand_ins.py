@@ -61,6 +61,7 @@ class Recorder(StandIn):
         self._calls = calls
         self._beside = beside
         self.hidden: Tensor | None = None
+        self.identity: tuple[Any, ...] = ()  # the same for the same values in the same memory
         self.inputs: tuple[Any, ...] = ()  # positional ones, after the hidden states
         self.arguments: dict[str, Any] = {}
 
@@ -69,6 +70,8 @@ class Recorder(StandIn):
         hidden = arguments.pop("hidden_states") if hidden is None else hidden
         self._calls.append(self)
         self.hidden, self.inputs, self.arguments = hidden, inputs, arguments
+        if isinstance(hidden, Tensor) and not hidden.is_inference():
+            self.identity = hidden.data_ptr(), hidden.shape, hidden.stride(), hidden._version
         return hidden if self._beside is None else (hidden, *[hidden.new_full((), math.nan)] * self._beside)
 
 

@@ -31,9 +31,14 @@ KINDS: dict[str, dict[str, Any]] = {  # one model type for each kind of decoder
     "cohere2": {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32},  # embedding_norm
     "qwen3_5_text": LINEAR,
+    "gemma4_text": {  # an input of its own for each block; the last two attend to keys of the first two
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "global_head_dim": 32,
+        "vocab_size_per_layer_input": 64, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 4, "num_experts": None, "moe_intermediate_size": None,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},  # positions are looked up, other names
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8},  # tuples
-}
+}  # fmt: skip
 LONG: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS, "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32}, "granitemoe": EXPERTS,
     "phimoe": EXPERTS, "olmoe": EXPERTS, "qwen3_next": EXPERTS | LINEAR, "qwen3_5_moe_text": EXPERTS | LINEAR,
@@ -65,8 +70,24 @@ def test_blocks_give_exactly_the_logits_of_transformers(model_type: str, tmp_pat
         found = model.head(model.run_from(0, model.embed(IDS)))
         assert torch.equal(found, expected(IDS).logits)
     shape = ModelShape.of(folder)
-    assert (shape.layers, shape.hidden, shape.vocabulary) == (2, 64, 64)
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (len(model.blocks), 64, 64)
     assert shape.block_bytes() > 0 and shape.activation_bytes(12) > 0
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "granite"])
+def test_the_gradient_at_the_looked_up_rows_is_that_of_transformers(model_type: str, tmp_path: Path) -> None:
+    save(tmp_path, model_type, KINDS[model_type] | {"tie_word_embeddings": False})
+    model = BlockModel(ModelFolder(tmp_path), torch.device("cpu"))
+    model.load_all()
+    state = model.embed(IDS).requires_grad_(True)
+    model.run_from(0, state).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert state.grad is not None
+    rows = model.embedding_gradient(IDS, state.grad)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected.get_decoder()(IDS).last_hidden_state.square().sum().backward()
+    weight = expected.get_input_embeddings().weight
+    found = torch.zeros_like(weight).index_add_(0, IDS.flatten(), rows.flatten(0, 1))
+    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_experts_are_read_alone_and_all_of_them_from_the_files_that_hold_them_one_by_one(tmp_path: Path) -> None:
