@@ -46,31 +46,31 @@ class Gather:
         if self.order is None:
             return np.concatenate([read(name) for name in self.names])
         out: np.ndarray | None = None
-        for name, taken, rows in self._parts():
-            found = read(name)
+        for name in self.names:
+            found, (taken, places) = read(name), self._places(name)
             if out is None:
                 out = np.empty((len(self.order), *found.shape[1:]), found.dtype)
-            out[taken] = found[rows]
+            out[taken] = found[places]
         assert out is not None
         return out
 
     def scatter(self, rows: np.ndarray, name: str, out: np.ndarray) -> None:
         """Put the rows of the file's tensor that are of the source ``name`` into their places in ``out``."""
-        for source, taken, places in self._parts():
-            if source == name:
-                out[places] = rows[taken]
+        taken, places = self._places(name)
+        out[places] = rows[taken]
 
-    def _parts(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
-        """Return of every source: its name, its rows' places in the file's tensor, and in the source."""
-        parts, start = [], 0
-        for name, count in self.sources:
-            if self.order is None:
-                parts.append((name, np.arange(start, start + count), np.arange(count)))
-            else:
-                taken = np.flatnonzero((self.order >= start) & (self.order < start + count))
-                parts.append((name, taken, self.order[taken] - start))
+    def _places(self, name: str) -> tuple[np.ndarray | slice, np.ndarray | slice]:
+        """Return the places of a source's rows, in the file's tensor and in the source."""
+        start, counts = 0, dict(self.sources)
+        for source, count in self.sources:
+            if source == name:
+                break
             start += count
-        return parts
+        stop = start + counts[name]
+        if self.order is None:
+            return slice(start, stop), slice(None)
+        taken = np.flatnonzero((self.order >= start) & (self.order < stop))
+        return taken, self.order[taken] - start
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,8 +66,12 @@ class GgufContents:
     def read(self, name: str) -> np.ndarray:
         """Return the stored bytes of a tensor by GGUF name, uint8 (rows, row_bytes); a vector is one row."""
         tensor = self.tensors[name]
-        data = np.memmap(self.path, np.uint8, "r", offset=tensor.offset, shape=(tensor.size,))
-        return np.array(data).reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
+        return np.array(self.mapped(name)).reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
+
+    def mapped(self, name: str) -> np.ndarray:
+        """Return the stored bytes of a tensor by GGUF name, uint8 (size,), of which only what is used is read."""
+        tensor = self.tensors[name]
+        return np.memmap(self.path, np.uint8, "r", offset=tensor.offset, shape=(tensor.size,))
 
     def dequantized(self, name: str) -> np.ndarray:
         """Return a tensor by GGUF name as float32, in the file's row order."""

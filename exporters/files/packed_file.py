@@ -74,7 +74,7 @@ class PackedFile:
         out: np.ndarray | None = None
         for tensor in tensors:
             assert tensor.gather is not None and first is not None
-            rows = self._contents.read(tensor.name).reshape(tensor.rows, -1)
+            rows = self._contents.mapped(tensor.name).reshape(tensor.rows, -1)  # an expert is a part of its stack
             if out is None:
                 out = np.empty((dict(first.sources)[name], rows.shape[1]), np.uint8)
             tensor.gather.scatter(rows, name, out)

@@ -17,6 +17,7 @@ from bitgenome.plan import template as templates
 from bitgenome.plan.plan import Plan, make_plan
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_writer import export_gguf
+from exporters.files.splits import Shards, split_gguf
 from exporters.template.layout import TemplateLayout
 from quantizers.formats.table import FORMATS
 from tests.bitgenome.conftest import LITTLE
@@ -121,6 +122,8 @@ def test_a_template_is_compared_once_and_its_file_has_the_size_of_the_built_one(
     first = planned(folder.path, tmp_path / "template.gguf")
     assert isinstance(first.file, TemplateLayout)
     assert first.space == planned(folder.path, None).space
+    first_part, *others = split_gguf(tmp_path / "template.gguf", Shards(max_tensors=5))
+    assert others and planned(folder.path, first_part).space == first.space
     monkeypatch.delattr(templates, "explain")
     assert planned(folder.path, tmp_path / "template.gguf").space == first.space
 
