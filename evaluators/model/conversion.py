@@ -29,6 +29,7 @@ from evaluators.model.experts import slices_of
 from evaluators.model.outline import build_model, decoder_of
 
 USUAL = ("model.", "lm_head.")  # beginnings of the names of parameters where files hold them as they are
+TEXT_PART = "language_model."  # in the names of a multimodal model, where the text model alone has nothing
 EMBEDDING = "model.embed_tokens.weight"
 EXPERTS = ".experts."  # in the names of their tensors, which some files stack
 
@@ -149,15 +150,17 @@ def _made_of(model: PreTrainedModel, known: Mapping[str, Tensor], stored: Iterab
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     found: dict[str, Made] = {}
-    for name in sorted(stored, key=dot_natural_key):
+    alone = not any(TEXT_PART in name for name in known)
+    for file_name in sorted(stored, key=dot_natural_key):
+        name = file_name.replace(TEXT_PART, "", 1) if alone else file_name
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
         if renamed in known and pattern is None:
-            found.setdefault(renamed, Made(((name, name),)))
+            found.setdefault(renamed, Made(((name, file_name),)))
         elif renamed in known and pattern is not None:
             before = found.get(renamed, Made((), by_pattern[pattern], renamed))
-            found[renamed] = replace(before, stored=(*before.stored, (pattern, name)))
+            found[renamed] = replace(before, stored=(*before.stored, (pattern, file_name)))
     return found | _other_outputs(found, known)
 
 

@@ -68,7 +68,9 @@ def _unknown(path: Path, error: Exception) -> ModelFolderError:
 
 
 def _config(path: Path) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    """Return the configuration of what runs: of the text part, where transformers has no class for text with all."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config if type(config) in AutoModelForCausalLM._model_mapping else config.get_text_config()
 
 
 def _attention(config: PreTrainedConfig) -> str:
