@@ -101,6 +101,11 @@ def _searched(
             refused[name] = "no tensor of the template holds its rows"
         elif len(holders[name]) > 1 and any(_rows(template, holder) % PADDED_ROWS for holder in holders[name]):
             refused[name] = f"the template holds it in {len(holders[name])} tensors, which are padded"
+        elif any(
+            len(sources) > 1 and dict(sources)[name] % PADDED_ROWS
+            for sources in (found.gathers[holder].sources for holder in holders[name])
+        ):
+            refused[name] = f"{holders[name][0]} of the template is padded as a whole, its parts are not"
     searched = {
         name
         for name, gather in found.gathers.items()
