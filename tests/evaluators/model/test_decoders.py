@@ -8,11 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from evaluators.engine.batches import Batches
+from evaluators.engine.prefix_cache import PrefixCache
+from evaluators.engine.sweep import Candidate, Sweep
+from evaluators.engine.weights import ModelWeights
 from evaluators.model.block_model import BlockModel
 from evaluators.model.checks import check_model
 from evaluators.model.experts import Experts
 from evaluators.model.folder import ModelFolder, ModelFolderError
 from evaluators.model.sizes import ModelShape
+from quantizers.formats.packed_tensor import dequantize
+from quantizers.formats.table import FORMATS
+from quantizers.rounding.nearest import quantize
+from tests.evaluators.model.test_experts import Rounded
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 SMALL = {
@@ -97,6 +105,29 @@ def test_the_gradient_at_the_looked_up_rows_is_that_of_transformers(model_type: 
     weight = expected.get_input_embeddings().weight
     found = torch.zeros_like(weight).index_add_(0, IDS.flatten(), rows.flatten(0, 1))
     torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_5_text", "lfm2", "bamba"])
+@torch.inference_mode()
+def test_a_sweep_equals_a_plain_forward_of_every_candidate(model_type: str, tmp_path: Path) -> None:
+    save(tmp_path, model_type, KINDS[model_type])
+    folder = ModelFolder(tmp_path)
+    model = BlockModel(folder, torch.device("cpu"))
+    q4 = FORMATS["Q4_0"]
+    names = [name for block in range(len(model.blocks)) for name, _ in model.linears(block)]
+    names = [model.embedding_name, *(name for name in names if folder.shapes[name][1] % 32 == 0)]
+    candidates: list[Candidate] = [{}, dict.fromkeys(names, q4), dict.fromkeys(names[1:], q4)]
+    candidates += [dict.fromkeys(names[2::3], q4), dict.fromkeys(names[3::2], q4), {names[-1]: q4}]
+    sweep = Sweep(ModelWeights(model, Rounded(folder), 1 << 24), Batches(1), PrefixCache(1 << 20))
+    for _ in range(2):  # the second time from the cache
+        swept = sweep.final_states(IDS, "text", candidates, candidates[:4])
+    sweep.close()
+    for candidate, states in zip(candidates, swept, strict=True):
+        plain = BlockModel(folder, torch.device("cpu"))
+        plain.load_all()
+        for name, fmt in candidate.items():
+            plain.weight(name).data = dequantize(fmt, quantize(fmt, folder.read(name)))
+        torch.testing.assert_close(states, plain.run_from(0, plain.embed(IDS)), rtol=1e-4, atol=1e-5)
 
 
 MULTIMODAL: dict[str, dict[str, Any]] = {"gemma3": {}, "mistral3": {}, "qwen3_5_moe": EXPERTS | LINEAR}
