@@ -180,13 +180,18 @@ class BlockModel:
         return Head(weight, self._head, None if bias is None else bias.data)
 
     @property
+    def hidden_width(self) -> int:
+        """Size D of hidden states."""
+        return self.parts.carried.hidden
+
+    @property
     def state_width(self) -> int:
         """Numbers that pass from a block to the next for a position: D, and what a model carries beside it."""
         return self.parts.carried.width
 
     def leaves_keys(self, block: int) -> bool:
         """Return whether a block's attention leaves keys and values for later blocks, and so must always run."""
-        return block in self.parts.carried.kinds
+        return block in self.parts.carried.leaves
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the first block's input (B, T, D) for token ids (B, T)."""

@@ -22,7 +22,8 @@ class Carried:
     width: int
     inputs: dict[tuple[int, int], slice] = field(default_factory=dict)  # by block and position of the argument
     shared: dict[str, tuple[slice, slice, int]] = field(default_factory=dict)  # keys, values, width of a head, by kind
-    kinds: dict[int, str] = field(default_factory=dict)  # kind of the keys and values that a block leaves or takes
+    leaves: dict[int, str] = field(default_factory=dict)  # kind of the keys and values that a block leaves
+    takes: dict[int, str] = field(default_factory=dict)  # kind of those that it attends to
 
     @classmethod
     def of(cls, blocks: nn.ModuleList, given: list[tuple[Any, ...]], hidden: int) -> "Carried":
@@ -42,8 +43,9 @@ class Carried:
                 if stores:
                     columns = part.k_proj.out_features
                     found.shared[part.layer_type] = found._take(columns), found._take(columns), part.head_dim
-                if stores or part.is_kv_shared_layer:
-                    found.kinds[block] = part.layer_type
+                    found.leaves[block] = part.layer_type
+                if getattr(part, "is_kv_shared_layer", False):
+                    found.takes[block] = part.layer_type
         return found
 
     def _take(self, columns: int) -> slice:
@@ -67,7 +69,7 @@ class Carried:
             for place, value in enumerate(inputs)
         )
         if SHARED in arguments:
-            kind = self.kinds.get(block)
+            kind = self.takes.get(block)
             found = {} if kind is None else {kind: self._keys_and_values(state, kind)}
             arguments = {**arguments, SHARED: found}
         return inputs, arguments
@@ -82,7 +84,7 @@ class Carried:
         if self.width == self.hidden:
             return output
         state = torch.cat([output, before[..., self.hidden :]], dim=-1)
-        if (kind := self.kinds.get(block)) is not None:
+        if (kind := self.leaves.get(block)) is not None:
             *places, _ = self.shared[kind]
             for place, value in zip(places, arguments[SHARED][kind], strict=True):
                 state[..., place] = value.transpose(1, 2).flatten(2)

@@ -89,7 +89,7 @@ def calibrate_block(
     """
     if block == len(model.blocks):
         model.load_norm()
-        head = InputAccumulator(hidden[0].shape[-1], model.device)
+        head = InputAccumulator(model.hidden_width, model.device)
         for chunk in hidden:
             head.add(model.norm(chunk.to(model.device)), model.head_name)
         return list(embedding_groups(model, *head.result()))

@@ -118,6 +118,7 @@ def test_a_sweep_equals_a_plain_forward_of_every_candidate(model_type: str, tmp_
     names = [model.embedding_name, *(name for name in names if folder.shapes[name][1] % 32 == 0)]
     candidates: list[Candidate] = [{}, dict.fromkeys(names, q4), dict.fromkeys(names[1:], q4)]
     candidates += [dict.fromkeys(names[2::3], q4), dict.fromkeys(names[3::2], q4), {names[-1]: q4}]
+    candidates += [{name: q4} for name in names if ".layers.1.mlp." in name]  # attention as without it
     sweep = Sweep(ModelWeights(model, Rounded(folder), 1 << 24), Batches(1), PrefixCache(1 << 20))
     for _ in range(2):  # the second time from the cache
         swept = sweep.final_states(IDS, "text", candidates, candidates[:4])
