@@ -31,6 +31,7 @@ def imatrix_importance(config: QuantizationConfig, file: FileLayout, tensors: It
     if not path.is_file():
         raise UserError(f"expected a file for quantization.imatrix, found nothing at {path}")
     stored, found = read_imatrix(path), {}
+    stacks = {t.name: t.gather.names for t in file.searched if t.gather and len(t.gather.names) > 1}  # of experts
     for tensor in tensors:
         if not (name := file.names[tensor][0]).startswith(BLOCK):
             continue
@@ -39,11 +40,12 @@ def imatrix_importance(config: QuantizationConfig, file: FileLayout, tensors: It
             raise UserError(
                 f"expected the importance of {name} in {path}, found none: it has {len(stored)}, as {known}"
             )
-        values, columns = stored[name], file.shapes[tensor][1]
-        if values.shape != (1, columns):
+        values, columns, members = stored[name], file.shapes[tensor][1], stacks.get(name, (tensor,))
+        if values.shape != (len(members), columns):
+            each = f"{len(members)} x {columns}" if len(members) > 1 else f"{columns}"
             raise UserError(
-                f"expected the importance of {columns} columns of {name} in {path}, found {values.shape[0]} x "
+                f"expected the importance of {each} columns of {name} in {path}, found {values.shape[0]} x "
                 f"{values.shape[1]}: is it that of another model?"
             )
-        found[tensor] = values[0]
+        found[tensor] = values[members.index(tensor)]
     return found

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bitgenome.common import layout
@@ -83,11 +84,12 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
 
     ``groups`` are the calibration files of the input groups. The head is left out, as llama-imatrix leaves it out.
     """
+    squares = {tensor: group for group in groups for tensor in banks.group_tensors(group)}
     importance = {}
-    for group in groups:
-        squares = mean_squares(group).numpy()
-        members = [name for tensor in banks.group_tensors(group) for name in plan.file.names.get(tensor, ())]
-        importance.update({name: squares for name in members if name.startswith("blk.")})
+    for tensor in plan.file.searched:
+        sources = tensor.gather.names if tensor.gather else ()
+        if tensor.name.startswith("blk.") and all(name in squares for name in sources):
+            importance[tensor.name] = np.stack([mean_squares(squares[name]).numpy() for name in sources])
     text = windows.windows["calibration"]
     write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.names)
 

@@ -82,7 +82,7 @@ class Slice:
 
     def taken(self, of_expert: Tensor) -> Tensor:
         """Return the tensor (rows, columns), or (rows,) of a bias, from what the stack holds of the expert."""
-        return (of_expert.mT if self.transposed else of_expert)[self.rows]
+        return (of_expert.mT if self.transposed else of_expert)[self.rows].contiguous()
 
 
 def slices_of(model: nn.Module) -> dict[str, Slice]:

@@ -21,9 +21,10 @@ LONGEST_NAME = 1 << 12  # bytes; a file of something else would have longer ones
 
 
 def write_imatrix(path: Path, importance: Mapping[str, np.ndarray], tokens: int, window: int, dataset: str) -> None:
-    """Write ``importance``, the mean squares (columns,) by GGUF tensor name, to ``path``.
+    """Write ``importance``, the mean squares (columns,) or (matrices, columns) by GGUF tensor name, to ``path``.
 
-    They were measured on ``tokens`` tokens of ``dataset`` in windows of ``window`` tokens.
+    They were measured on ``tokens`` tokens of ``dataset`` in windows of ``window`` tokens. Each matrix of a stack, such
+    as an expert's, counts them all: its squares are means over those that reached it.
     """
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -31,8 +32,9 @@ def write_imatrix(path: Path, importance: Mapping[str, np.ndarray], tokens: int,
     writer.add_uint32("imatrix.chunk_count", tokens // window)
     writer.add_uint32("imatrix.chunk_size", window)
     for name, squares in importance.items():
-        writer.add_tensor(f"{name}.in_sum2", (squares.astype(np.float32) * tokens)[None])
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, dtype=np.float32))
+        matrices = np.atleast_2d(squares.astype(np.float32))
+        writer.add_tensor(f"{name}.in_sum2", matrices * tokens)
+        writer.add_tensor(f"{name}.counts", np.full((len(matrices), 1), tokens, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

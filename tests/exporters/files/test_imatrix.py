@@ -11,13 +11,17 @@ from exporters.files.imatrix import ImatrixError, read_imatrix, write_imatrix
 
 
 def test_sums_over_counts_are_the_importance(tmp_path: Path) -> None:
-    importance = {"blk.0.attn_q.weight": np.array([0.5, 2.0, 0.25], np.float32)}
+    experts = np.array([[0.5, 1.0], [2.0, 0.0]], np.float32)
+    importance = {"blk.0.attn_q.weight": np.array([0.5, 2.0, 0.25], np.float32), "blk.0.ffn_up_exps.weight": experts}
     write_imatrix(tmp_path / "imatrix.gguf", importance, tokens=4096, window=512, dataset="stdlib")
     reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
     tensors = {t.name: t.data for t in reader.tensors}
     assert np.array_equal(
         tensors["blk.0.attn_q.weight.in_sum2"] / tensors["blk.0.attn_q.weight.counts"], [[0.5, 2.0, 0.25]]
     )
+    assert np.array_equal(tensors["blk.0.ffn_up_exps.weight.in_sum2"], 4096 * experts)
+    assert np.array_equal(tensors["blk.0.ffn_up_exps.weight.counts"], [[4096], [4096]])
+    assert np.array_equal(read_imatrix(tmp_path / "imatrix.gguf")["blk.0.ffn_up_exps.weight"], experts)
     assert reader.fields["general.type"].contents() == "imatrix"
     assert reader.fields["imatrix.datasets"].contents() == ["stdlib"]
     assert reader.fields["imatrix.chunk_count"].contents() == 8
