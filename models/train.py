@@ -178,10 +178,9 @@ def optimizers(model: PreTrainedModel, muon_lr: float, adam_lr: float) -> list[t
     ]
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write ``model`` in bf16 safetensors, with its tokenizer."""
+def save(model: PreTrainedModel, out: Path) -> None:
+    """Write ``model`` in bf16 safetensors."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def experts_model() -> PreTrainedModel:
@@ -200,11 +199,14 @@ def train(
     torch.manual_seed(seed)
     if experts:
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(DENSE / "splits.json", out / "splits.json")
+        for name in ("splits.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(DENSE / name, out / name)
     held_out = load_held_out(out / "splits.json")
     documents = list(training_documents([m for names in held_out.values() for m in names]))
     texts = [text for _, text in documents]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(DENSE) if experts else train_tokenizer(texts)
+    if not experts:
+        tokenizer.save_pretrained(out)
 
     def encode(parts: list[str]) -> torch.Tensor:
         return torch.tensor([t for ids in tokenizer(parts)["input_ids"] for t in [*ids, tokenizer.eos_token_id]])
@@ -243,8 +245,8 @@ def train(
             )
         if step % 200 == 199:
             log.info("validation perplexity %.3f", perplexity(model, splits["validation"], 24))
-            save(model, tokenizer, out)
-    save(model, tokenizer, out)
+            save(model, out)
+    save(model, out)
     record = {
         "text": "Python standard library sources",
         "python": platform.python_version(),
