@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 STACKED = "is_transposed"  # attribute that transformers' interface for experts gives to every module that stacks them
 
+ROW_TILE = 32
 NAME = re.compile(r"^(?P<mixture>.*\bexperts\.)(?P<expert>\d+)\.(?P<kind>.+)$")
 
 
@@ -33,15 +34,31 @@ def expert_parts(name: str) -> ExpertParts | None:
     return ExpertParts(found["mixture"], int(found["expert"]), found["kind"]) if found else None
 
 
+class ExpertLinear(nn.Linear):
+    """A linear layer whose output for a position does not depend on how many others chose the expert.
+
+    Matrix libraries sum in another order where there are few rows, so on a CPU all products have ROW_TILE of them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output (n, rows) for inputs (n, columns)."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        padded = nn.functional.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        return torch.cat([nn.functional.linear(tile, self.weight, self.bias) for tile in padded.split(ROW_TILE)])[
+            : len(x)
+        ]
+
+
 class Expert(nn.Module):
-    """Holds the linear layers of one expert under the names that files give them, and its ``gate`` function."""
+    """Holds the linear layers of one expert under the names that files give them."""
 
     def __init__(self, hidden: int, inner: int, gated: bool, bias: bool):
         super().__init__()
         if gated:
-            self.gate_proj = nn.Linear(hidden, inner, bias)
-        self.up_proj = nn.Linear(hidden, inner, bias)
-        self.down_proj = nn.Linear(inner, hidden, bias)
+            self.gate_proj = ExpertLinear(hidden, inner, bias)
+        self.up_proj = ExpertLinear(hidden, inner, bias)
+        self.down_proj = ExpertLinear(inner, hidden, bias)
 
 
 class Experts(nn.ModuleList):

@@ -108,6 +108,17 @@ def test_a_mixture_runs_block_by_block_as_transformers_runs_it(model_type: str, 
     assert len(linears) == 3 * EXPERTS
 
 
+@torch.inference_mode()
+def test_a_window_s_outputs_do_not_depend_on_the_windows_beside_it(mixture: ModelFolder) -> None:
+    model = BlockModel(mixture, CPU)
+    model.load_all()
+    ids = torch.randint(0, 500, (7, 40), generator=torch.Generator().manual_seed(5))
+    together = model.run_from(0, model.embed(ids))
+    for at_once in (1, 3):
+        parts = [model.run_from(0, model.embed(part)) for part in ids.split(at_once)]
+        assert torch.equal(torch.cat(parts), together)
+
+
 def groups_of(folder: ModelFolder, tokens: int) -> dict[str, InputGroup]:
     """Input groups of the first block's experts, from a few random tokens."""
     ids = torch.randint(0, 500, (1, tokens), generator=torch.Generator().manual_seed(3))
