@@ -47,7 +47,7 @@ def calibration_bytes(plan: Plan) -> int:
     if keeps_hessians(plan):
         return hessian_bytes(plan)
     tokens, longest = plan.config.text.tokens.calibration, max(len(blocks) for blocks in stretches(plan))
-    states = 2 * FLOAT_BYTES * tokens * ModelShape.of(plan.folder).hidden
+    states = 2 * tokens * ModelShape.of(plan.folder).state_bytes
     return longest * block_hessian_bytes(plan) + states  # hidden states: the old and the new ones
 
 

@@ -38,6 +38,7 @@ class ModelShape:
     embedding: str
     eager: bool  # whether attention forms its matrices of scores
     stored: int  # bytes of a stored weight
+    carried: int = 0  # numbers of a position that pass between blocks beside hidden states
 
     @classmethod
     def of(cls, folder: ModelFolder) -> "ModelShape":
@@ -56,6 +57,7 @@ class ModelShape:
             embedding=folder.embedding_tensor,
             eager=attention_of(folder.path) == "eager",
             stored=2 if stored in SHORT_TYPES else FLOAT_BYTES,
+            carried=_carried(config, tensors),
         )
 
     @property
@@ -90,8 +92,8 @@ class ModelShape:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the hidden state of one position."""
-        return self.hidden * FLOAT_BYTES
+        """Bytes of what passes between blocks for one position."""
+        return (self.hidden + self.carried) * FLOAT_BYTES
 
     def activation_bytes(self, window: int) -> int:
         """Return the bytes per position that are alive at once within a block, for windows of ``window`` tokens.
@@ -112,6 +114,17 @@ def _inner(config: PreTrainedConfig, tensors: Mapping[str, tuple[int, ...]]) -> 
     return max(dense, experts * each + shared) or max(
         shape[0] for n, shape in tensors.items() if block_of(n) is not None
     )
+
+
+def _carried(config: PreTrainedConfig, tensors: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many numbers of a position ``evaluators.model.carried`` keeps: inputs of blocks, keys and values."""
+    layers, shared = int(config.num_hidden_layers), _number(config, "num_kv_shared_layers")
+    found = layers * _number(config, "hidden_size_per_layer_input")
+    if shared:
+        last = {kind: layer for layer, kind in enumerate(config.layer_types[: layers - shared])}
+        ends = tuple(f".layers.{layer}.self_attn.k_proj.weight" for layer in last.values())
+        found += sum(2 * shape[0] for name, shape in tensors.items() if name.endswith(ends))
+    return found
 
 
 def _number(config: PreTrainedConfig, name: str) -> int:

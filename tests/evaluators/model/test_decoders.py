@@ -88,6 +88,7 @@ def test_blocks_give_exactly_the_logits_of_transformers(model_type: str, tmp_pat
         close(found, expected(IDS).logits, model)
     shape = ModelShape.of(folder)
     assert (shape.layers, shape.hidden, shape.vocabulary) == (len(model.blocks), 64, 64)
+    assert shape.state_bytes == 4 * model.state_width
     assert shape.block_bytes() > 0 and shape.activation_bytes(12) > 0
 
 
