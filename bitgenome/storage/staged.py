@@ -28,8 +28,9 @@ def staged_pool(pool: Pool, config: StoredModel, folder: ModelFolder) -> Pool:
     if is_url(config.model) and not is_gguf(config.model):
         roots.append(StorageRoot(folder.path.parent, parent_of(config.model), changing=True))
     elif config.storage_url:
-        # first: an opened model lies below the storage path, and is stored where a run looks for its model
-        roots.insert(0, StorageRoot(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
+        roots.append(StorageRoot(folder.path.parent, f"{config.storage_url}/{model_folder(folder.digest)}"))
+    # a file belongs to the nearest root: an opened model lies below the storage path, which may lie beside a model
+    roots.sort(key=lambda root: len(root.local.absolute().parts), reverse=True)
     return StagedPool(pool, roots) if roots else pool
 
 

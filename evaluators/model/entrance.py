@@ -17,7 +17,6 @@ class Entrance:
 
     def __init__(self, parts: Parts, device: torch.device):
         self._parts = parts
-        self._device = device
         self._factor: float | None = None
         runs = device.type != "meta"  # a model of shapes alone is not run
         self.plain = runs and len(parts.lookups) == 1 and not parts.entry and self._is_product()
@@ -53,17 +52,17 @@ class Entrance:
         """Find the factor by which the decoder multiplies embeddings; return whether it does no more than that."""
         width = self._parts.embedding.embedding_dim
         values = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
-        found = self._run(values.to(self._device)).cpu()
+        found = self._run(values)
         if torch.equal(found, values):
             return True
-        self._factor = float(self._run(torch.ones_like(values).to(self._device)).flatten()[0])
+        self._factor = float(self._run(torch.ones_like(values)).flatten()[0])
         return torch.equal(found, values * self._factor)
 
     def _run(self, given: Tensor) -> Tensor:
         """Return the first block's input for token ids (B, T), or for embeddings (B, T, D) that are not looked up."""
         recorders = self._parts.recorders([])
         looked_up = given.is_floating_point()
-        decoder = self._parts.entrance(recorders, self._device, given if looked_up else None)
+        decoder = self._parts.entrance(recorders, given.device, given if looked_up else None)
         ids = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device) if looked_up else given
         decoder(input_ids=ids, use_cache=False)
         found = recorders[0].hidden
