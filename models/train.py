@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -40,38 +41,28 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONFIG = Qwen2Config(
-    vocab_size=VOCABULARY,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=CONTEXT,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=0,
-    attention_dropout=0.0,
-)
+SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "attention_dropout": 0.0,
+}
+CONFIG = Qwen2Config(num_hidden_layers=6, **SHARED)
 EXPERTS = Qwen3MoeConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=256,
-    intermediate_size=768,
     moe_intermediate_size=256,
     num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=64,
     num_experts=8,
     num_experts_per_tok=2,
     norm_topk_prob=True,  # as llama.cpp does
-    max_position_embeddings=CONTEXT,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=0,
-    attention_dropout=0.0,
+    **SHARED,
 )
 BALANCE = 0.01  # weight of the loss that spreads tokens over experts (Fedus et al. 2021, equation 4)
 DENSE_TOKENS, EXPERT_TOKENS = 6_600_000, 1_200_000

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from evaluators.model.errors import ModelFolderError
-from evaluators.model.experts import slices_of
+from evaluators.model.experts import Slice, slices_of
 from evaluators.model.outline import build_model, decoder_of
 
 USUAL = ("model.", "lm_head.")  # beginnings of the names of parameters where files hold them as they are
@@ -94,22 +94,24 @@ class Conversion:
         self.names = sorted([*self._apart, *(self._made.keys() - stacked)])
         self._shapes: dict[str, tuple[int, ...]] = {}  # of stacked parameters too
 
+    def _source(self, name: str) -> tuple[str, Made, Slice | None, int]:
+        """Return what the parameter ``name`` is read from: a parameter, how it is made, and the part and its place."""
+        part = self._apart.get(name)
+        if part is None:
+            return name, self._made[name], None, 0
+        made = self._made[part.parameter]
+        one = made.only(part.expert, part.expert + 1)
+        return (part.parameter, one, part, 0) if one else (part.parameter, made, part, part.expert)
+
     def stored_of(self, name: str) -> list[str]:
         """Return the names of the stored tensors that the parameter ``name`` is made of."""
-        part = self._apart.get(name)
-        made = self._made[part.parameter if part else name]
-        one = made.only(part.expert, part.expert + 1) if part else None
-        return (one or made).names
+        return self._source(name)[1].names
 
     def tensor(self, name: str, read: Callable[[list[str]], Mapping[str, Tensor]]) -> Tensor:
         """Return the parameter ``name``; ``read`` returns the stored tensors of a list of names."""
-        part = self._apart.get(name)
-        if part is None:
-            return self._made[name].tensor(name, read(self._made[name].names), self.model)
-        made = self._made[part.parameter]
-        if one := made.only(part.expert, part.expert + 1):
-            return part.taken(one.tensor(part.parameter, read(one.names), self.model)[0])
-        return part.taken(made.tensor(part.parameter, read(made.names), self.model)[part.expert])
+        parameter, made, part, place = self._source(name)
+        found = made.tensor(parameter, read(made.names), self.model)
+        return part.taken(found[place]) if part else found
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the shape of the parameter ``name``, given those of stored tensors. Raises ModelFolderError."""
