@@ -32,7 +32,12 @@ from workers.errors import TaskError, WorkersLostError
 if TYPE_CHECKING:  # commands import what they need when called, so that small ones start fast
     from bitgenome.config.run import RunConfig
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 terminated = threading.Event()
 
 

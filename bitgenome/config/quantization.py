@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bitgenome.common.section import Section
 from bitgenome.config.paths import UserPath
-from quantizers.formats.table import LEVEL_FORMATS
+from quantizers.formats.table import level_named
 from quantizers.settings import CompensationSettings, Importance, ScalingSettings, Sparsity
 
 
@@ -95,10 +95,8 @@ class QuantizationConfig(Section):
     @field_validator("upstream_level")
     @classmethod
     def known(cls, level: str | None) -> str | None:
-        """Raise ValueError for an unknown level."""
-        if level is not None and level not in LEVEL_FORMATS:
-            raise ValueError(f"expected a level among {', '.join(LEVEL_FORMATS)}, found {level}")
-        return level
+        """Return a level that may be given by the name of its GGUF type. Raises ValueError for an unknown level."""
+        return level and level_named(level)
 
     @model_validator(mode="after")
     def of_this_model(self) -> Self:

@@ -15,7 +15,7 @@ from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.storage import Name, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
 from evaluators.settings import Activations, Compute, HealingSettings
-from quantizers.formats.table import LEVEL_FORMATS, LEVEL_PRESETS
+from quantizers.formats.table import LEVEL_PRESETS, level_named
 from search.budget import parse_size
 from search.fitness import FitnessSettings
 from search.loop.ladder import Ladder
@@ -95,7 +95,8 @@ class RunConfig(StoredSection):
     budget: BudgetConfig = Field(description="largest size of the file")
     levels: tuple[str, ...] = Field(
         LEVEL_PRESETS["fine"],
-        description="levels that a tensor may take: fine, classic, all, or a list such as [W2, W4, W8]",
+        description="levels that a tensor may take: fine, classic, all, or a list such as [W2, W4, W8], also by names "
+        "of GGUF types, such as [Q2_K, Q4_K, Q8_0]",
     )
     text: TextConfig = Field(TextConfig(), description="calibration, search, validation and test text")
     quantization: QuantizationConfig = Field(QuantizationConfig(), description="rounding, pruning and channel scaling")
@@ -123,13 +124,14 @@ class RunConfig(StoredSection):
     @field_validator("levels")
     @classmethod
     def known(cls, levels: tuple[str, ...]) -> tuple[str, ...]:
-        """Raise ValueError for an unknown level, a repeated one, or none at all."""
-        for level in levels:
-            if level not in LEVEL_FORMATS:
-                raise ValueError(f"expected levels among {', '.join(LEVEL_FORMATS)}, found {level}")
-        if len(set(levels)) < len(levels) or not levels:
+        """Return the levels that are given by their own names or by those of GGUF types.
+
+        Raises ValueError for an unknown level, a repeated one, or none at all.
+        """
+        found = tuple(map(level_named, levels))
+        if len(set(found)) < len(found) or not found:
             raise ValueError(f"expected one or more different levels, found {', '.join(levels) or 'none'}")
-        return levels
+        return found
 
     @model_validator(mode="after")
     def text_suffices(self) -> Self:

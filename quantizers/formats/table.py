@@ -96,6 +96,18 @@ ROW_FALLBACK = {
 } | dict.fromkeys(CODEBOOK_TYPES, "IQ4_NL")
 
 
+def level_named(name: str) -> str:
+    """Return the level that ``name`` is, or whose GGUF type it is, in any case: W4 for w4 and q4_k.
+
+    Raises ValueError for another name.
+    """
+    for level, kind in LEVEL_FORMATS.items():
+        if name.upper() in (level, kind):
+            return level
+    both = (f"{level} ({kind})" if level != kind else level for level, kind in LEVEL_FORMATS.items())
+    raise ValueError(f"expected levels among {', '.join(both)}, found {name}")
+
+
 def format_for(level: str, columns: int) -> QuantFormat:
     """Return the format of ``level`` for rows of ``columns`` weights.
 

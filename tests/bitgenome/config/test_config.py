@@ -75,6 +75,17 @@ def test_a_word_stands_for_several_levels(word: str, count: int) -> None:
     assert len(config.levels) == count
 
 
+def test_levels_go_by_their_gguf_types_too_in_any_case() -> None:
+    base = {"name": "x", "model": "m", "budget": {"bits_per_weight": 3}}
+    named = parse_config({**base, "levels": ["Q2_K", "w4", "q6_k", "iq4_nl"]}, "here")
+    assert named.levels == ("W2", "W4", "W6", "IQ4_NL")
+    assert named.digest == parse_config({**base, "levels": ["W2", "W4", "W6", "IQ4_NL"]}, "here").digest
+    with pytest.raises(UserError, match=r"expected levels among W2 \(Q2_K\), .*, found Q4_0"):
+        parse_config({**base, "levels": ["Q4_0"]}, "here")
+    with pytest.raises(UserError, match="expected one or more different levels, found W4, q4_k"):
+        parse_config({**base, "levels": ["W4", "q4_k"]}, "here")
+
+
 def test_an_unknown_word_for_levels_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="expected a list of levels or one of classic, fine, all, found finest"):
         parse_config({"name": "x", "model": "m", "budget": {"bits_per_weight": 3}, "levels": "finest"}, "here")
