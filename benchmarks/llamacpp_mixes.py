@@ -11,26 +11,22 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.mix_formats import llamacpp_mix
 from bitgenome.common import layout
+from bitgenome.compare.original import write_original
 from bitgenome.config.run import RunConfig, load_config
 from bitgenome.plan.plan import make_plan
 from bitgenome.run.pipeline import run
 from bitgenome.run.proof import Proof, prove
 from evaluators.data.windows import TokenWindows
 from evaluators.model.folder import ModelFolder
-from evaluators.prepare.input_group import InputGroup
-from exporters.files.gguf_writer import export_gguf
-from exporters.metadata.provenance import Provenance
-from exporters.metadata.tensor_names import quantizable_tensors, tensor_table
-from quantizers.formats.table import QuantFormat
-from tests import ggml_reference
+from exporters.files.imatrix import read_imatrix
+from exporters.opening.source import read_model
+from exporters.runtime.mix_file import MixFile
 
 
 @dataclass(frozen=True)
@@ -46,40 +42,18 @@ class Duel:
         return self.ours.runtime_kl / self.theirs.runtime_kl
 
 
-def importances(calibration: Path) -> dict[str, torch.Tensor]:
-    """Mean square of each input feature (columns,) by Hugging Face tensor name, as llama-imatrix collects it."""
-    found = {}
-    for file in sorted(calibration.glob("*.safetensors")):
-        if file.name != layout.WINDOWS:
-            group = InputGroup.load(file)
-            found.update(dict.fromkeys(group.tensors, group.hessian.diagonal().contiguous()))
-    return found
-
-
-def export_mix(folder: ModelFolder, mix: str, importance: dict[str, torch.Tensor], path: Path) -> int:
+def export_mix(folder: ModelFolder, mix: str, imatrix: Path, path: Path) -> int:
     """Write the file that llama-quantize would make of ``mix`` with an importance matrix; its bytes."""
-    names = {entry.hf_name: entry.gguf_name for entry in tensor_table(folder)}
-    shapes = {names[name]: shape for name, shape in quantizable_tensors(folder).items()}
-    heads, kv_heads = folder.config["num_attention_heads"], folder.config["num_key_value_heads"]
-    formats = llamacpp_mix(mix, shapes, folder.config["num_hidden_layers"], heads // kv_heads)
-
-    def packed(name: str) -> tuple[QuantFormat, np.ndarray]:
-        fmt = formats[names[name]]
-        return fmt, ggml_reference.quantize(fmt, folder.read(name).float(), importance[name]).numpy()
-
-    return export_gguf(folder, packed, path, Provenance.blank(len(shapes)))
-
-
-def calibration_of(config: RunConfig) -> Path:
-    """Newest calibration under the storage path: the one that the run just before has used."""
-    return max((config.storage_path / "shared" / "calibration").iterdir(), key=lambda path: path.stat().st_mtime)
+    with TemporaryDirectory(dir=path.parent) as scratch:
+        original = Path(scratch) / "original.gguf"
+        write_original(folder, original)
+        return MixFile(read_model(original), mix).write(path, read_imatrix(imatrix))
 
 
 def duel(config: RunConfig, mix: str, console: Console) -> Duel:
     folder = make_plan(config).folder
-    importance = importances(calibration_of(config))
     path = config.storage_path / f"{folder.path.name}-llamacpp-{mix}.gguf"
-    size = export_mix(folder, mix, importance, path)
+    size = export_mix(folder, mix, config.storage_path / config.name / layout.IMATRIX, path)
     ours = config.model_copy(
         update={
             "name": f"{folder.path.name}-against-{mix}",
@@ -88,6 +62,7 @@ def duel(config: RunConfig, mix: str, console: Console) -> Duel:
     )
     outcome = run(ours, console)
     text = TokenWindows.load(outcome.run / layout.WINDOWS)
+    assert outcome.proof is not None
     return Duel(mix, prove(path, folder, text), outcome.proof, outcome.evaluations)
 
 

@@ -70,7 +70,7 @@ def export_gguf(
             raise ValueError(f"expected {tensor.float_bytes} bytes of {tensor.name}, found {rows.nbytes}")
         return GGMLQuantizationType[tensor.type_name], rows
 
-    return _write(layout, data, Path(path), provenance, check)
+    return write_file(layout, data, Path(path), provenance, check)
 
 
 def float_reader(source: ModelSource, overrides: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
@@ -112,13 +112,17 @@ def _packed_rows(tensor: FileTensor, packed: Packed) -> tuple[GGMLQuantizationTy
     return found.pop().ggml_type, data
 
 
-def _write(
+def write_file(
     layout: FileLayout,
     data: Callable[[FileTensor], tuple[GGMLQuantizationType, np.ndarray]],
     path: Path,
-    provenance: Provenance | None,
-    check: Callable[[Path], None],
+    provenance: Provenance | None = None,
+    check: Callable[[Path], None] = lambda written: None,
 ) -> int:
+    """Write a file of ``layout`` to ``path`` atomically, and return its size.
+
+    ``data`` gives each tensor's type and bytes; ``provenance`` and ``check`` are as for ``export_gguf``.
+    """
     types: dict[str, GGMLQuantizationType] = {}
     start = len(layout.header({}, provenance))
     with replacing(path) as temporary:

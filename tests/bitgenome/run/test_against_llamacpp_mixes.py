@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.llamacpp_mixes import export_mix, importances
+from benchmarks.llamacpp_mixes import export_mix
 from bitgenome.common import layout
 from bitgenome.run.proof import prove
 from evaluators.data.windows import TokenWindows
@@ -18,14 +18,11 @@ MOST_OF_THEIR_KL = 0.6
 def test_a_file_loses_at_least_forty_percent_less_than_llama_cpps_mix_of_its_size(runs: Runs) -> None:
     tokens = {"calibration": 40960, "sensitivity": 1024, "search": 1024, "validation": 1024, "test": 8192}
     changes = {"text": {**SMALL["text"], "window": 512, "tokens": tokens}, "search": {"strategy": "exact"}}  # type: ignore[dict-item]
-    calibrations = runs.storage / "shared" / "calibration"
-    before = set(calibrations.iterdir()) if calibrations.exists() else set()
     assert runs.call("run", runs.write("calibrated", **changes)).returncode == 0
-    (calibration,) = set(calibrations.iterdir()) - before
     folder = ModelFolder(EMBEDDED)
     text = TokenWindows.load(runs.storage / "calibrated" / layout.WINDOWS)
     theirs = runs.storage / f"{MIX}.gguf"
-    size = export_mix(folder, MIX, importances(calibration), theirs)
+    size = export_mix(folder, MIX, runs.storage / "calibrated" / layout.IMATRIX, theirs)
     done = runs.call("run", runs.write(f"against-{MIX}", **changes, budget={"file_size": size}))
     assert done.returncode == 0, done.stderr
     proof = runs.best(f"against-{MIX}")["proof"]
