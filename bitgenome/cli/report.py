@@ -76,6 +76,11 @@ def show_proof(proof: Proof, console: Console) -> None:
         table.add_row("simulated, 8-bit inputs", f"{proof.eight_bit_kl:.5f}", "")
     table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", perplexity_text(proof.runtime_perplexity), style="bold")
     console.print(table)
+    f = proof.figures
+    console.print(
+        f"llama.cpp's KL: mean {f.mean_kl.text()}, median {f.median_kl.text()}, 99 % {f.kl_99.text()}; "
+        f"RMS of the change of the true token's probability {f.rms_delta_p.text(100, 3, ' %')}"
+    )
     if proof.eight_bit_to_runtime_kl is not None:
         console.print(f"KL from simulation with 8-bit inputs to llama.cpp {proof.eight_bit_to_runtime_kl:.2e}")
     console.print(

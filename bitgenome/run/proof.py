@@ -20,6 +20,7 @@ from evaluators.model.sizes import ModelShape
 from exporters.files.file_layout import FileLayout
 from exporters.files.packed_file import PackedFile
 from exporters.runtime.comparison import compare, log_probs
+from exporters.runtime.figures import Figures
 from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
 from exporters.runtime.tokens import check_tokens
 from quantizers.formats.table import QuantFormat
@@ -41,6 +42,7 @@ class Proof:
     top1_agreement: float  # of llama.cpp with the full-precision model
     prompt_tokens_per_second: float
     generated_tokens_per_second: float
+    figures: Figures  # of llama.cpp beside the full-precision model
     eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, where the run was configured so
     eight_bit_to_runtime_kl: float | None = None
     eight_bit_alone_kl: float | None = None  # of 8-bit inputs with full-precision weights
@@ -122,7 +124,7 @@ def prove(
         eight_bit,
         text.unscored,
     )
-    assert found.reference is not None and found.simulated is not None
+    assert found.reference is not None and found.reference.figures is not None and found.simulated is not None
     return Proof(
         file=path.name,
         file_bytes=path.stat().st_size,
@@ -136,6 +138,7 @@ def prove(
         top1_agreement=found.reference.top1_agreement,
         prompt_tokens_per_second=speed.prompt,
         generated_tokens_per_second=speed.generation,
+        figures=found.reference.figures,
         eight_bit_kl=eight_bit_kl,
         eight_bit_to_runtime_kl=found.eight_bit.kl if found.eight_bit else None,
         eight_bit_alone_kl=alone_kl,

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from bitgenome.common.numbers import perplexity_of
 from exporters.files.gguf_reader import read_gguf
+from exporters.runtime.figures import Figures, PositionErrors
 from exporters.runtime.llamacpp import LlamaCppRuntime
 
 CHUNK_BYTES = 1 << 26  # of the logits of one chunk
@@ -31,6 +32,7 @@ class Comparison:
     kl: float
     top1_agreement: float  # share of positions whose most likely token is the same
     perplexity: float  # of the model itself
+    figures: Figures | None = None  # of the runtime beside the model, which is the base; of the reference alone
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,28 @@ def compare(
     simulated: LogProbs | None = None,
     eight_bit: LogProbs | None = None,
     unscored: int = 0,
+    followed: bool = False,
 ) -> RuntimeFigures:
     """Return the figures of ``runtime`` on token ids ``windows`` (n, T), compared with each model that is given.
 
-    ``vocabulary`` is V, which sets the size of a chunk. The first ``unscored`` positions of each window do not count.
+    ``vocabulary`` is V, which sets the size of a chunk. The first ``unscored`` positions of each window do not count,
+    nor does the last if only those count that are ``followed`` by a token of the window.
 
     Raises FloatingPointError if log probabilities of the runtime are not finite.
     """
     targets = _targets(windows)
-    counted = _counted(windows, unscored)
+    counted = _counted(windows, unscored) & (targets >= 0 if followed else True)
     models = {"reference": reference, "simulated": simulated, "eight_bit": eight_bit}
-    sums = {name: _Sums() for name in ("runtime", *models)}
+    sums = {name: _Sums(len(windows), each=name == "reference") for name in ("runtime", *models)}
     for start, stop in _chunks(len(targets), vocabulary):
-        rows, followed = counted[start:stop], targets[start:stop][counted[start:stop]]
+        rows, next_ids = counted[start:stop], targets[start:stop][counted[start:stop]]
         ours = runtime(start, stop)[rows]
         if not bool(torch.isfinite(ours).all()):
             raise FloatingPointError("llama.cpp's logits are not finite")
-        sums["runtime"].add(ours, ours, followed)
+        sums["runtime"].add(ours, ours, next_ids)
         for name, model in models.items():
             if model is not None:
-                sums[name].add(model(start, stop)[rows], ours, followed)
+                sums[name].add(model(start, stop)[rows], ours, next_ids)
     return RuntimeFigures(
         sums["runtime"].comparison().perplexity,
         int(counted.sum()),
@@ -121,26 +125,41 @@ def measure_file(
 
 
 class _Sums:
-    """Accumulates one model's sums over positions, in float64."""
+    """Accumulates one model's sums over positions of n windows, in float64; with ``each`` also each position."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: int, each: bool = False) -> None:
         self.kl = self.agreed = self.loss = 0.0
         self.positions = self.predicted = 0
+        self._windows = windows
+        self._each: list[torch.Tensor] | None = [] if each else None
 
     def add(self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor) -> None:
         """Add a chunk: log probabilities ``model``, ``runtime`` (chunk, V); next tokens ``targets`` (chunk,) or -1."""
-        followed = targets >= 0
-        self.kl += float((model.exp() * (model - runtime)).sum(dtype=torch.float64))
-        self.agreed += int((model.argmax(-1) == runtime.argmax(-1)).sum())
+        followed, terms = targets >= 0, model.exp() * (model - runtime)
+        agreed = model.argmax(-1) == runtime.argmax(-1)
+        self.kl += float(terms.sum(dtype=torch.float64))
+        self.agreed += int(agreed.sum())
         self.loss -= float(model[followed].gather(1, targets[followed, None]).sum(dtype=torch.float64))
         self.positions += len(targets)
         self.predicted += int(followed.sum())
+        if self._each is not None:
+            known = [_of_targets(values, targets) for values in (model, runtime)]
+            self._each.append(torch.stack([terms.sum(-1, dtype=torch.float64), agreed.double(), *known]))
 
     def comparison(self) -> Comparison:
         """Return the means of the sums."""
-        return Comparison(
-            self.kl / self.positions, self.agreed / self.positions, perplexity_of(self.loss / max(1, self.predicted))
-        )
+        figures = None
+        if self._each:
+            kl, agreed, base, own = torch.cat(self._each, 1).view(4, self._windows, -1).numpy()
+            figures = Figures.of(PositionErrors(kl, agreed > 0, base, own))
+        loss = self.loss / max(1, self.predicted)
+        return Comparison(self.kl / self.positions, self.agreed / self.positions, perplexity_of(loss), figures)
+
+
+def _of_targets(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log probability of each of ``targets`` (chunk,), float64, NaN for -1; ``log_probs`` is (chunk, V)."""
+    found = log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0].double()
+    return found.masked_fill(targets < 0, float("nan"))
 
 
 def _targets(windows: np.ndarray) -> torch.Tensor:
