@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -43,6 +44,7 @@ CONFIGS: dict[str, type] = {
     "phi3": Phi3Config,
 }
 MIXTURES: dict[str, type] = {"qwen3_moe": Qwen3MoeConfig, "mixtral": MixtralConfig, "gpt_oss": GptOssConfig}
+TRANSPOSED: dict[str, type] = {"gpt2": GPT2Config}  # whose layers hold their weights so
 
 
 def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: bool = True, **overrides: Any) -> Path:
@@ -67,7 +69,7 @@ def save_small_model(path: Path, model_type: str, *, seed: int = 0, tokenizer: b
     }
     if model_type.startswith("gemma"):
         settings["query_pre_attn_scalar"] = settings["head_dim"]
-    config = (CONFIGS | MIXTURES)[model_type](**(settings | overrides))
+    config = (CONFIGS | MIXTURES | TRANSPOSED)[model_type](**(settings | overrides))
     center = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -5,12 +5,14 @@ What none of the rates covers (a cluster's start, files of a few megabytes) has 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
 from evaluators.healing.tuner import MICRO_TOKENS
+from evaluators.model.outline import text_config
 from evaluators.model.sizes import ModelShape, block_of
 from evaluators.prepare.memory import input_groups as groups_of
 from evaluators.prepare.writing import BATCH, batches
@@ -66,10 +68,10 @@ class Work:
     workers: int
     resident: bool  # every tensor stays decoded in every format; else tensors are decoded anew for every sweep
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Number of decoder blocks."""
-        return int(self.plan.folder.config["num_hidden_layers"])
+        return int(text_config(self.plan.folder.path).num_hidden_layers)
 
     @property
     def decoding(self) -> float:

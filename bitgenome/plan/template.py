@@ -26,7 +26,7 @@ from exporters.template.layout import TemplateLayout, load_explanation, save_exp
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1  # raise when another explanation is found of the same files
+SCHEMA = 2  # raise when another explanation is found of the same files
 NAMED = 3  # tensors, in a message
 
 

@@ -25,6 +25,7 @@ from evaluators.data.texts import Documents, Text, Windows
 from evaluators.data.tokenizer import ModelTokenizer, load_tokenizer
 from evaluators.data.windows import Part, TokenWindows, saved_windows, token_windows, window_counts
 from evaluators.model.folder import ModelFolder
+from evaluators.model.outline import text_config
 from evaluators.prepare.writing import writing_script
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def check_text(text: TextConfig, folder: ModelFolder) -> None:
 
     Other text is checked when it is read. Warns of Python code for a model that was not trained on it.
     """
-    longest = folder.config.get("max_position_embeddings")
+    longest = getattr(text_config(folder.path), "max_position_embeddings", None)
     if longest and text.window > longest:
         raise UserError(
             f"expected text.window at most the model's context ({longest}, max_position_embeddings), "

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 
 from evaluators.model.errors import ModelFolderError
 from evaluators.model.experts import Slice, slices_of
-from evaluators.model.outline import build_model, decoder_of
+from evaluators.model.outline import build_model, decoder_of, transposed_weights
 
 USUAL = ("model.", "lm_head.")  # beginnings of the names of parameters where files hold them as they are
 TEXT_PART = "language_model."  # in the names of a multimodal model, where the text model alone has nothing
@@ -90,6 +90,7 @@ class Conversion:
         self.head = f"{names[id(ends[1])]}.weight"
         self._made = {n: m for n, m in _made_of(self.model, known, stored).items() if n.startswith(prefixes)}
         self._apart = {n: s for n, s in slices_of(self.model).items() if s.parameter in self._made}
+        self._transposed = transposed_weights(self.model)
         stacked = {part.parameter for part in self._apart.values()}
         self.names = sorted([*self._apart, *(self._made.keys() - stacked)])
         self._shapes: dict[str, tuple[int, ...]] = {}  # of stacked parameters too
@@ -111,6 +112,8 @@ class Conversion:
         """Return the parameter ``name``; ``read`` returns the stored tensors of a list of names."""
         parameter, made, part, place = self._source(name)
         found = made.tensor(parameter, read(made.names), self.model)
+        if name in self._transposed:
+            return found.mT.contiguous()
         return part.taken(found[place]) if part else found
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -120,7 +123,7 @@ class Conversion:
         if whole not in self._shapes:
             self._shapes[whole] = self._shape(whole, shapes)
         if part is None:
-            return self._shapes[name]
+            return self._shapes[name][::-1] if name in self._transposed else self._shapes[name]
         return tuple(part.taken(torch.empty(self._shapes[whole][1:], device="meta")).shape)
 
     def _shape(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

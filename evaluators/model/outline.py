@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from evaluators.model.errors import ModelFolderError
 from evaluators.model.experts import take_apart
 
 
 def build_model(path: Path, apart: bool = True) -> PreTrainedModel:
-    """Return the model of the folder ``path`` on the meta device; not ``apart``, experts are stacked.
+    """Return the model of the folder ``path`` on the meta device, of linear layers that hooks see.
+
+    Not ``apart``, its parameters are as transformers has them: experts are stacked, and GPT-2's weights transposed.
 
     Attention is PyTorch's fused one (sdpa) where transformers has it for the model, else ``eager``: it has no soft cap,
     as Gemma 2 needs, and no sinks, as gpt-oss does. Raises ModelFolderError for a model that transformers cannot build.
@@ -23,13 +27,27 @@ def build_model(path: Path, apart: bool = True) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
             )
+            if apart:
+                take_apart(model)
+                _straighten(model)
     except Exception as error:  # whatever transformers makes of a config.json that does not fit
         found = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelFolderError(f"expected a model that transformers can build from {path}, found {found}") from None
-    if apart:
-        take_apart(model)
     model.eval().requires_grad_(False)
     return model
+
+
+def transposed_weights(model: nn.Module) -> frozenset[str]:
+    """Return the names of weights (columns, rows) of a model that is not taken apart: those of GPT-2's layers."""
+    return frozenset(f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D))
+
+
+def _straighten(model: nn.Module) -> None:
+    """Replace every layer of ``model`` that holds its weight transposed by a linear layer."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                parent.register_module(name, nn.Linear(child.nx, child.nf))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

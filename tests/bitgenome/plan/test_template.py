@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf.quants import quantize
+from safetensors.torch import load_file
 
 from benchmarks.float_gguf import export_float
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import parse_config
 from bitgenome.plan import template as templates
 from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.seconds import Work
+from evaluators.data.tokenizer import load_tokenizer
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_writer import export_gguf
 from exporters.files.splits import Shards, split_gguf
@@ -107,6 +110,39 @@ def test_what_is_no_template_of_the_model_is_one_sentence(
     with pytest.raises(UserError, match=sentence) as refusal:
         planned(folder.path, tmp_path / "template.gguf")
     assert "\n" not in str(refusal.value)
+
+
+def after_gpt2(folder: ModelFolder, path: Path) -> None:
+    """Write what a converter makes of GPT-2: its weights transposed, as other models store theirs."""
+    writer = GGUFWriter(path, "gpt2")
+    writer.add_block_count(folder.config["n_layer"])
+    writer.add_embedding_length(folder.config["n_embd"])
+    vocabulary = load_tokenizer(folder.path).backend.get_vocab()
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    table = get_tensor_name_map(MODEL_ARCH.GPT2, folder.config["n_layer"])
+    for name, file in folder.stored.files.items():
+        values = load_file(file)[name]
+        transposed = ".h." in name and values.ndim > 1
+        writer.add_tensor(
+            table.get_name(name, (".weight", ".bias")), (values.T if transposed else values).contiguous().numpy()
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_weights_that_transformers_holds_transposed_are_searched(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    folder = ModelFolder(save_small_model(tmp_path / "gpt2", "gpt2"))
+    after_gpt2(folder, tmp_path / "template.gguf")
+    budget = {"compression_ratio": 0.5}
+    plan = planned(folder.path, tmp_path / "template.gguf", budget=budget)
+    assert set(plan.file.kinds.values()) == {"token_embd", "attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+    assert len(plan.file.kinds) == 1 + 4 * 2
+    nothing: Any = None
+    assert Work(plan, nothing, 1, resident=True).layers == 2  # config.json calls it n_layer
+    with pytest.raises(UserError, match="at most the model's context"):
+        planned(folder.path, tmp_path / "template.gguf", budget=budget, text=TEXT | {"window": 512})
 
 
 def test_a_type_without_export_of_its_own_is_told_of_templates(planned: Callable[..., Plan], tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_blocks_give_exactly_the_logits_of_transformers(model_type: str, tmp_pat
     folder = ModelFolder(tmp_path)
     check_model(folder)
     model = BlockModel(folder, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.model.parameters())
     model.load_all()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.inference_mode():
@@ -90,6 +91,17 @@ def test_blocks_give_exactly_the_logits_of_transformers(model_type: str, tmp_pat
     assert (shape.layers, shape.hidden, shape.vocabulary) == (len(model.blocks), 64, 64)
     assert shape.state_bytes == 4 * model.state_width
     assert shape.block_bytes() > 0 and shape.activation_bytes(12) > 0
+
+
+def test_layers_that_hold_their_weight_transposed_are_linear_layers(tmp_path: Path) -> None:
+    stored = save(tmp_path, "gpt2", KINDS["gpt2"])
+    folder = ModelFolder(tmp_path)
+    found = dict(BlockModel(folder, torch.device("cpu")).linears(1))
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert list(found) == [f"transformer.h.1.{name}.weight" for name in names]
+    for name in found:
+        assert folder.shapes[name] == tuple(folder.read(name).shape)
+        assert torch.equal(folder.read(name), stored.get_parameter(name).T)
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "granite"])
