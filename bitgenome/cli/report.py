@@ -1,5 +1,8 @@
 """Prints plans, outcomes and proofs as tables on the terminal."""
 
+import shlex
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
@@ -7,7 +10,7 @@ from bitgenome.common.numbers import perplexity_text
 from bitgenome.plan.forecast import compared
 from bitgenome.run.healing import verdict
 from bitgenome.run.outcome import Outcome
-from bitgenome.run.proof import Proof
+from bitgenome.run.proof import MixProof, Proof, Sample
 from search.loop.winner import Winner
 
 
@@ -46,6 +49,34 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(f"{outcome.evaluations} evaluations; {compared(outcome.expected, outcome.seconds)}")
     for what, path in (("GGUF", outcome.gguf), ("recipe", outcome.recipe), ("run", outcome.run)):
         console.print(f"{what:>6}  {path}", soft_wrap=True)
+    show_use(outcome.gguf, outcome.proof.sample, console)
+    if outcome.proof.mix is None:
+        console.print(f"Beside llama.cpp's own files of its size: bitgenome compare {outcome.run}", soft_wrap=True)
+
+
+def show_use(gguf: Path, sample: Sample | None, console: Console) -> None:
+    """Show what a file is run with, and what it writes."""
+    console.print("Run it with")
+    for program in ("llama-cli", "llama-server"):
+        console.print(f"        {program} -m {shlex.quote(str(gguf))}", soft_wrap=True)
+    if sample:
+        goes = "answers" if sample.chat else "goes on"
+        said = f"To {one_line(sample.prompt)!r} it {goes}: {one_line(sample.answer)!r}"
+        console.print(said, soft_wrap=True, markup=False)
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` with white space as single spaces, and without what a terminal would act on."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+def against_mix(proof: Proof, mix: MixProof) -> str:
+    """Return a sentence that holds a file against llama.cpp's own of the nearest size."""
+    size = 100 * (proof.file_bytes / mix.file_bytes - 1)
+    word = f"{abs(size):.1f} % {'larger' if size > 0 else 'smaller'} than" if round(size, 1) else "of the size of"
+    times = f"; its KL is {proof.runtime_kl / mix.kl:.2f} of that one's" if mix.kl > 0 else ""
+    theirs = f"{mix.mix} ({megabytes(mix.file_bytes)}, with the same importance matrix)"
+    return f"The file is {word} llama.cpp's {theirs}{times}"
 
 
 def lead_on_validation(winner: Winner) -> str:
@@ -75,7 +106,12 @@ def show_proof(proof: Proof, console: Console) -> None:
     if proof.eight_bit_kl is not None:
         table.add_row("simulated, 8-bit inputs", f"{proof.eight_bit_kl:.5f}", "")
     table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", perplexity_text(proof.runtime_perplexity), style="bold")
+    if proof.mix:
+        name = f"llama.cpp with its own {proof.mix.mix} file"
+        table.add_row(name, f"{proof.mix.kl:.5f}", perplexity_text(proof.mix.perplexity))
     console.print(table)
+    if proof.mix:
+        console.print(against_mix(proof, proof.mix))
     f = proof.figures
     console.print(
         f"llama.cpp's KL: mean {f.mean_kl.text()}, median {f.median_kl.text()}, 99 % {f.kl_99.text()}; "

@@ -109,7 +109,18 @@ class RunConfig(StoredSection):
     )
     search: SearchSettings = Field(SearchSettings(), description="strategy, its settings, and the text it reads")
     healing: HealingSettings = Field(HealingSettings(), description="of norms and biases, after the search")
+    llamacpp_mix: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether llama.cpp's own file of the nearest size is made and measured beside the run's; auto: for "
+        "models of up to 250 million weights; never changes the result",
+    )
     workers: WorkerSettings = Field(WorkerSettings(), description="the Ray cluster; never changes the result")
+
+    @field_validator("llamacpp_mix", mode="before")
+    @classmethod
+    def word(cls, value: Any) -> Any:
+        """Return on or off for true or false, which is how YAML reads these words."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -164,7 +175,7 @@ class RunConfig(StoredSection):
         digests of what it read there.
         """
         places: dict[str, Any] = dict.fromkeys(
-            ("workers", "storage_path", "storage_url", "name", "model", "template"), True
+            ("workers", "storage_path", "storage_url", "name", "model", "template", "llamacpp_mix"), True
         )
         parts = {"evaluation": {"memory"}, "quantization": {"keep_hessians", "imatrix"}}
         return self.model_dump(mode="json", exclude=places | parts) | {"text": self.text.result_keys()}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
+from bitgenome.compare.nearest import nearest_mix
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.monitoring import Monitor, monitor_run
 from bitgenome.observe.progress import tracked, tracker
@@ -87,6 +88,7 @@ def run_stages(
     expected = expected_seconds(plan, directory, pool)
     variant = decide_variant(plan, directory, pool)  # while no worker holds anything
     plan = with_gene_groups(plan, windows, directory, pool, track)
+    unscaled = plan.folder
     artefacts = prepare(plan, windows, directory, pool, track)
     plan, setup = artefacts.plan, artefacts.setup
     directory.record |= {"bank": str(setup.bank), "workers": pool.size}
@@ -128,8 +130,10 @@ def run_stages(
     with directory.stage("proof"):
         how = plan.config.evaluation
         prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory, plan.file)
+        size, imatrix, wanted = gguf.stat().st_size, directory.path / layout.IMATRIX, plan.config.llamacpp_mix
         try:
-            proof = tracked(track, "proving", prove_file)
+            with nearest_mix(wanted, plan.space.weights, unscaled, plan.file, size, imatrix) as mix:
+                proof = tracked(track, "proving", partial(prove_file, beside=mix))
         except (LlamaCppError, FloatingPointError) as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = replace(outcome, proof=proof, seconds=directory.record.seconds)

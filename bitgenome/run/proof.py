@@ -1,7 +1,8 @@
 """Measures a file on held-out text, by simulation and by llama.cpp."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,44 @@ from evaluators.engine.memory import windows_at_once
 from evaluators.engine.streamed import streamed
 from evaluators.engine.sweep import Sweep
 from evaluators.model.folder import ModelFolder
+from evaluators.model.head import Head
 from evaluators.model.sizes import ModelShape
 from exporters.files.file_layout import FileLayout
+from exporters.files.gguf_reader import read_gguf
 from exporters.files.packed_file import PackedFile
-from exporters.runtime.comparison import compare, log_probs
+from exporters.runtime.comparison import LogProbs, compare, log_probs
 from exporters.runtime.figures import Figures
-from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
+from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime
+from exporters.runtime.text import TextServer
 from exporters.runtime.tokens import check_tokens
 from quantizers.formats.table import QuantFormat
+
+log = logging.getLogger(__name__)
+
+CONTEXT = 512  # tokens, for the measurement of speed and the sample
+SAMPLE_TOKENS = 40
+SAMPLE_CHARACTERS = 160  # of the test text, that a file without a chat template goes on from
+QUESTION = "What can you help me with? Answer in one sentence."
+
+
+@dataclass(frozen=True)
+class MixProof:
+    """Holds what llama.cpp's own file of a mix, beside which ours is proved, is worth by the same proof."""
+
+    mix: str  # of llama.cpp, e.g. "Q3_K_M"
+    file_bytes: int
+    kl: float  # full precision to llama.cpp
+    perplexity: float
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Holds what a file answers to a prompt, or how it goes on from it, by llama.cpp."""
+
+    prompt: str
+    answer: str
+    chat: bool  # whether it is an answer, by the file's chat template
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,8 @@ class Proof:
     eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, where the run was configured so
     eight_bit_to_runtime_kl: float | None = None
     eight_bit_alone_kl: float | None = None  # of 8-bit inputs with full-precision weights
+    mix: MixProof | None = None  # of llama.cpp's own files the nearest in size, where it was made
+    sample: Sample | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name."""
@@ -76,20 +109,27 @@ def prove(
     activations: str = "float",
     memory: int | None = None,
     layout: FileLayout | None = None,
+    beside: tuple[str, Path] | None = None,
 ) -> Proof:
     """Measure a GGUF file of ``folder``'s model on the test windows (n, T) of ``text``, by simulation and by llama.cpp.
 
     With ``activations`` q8 the simulation is repeated with 8-bit inputs. A warning says where llama.cpp makes other
     tokens of the text than the model. Weights are in memory one block at a time, and at the end the two heads;
     ``memory`` bounds the windows that go through a block at once, by default by what is free; ``layout``
-    is what the file holds, by default as built. Raises ValueError for a
-    damaged file, and LlamaCppError if llama.cpp cannot run it.
+    is what the file holds, by default as built. ``beside`` is a mix of llama.cpp and its file of the model, which is
+    measured by the same text. Raises ValueError for a damaged file, and LlamaCppError if llama.cpp cannot run it.
     """
     file, windows = PackedFile(path, folder, layout), text.windows["test"]
     with LlamaCppRuntime(path, windows.shape[1]) as runtime:
         from_runtime = runtime.hidden_states(windows)
         check_tokens(runtime, folder.path, text.sample)
-    speed = generation_speed(path)  # before heads and hidden states, so that llama.cpp's memory is not beside theirs
+    # before heads and hidden states, so that llama.cpp's memory is not beside theirs
+    with TextServer(path, CONTEXT) as server:
+        speed, sample = server.speed(), sample_of(server, text.sample)
+    from_mix = None
+    if beside is not None:
+        with LlamaCppRuntime(beside[1], windows.shape[1]) as runtime:
+            from_mix = runtime.hidden_states(windows)
     ids, device = torch.from_numpy(windows), best_device()
     at_once = windows_at_once(ModelShape.of(folder), windows.shape[1], windows.size, memory or worker_memory(device))
     shipped, formats = ShippedModel(folder, file), file.formats
@@ -115,11 +155,15 @@ def prove(
     if eight_bit_states is not None and eight_bit_input is not None:
         eight_bit_kl = reference.compare(eight_bit_input, head).kl
         eight_bit = log_probs(eight_bit_states, head)  # llama.cpp's head is in floats too
+    full_precision = log_probs(full_states, full_head)
+    mix = None
+    if beside is not None and from_mix is not None:
+        mix = mix_proof(*beside, torch.from_numpy(from_mix).to(device), full_head, full_precision, text)
     found = compare(
         log_probs(torch.from_numpy(from_runtime).to(device), head),
         windows,
         len(head.weight),
-        log_probs(full_states, full_head),
+        full_precision,
         log_probs(states, head),
         eight_bit,
         text.unscored,
@@ -142,4 +186,31 @@ def prove(
         eight_bit_kl=eight_bit_kl,
         eight_bit_to_runtime_kl=found.eight_bit.kl if found.eight_bit else None,
         eight_bit_alone_kl=alone_kl,
+        mix=mix,
+        sample=sample,
     )
+
+
+def mix_proof(mix: str, path: Path, states: Tensor, full_head: Head, full: LogProbs, text: TokenWindows) -> MixProof:
+    """Return what llama.cpp's file of a ``mix`` is worth, given its final hidden ``states`` (n, T, D).
+
+    ``full_head`` and ``full`` are head and log probabilities of the full-precision model on the test windows.
+    """
+    weight = torch.from_numpy(read_gguf(path).head()).to(states.device)
+    own, windows = log_probs(states, replace(full_head, weight=weight)), text.windows["test"]
+    found = compare(own, windows, len(weight), full, unscored=text.unscored)
+    assert found.reference is not None and found.reference.figures is not None
+    return MixProof(mix, path.stat().st_size, found.reference.kl, found.perplexity, found.reference.figures)
+
+
+def sample_of(server: TextServer, text: str) -> Sample | None:
+    """Return what a file answers or, without a chat template, how it goes on from the beginning of ``text``.
+
+    Nothing, with a warning, where llama.cpp refuses to let it write: a chat template may be one that it cannot read.
+    """
+    prompt = QUESTION if server.chats else text[:SAMPLE_CHARACTERS].rpartition(" ")[0].strip()
+    try:
+        return Sample(prompt, server.answer(prompt, SAMPLE_TOKENS), server.chats) if prompt else None
+    except LlamaCppError as error:
+        log.warning("no sample of what the file writes: %s", error)
+        return None

@@ -70,7 +70,10 @@ def export_gguf(
             raise ValueError(f"expected {tensor.float_bytes} bytes of {tensor.name}, found {rows.nbytes}")
         return GGMLQuantizationType[tensor.type_name], rows
 
-    return write_file(layout, data, Path(path), provenance, check)
+    size = write_file(layout, data, Path(path), provenance, check)
+    if provenance:  # no file that is written on the way to others
+        log.info("wrote %s: %d tensors, %d bytes", path, len(layout.tensors), size)
+    return size
 
 
 def float_reader(source: ModelSource, overrides: Mapping[str, torch.Tensor]) -> Callable[[str], torch.Tensor]:
@@ -138,5 +141,4 @@ def write_file(
             file.seek(0)
             file.write(header)
         check(temporary)
-    log.info("wrote %s: %d tensors, %d bytes", path, len(layout.tensors), size)
     return size

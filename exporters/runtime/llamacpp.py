@@ -1,4 +1,4 @@
-"""Runs GGUF files in llama.cpp through xllamacpp, for their hidden states, their tokens and their speed.
+"""Runs GGUF files in llama.cpp through xllamacpp, for their hidden states and tokens; ``text`` lets them write.
 
 Shapes: n windows, T positions, D hidden size. The server is a process of its own (``exporters.runtime.server``), since
 llama.cpp aborts its process where it dislikes a file; it listens only on the loopback interface.
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,21 +29,12 @@ DEATH_S = 5.0  # within which a process that gave no answer shows whether it has
 LAST_WORDS = 300  # characters shown of what llama.cpp said last
 SOURCE_FOLDER = re.compile(r"^/\S*/(?=\S+:\d+: )")  # of "/where/it/was/built/llama-vocab.cpp:2665: "
 ERROR_LINE = re.compile(r"^[\d.]+ E (?:\w+ +)*?(?=\w+: )")  # of "0.00.033.924 E srv load_model: failed"
+PEAK = re.compile(r"VmHWM:\s*(\d+) kB")  # of proc_pid_status(5)
 RAW = -1  # embd_normalize: no normalization
 
 
 class LlamaCppError(RuntimeError):
     """Raised if llama.cpp cannot load or run a file, or dies of it."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Speed of prompt and generation in tokens per second, as timed by llama.cpp."""
-
-    prompt: float
-    generation: float
-    prompt_tokens: int
-    generated_tokens: int
 
 
 class Server:
@@ -62,6 +52,7 @@ class Server:
         file = str(Path(path).absolute())
         self._settings = {"path": file, "context": context, "threads": threads or default_threads(), "states": states}
         self._connection: http.client.HTTPConnection | None = None
+        self.load_seconds = 0.0  # that llama.cpp took until it was ready, its libraries loaded before
 
     def __enter__(self) -> Self:
         self._said = tempfile.TemporaryFile()
@@ -87,7 +78,8 @@ class Server:
         line = self._process.stdout.readline()
         if not line:
             raise LlamaCppError(f"llama.cpp cannot load {self.contents.path}: {self._end()}")
-        address = urlsplit(line.decode().strip())
+        told, seconds = line.decode().split()
+        address, self.load_seconds = urlsplit(told), float(seconds)
         self._connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=self.timeout_seconds)
 
     def __exit__(
@@ -118,6 +110,19 @@ class Server:
         if response.status != http.HTTPStatus.OK:
             raise LlamaCppError(f"llama.cpp refused {route}: {answer.decode(errors='replace')[:LAST_WORDS]}")
         return json.loads(answer)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory that the process has taken so far, mapped pages of the file included; None where not known.
+
+        Memory of accelerators is not in it.
+        """
+        try:
+            said = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii", errors="replace")
+        except OSError:  # there is none outside Linux
+            return None
+        found = PEAK.search(said)
+        return int(found[1]) << 10 if found else None
 
     def _end(self) -> str:
         """Return how the process ended, and what it said last."""
@@ -178,27 +183,8 @@ class LlamaCppRuntime(Server):
 
         Raises ValueError if the file has no tokenizer, LlamaCppError if llama.cpp gives no valid answer.
         """
-        _require_tokenizer(self.contents)
+        require_tokenizer(self.contents)
         return list(self.ask("/tokenize", {"content": text, "add_special": add_special})["tokens"])
-
-
-def generation_speed(
-    path: str | Path, prompt_tokens: int = 128, new_tokens: int = 64, threads: int | None = None
-) -> Speed:
-    """Measure the speed of prompt and generation with llama.cpp's defaults for KV cache and attention.
-
-    Raises as LlamaCppRuntime does, and ValueError for a file without a tokenizer.
-    """
-    server = Server(path, prompt_tokens + new_tokens, threads, timeout_seconds=600.0, states=False)
-    _require_tokenizer(server.contents)
-    vocabulary = server.contents.tensors["token_embd.weight"].shape[0]
-    prompt = [i % vocabulary for i in range(prompt_tokens)]  # the time does not depend on the ids
-    request = {"prompt": prompt, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False, "temperature": 0.0}
-    with server:
-        timings = server.ask("/completion", request)["timings"]
-    return Speed(
-        timings["prompt_per_second"], timings["predicted_per_second"], timings["prompt_n"], timings["predicted_n"]
-    )
 
 
 def default_threads() -> int:
@@ -206,7 +192,7 @@ def default_threads() -> int:
     return max(1, usable_cpus() // 2)
 
 
-def _require_tokenizer(contents: GgufContents) -> None:
+def require_tokenizer(contents: GgufContents) -> None:
     """Raise ValueError for a file without a tokenizer: on text requests llama.cpp would abort the process."""
     if contents.key_values.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         raise ValueError(f"expected a GGUF file with a tokenizer, found none in {contents.path}")

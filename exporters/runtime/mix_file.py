@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, LlamaFileType
 
 from exporters.files.file_layout import FileLayout, FileTensor, encoded_keys, stored_bytes
 from exporters.files.gguf_writer import write_file
-from exporters.files.mixes import MixModel, mix_name, mix_types
+from exporters.files.mixes import DEFAULTS, LEGACY, MixModel, mix_name, mix_types
 from exporters.metadata.key_values import KeyValues
 from exporters.opening.source import GgufModel
 from exporters.runtime.ggml import requantize
@@ -69,3 +69,11 @@ class MixFile(FileLayout):
             return kind, requantize(matrices, source, kind, importance.get(tensor.name))
 
         return write_file(self, data, path)
+
+
+def mixes_by_size(original: GgufModel) -> list[MixFile]:
+    """Return llama.cpp's mixes of a model in floats, smallest first, without the older types that none would choose.
+
+    Raises ValueError for an architecture whose rules are not known.
+    """
+    return sorted((MixFile(original, mix) for mix in DEFAULTS if mix not in LEGACY), key=lambda mix: mix.size)

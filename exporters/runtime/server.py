@@ -1,8 +1,9 @@
 """Serves one GGUF file by llama.cpp, as a process of its own, which ``exporters.runtime.llamacpp`` starts.
 
-The parent writes the settings to this process's standard input, a JSON object in a line, and reads the server's address
-from its standard output, a line. The process ends as soon as its standard input is closed, however the parent ends. It
-is run by its path and imports nothing of the project, so that it starts in a sixth of a second.
+The parent writes the settings to this process's standard input, a JSON object in a line, and reads a line from its
+standard output: the server's address and the seconds that llama.cpp took until it was ready. The process ends as soon
+as its standard input is closed, however the parent ends. It is run by its path and imports nothing of the project, so
+that it starts in a sixth of a second.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 import xllamacpp
@@ -61,11 +63,12 @@ def main() -> None:
     wanted = json.loads(sys.stdin.buffer.readline())
     watcher = threading.Thread(target=end_with_parent, name="parent", daemon=True)
     watcher.start()
+    started = time.monotonic()
     try:
         server = xllamacpp.Server(server_settings(wanted))
     except RuntimeError:  # why is on standard error already
         os._exit(REFUSED)
-    sys.stdout.write(f"{server.listening_address}\n")
+    sys.stdout.write(f"{server.listening_address} {time.monotonic() - started}\n")
     sys.stdout.flush()
     watcher.join()
 

@@ -32,6 +32,7 @@ SMALL = {
     "search": {"population": 8, "generations": 3, "validation_candidates": 2},
     "healing": {"steps": 6, "batch_tokens": 512, "learning_rate": 0.003},
     "workers": {"ray": "local", "count": 2},
+    "llamacpp_mix": "off",
 }
 LITTLE = {  # of everything, where the figures do not matter
     "model": str(EMBEDDED),
@@ -43,6 +44,7 @@ LITTLE = {  # of everything, where the figures do not matter
     },
     "search": {"population": 4, "generations": 2, "elites": 2, "brood": 4, "validation_candidates": 2},
     "healing": {"enabled": "off"},
+    "llamacpp_mix": "off",
 }
 
 
@@ -132,7 +134,7 @@ def little(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def build(storage: Path) -> None:
         model = save_small_model(storage / ("m" * 240), "llama")  # a long name, as some hubs have them
         config = {**LITTLE, "name": "little", "model": str(model), "levels": ["W4", "W8"], "workers": {"ray": "off"}}
-        config |= {"storage_path": str(storage), "budget": {"bits_per_weight": 8.0}}
+        config |= {"storage_path": str(storage), "budget": {"bits_per_weight": 8.0}, "llamacpp_mix": "on"}
         (storage / "little.yaml").write_text(yaml.safe_dump(config))
         done = call_here("run", storage / "little.yaml")
         assert done.returncode == 0, done.stderr

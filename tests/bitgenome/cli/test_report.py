@@ -1,9 +1,16 @@
 """Sentences of the closing table."""
 
+import io
 from math import inf
+from pathlib import Path
 
-from bitgenome.cli.report import lead_on_validation
+import numpy as np
+from rich.console import Console
+
+from bitgenome.cli.report import against_mix, lead_on_validation, show_use
 from bitgenome.run.outcome import validation_record
+from bitgenome.run.proof import MixProof, Proof, Sample
+from exporters.runtime.figures import Figures, PositionErrors
 from search.loop.paired import Estimate
 from search.loop.winner import Winner
 from search.types import Evaluation
@@ -31,3 +38,25 @@ def test_a_reference_that_wins_is_named() -> None:
 def test_the_error_of_a_single_window_is_no_number_in_json() -> None:
     winner = Winner(WINNER, (WINNER,), "uniform", Estimate(-0.1, inf, 1), 0)
     assert validation_record(winner)["standard_error"] is None
+
+
+def test_a_file_is_held_against_llama_cpps_own_of_the_nearest_size() -> None:
+    errors = PositionErrors(np.zeros((1, 1)), np.ones((1, 1), bool), np.zeros((1, 1)), np.zeros((1, 1)))
+    figures = Figures.of(errors)
+    mix = MixProof("Q3_K_M", 2_000_000, 0.2, 9.0, figures)
+    proof = Proof("f.gguf", 1_900_000, 8, 8.0, 0.1, 8.5, 0.1, 8.5, 0.0, 1.0, 1.0, 1.0, figures, mix=mix)
+    assert against_mix(proof, mix) == (
+        "The file is 5.0 % smaller than llama.cpp's Q3_K_M (2.000 MB, with the same importance matrix); its KL is 0.50 "
+        "of that one's"
+    )
+
+
+def test_a_sample_can_do_nothing_to_the_terminal() -> None:
+    out = Console(file=io.StringIO(), width=80)
+    show_use(Path("my runs/f.gguf"), Sample("Why?", "[red]be\x1b[2Jcause\n  so[/red]", chat=True), out)
+    assert isinstance(out.file, io.StringIO)
+    assert out.file.getvalue().splitlines()[1:] == [
+        "        llama-cli -m 'my runs/f.gguf'",
+        "        llama-server -m 'my runs/f.gguf'",
+        "To 'Why?' it answers: '[red]be[2Jcause so[/red]'",
+    ]

@@ -11,7 +11,8 @@ from benchmarks.float_gguf import export_float
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.comparison import measure_file
-from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime, generation_speed
+from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime
+from exporters.runtime.text import generation_speed
 
 
 @pytest.fixture(scope="module")

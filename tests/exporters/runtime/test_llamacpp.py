@@ -15,7 +15,8 @@ import pytest
 from benchmarks.float_gguf import export_float
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
-from exporters.runtime.llamacpp import SERVER, LlamaCppError, LlamaCppRuntime, generation_speed
+from exporters.runtime.llamacpp import SERVER, LlamaCppError, LlamaCppRuntime
+from exporters.runtime.text import generation_speed
 from tests.conftest import REPOSITORY
 
 ONE = np.zeros((1, 1), dtype=np.int64)

@@ -13,7 +13,8 @@ from evaluators.model.families import EXPORTABLE
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
 from exporters.metadata.architectures import UnsupportedArchitectureError
-from exporters.runtime.llamacpp import LlamaCppRuntime, generation_speed
+from exporters.runtime.llamacpp import LlamaCppRuntime
+from exporters.runtime.text import generation_speed
 from tests.exporters.conftest import random_windows, relative_error, transformers_hidden
 
 WIRING_TOLERANCE = 1e-5  # float32 in another order of summation; measured 5e-7 to 3e-6
