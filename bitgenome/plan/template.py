@@ -100,10 +100,10 @@ def _explanation(config: RunConfig, template: GgufModel, folder: ModelFolder, pa
 
 
 def multiplied(folder: ModelFolder) -> frozenset[str]:
-    """Return the Hugging Face names of the weights that are searched: of linear layers, embedding and head."""
+    """Return the Hugging Face names of the weights that are searched: of linear layers, lookup tables and head."""
     model = BlockModel(folder, torch.device("cpu"))
     linears = (name for block in range(len(model.blocks)) for name, _ in model.linears(block))
-    return frozenset([*linears, model.embedding_name, model.head_name])
+    return frozenset([*linears, *model.lookup_names, model.head_name])
 
 
 def report(file: TemplateLayout) -> None:

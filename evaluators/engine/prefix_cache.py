@@ -11,7 +11,7 @@ Chunks = list[Tensor]  # hidden states (B, T, D), some windows in each chunk
 class PrefixCache:
     """Caches hidden states in at most ``capacity`` bytes; the least recently used entries are dropped first.
 
-    A key names what the states depend on: the text, and the formats of the embedding and of the blocks before them.
+    A key names what the states depend on: the text, and the formats of the lookup tables and of the blocks before them.
     """
 
     def __init__(self, capacity: int):

@@ -30,14 +30,14 @@ from evaluators.model.head import Head
 from quantizers.formats.table import QuantFormat
 
 Candidate = Mapping[str, QuantFormat]  # format of every quantized tensor, by Hugging Face name
-Choice = tuple[QuantFormat | None, ...]  # formats of the embedding, or of a block's tensors in their order
+Choice = tuple[QuantFormat | None, ...]  # formats of the lookup tables, or of a block's tensors in their order
 Path = tuple[int, ...]  # numbers of the choices, which are faster to compare
 ATTENTION = ".self_attn."  # part of the names of its tensors
 
 
 @dataclass(frozen=True)
 class Member:
-    """Holds a candidate's index in the list, its choices (embedding, then each block) and the numbers of these."""
+    """Holds a candidate's index in the list, its choices (lookup tables, then each block) and the numbers of these."""
 
     index: int
     choices: tuple[Choice, ...]
@@ -106,7 +106,7 @@ class Sweep:
         return self._normed([*nodes, *waiting[-1]], len(candidates))
 
     def _member(self, index: int, candidate: Candidate) -> Member:
-        tensors = [[self.model.embedding_name], *self._tensors]
+        tensors = [self.model.lookup_names, *self._tensors]
         choices = tuple(tuple(candidate.get(name) for name in names) for names in tensors)
         return Member(index, choices, tuple(self._numbers.setdefault(c, len(self._numbers)) for c in choices))
 
@@ -135,8 +135,7 @@ class Sweep:
 
     def _embedded(self, ids: Tensor, candidate: Candidate) -> Chunks:
         """Return the states before the first block."""
-        fmt = candidate.get(self.model.embedding_name)
-        return list(embedded(self.weights, fmt, ids, self.batches.windows))
+        return list(embedded(self.weights, candidate, ids, self.batches.windows))
 
     def _through_block(self, block: int, nodes: Sequence[Node]) -> list[Node]:
         """Return the nodes after ``block``; the states of ``nodes``, before it, are freed one by one."""

@@ -1,6 +1,6 @@
 """This module provides a model's tensors, in full precision or decoded from the bank, and keeps as many as fit."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -109,15 +109,15 @@ class ModelWeights:
         return stored
 
 
-def embedded(weights: ModelWeights, fmt: QuantFormat | None, ids: Tensor, windows: int) -> Iterator[Tensor]:
+def embedded(weights: ModelWeights, formats: Mapping[str, QuantFormat], ids: Tensor, windows: int) -> Iterator[Tensor]:
     """Yield the embeddings of token ids (B, T), on the model's device, for ``windows`` windows at a time.
 
-    Only those rows of the embedding, in the format ``fmt``, are decoded that the text uses.
+    Only those rows of the lookup tables, in their ``formats``, are decoded that the text uses.
     """
     model = weights.model
     used, places = ids.unique(return_inverse=True)
     for name in model.lookup_names:
-        model.place(name, weights.rows(name, fmt if name == model.embedding_name else None, used))
+        model.place(name, weights.rows(name, formats.get(name), used))
     for name in model.entry_parameters:
         model.place(name, weights.get(name, None))
     yield from (model.embed(rows) for rows in places.split(windows))

@@ -106,7 +106,7 @@ def logit_scores(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int = 0) -> Iterator[Use]:
-    """Yield every use of a weight on token ids ``ids`` (n, T), from the head down to the embedding's lookup.
+    """Yield every use of a weight on token ids ``ids`` (n, T), from the head down to the lookup tables.
 
     ``uniform`` (n, T), float64 in [0, 1), decides the labels; the first ``unscored`` positions of a window have none. A
     tied embedding is yielded twice. Embedding, final norm and head must be loaded. A block that is not loaded is loaded
@@ -127,7 +127,8 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int 
         with at_hand(model, block):
             scores, uses = _block_uses(model, block, inputs.pop(), scores)
             yield from uses
-    yield LookupUse(model.embedding_name, ids.flatten(), model.embedding_gradient(ids, scores).flatten(0, 1))
+    for name, at_rows in model.lookup_gradients(ids, scores).items():
+        yield LookupUse(name, ids.flatten(), at_rows.flatten(0, 1))
 
 
 @torch.no_grad()

@@ -142,13 +142,12 @@ class _Stream:
         """Return the input of the first block for all splits and kinds."""
         weights = ModelWeights(self.model, self.bank, capacity=0)
 
-        def states(fmt: QuantFormat | None, ids: Tensor) -> Tensor:
+        def states(formats: Mapping[str, QuantFormat], ids: Tensor) -> Tensor:
             at_once = max(1, BATCH_TOKENS // ids.shape[1])
-            return torch.cat([rows.cpu() for rows in embedded(weights, fmt, ids, at_once)])
+            return torch.cat([rows.cpu() for rows in embedded(weights, formats, ids, at_once)])
 
-        fmt = self.formats.get(self.model.embedding_name)
-        tracks = {f"{split}/{FULL}": states(None, ids) for split, ids in self.ids.items()}
-        quantized = {split: states(fmt, ids) for split, ids in self.ids.items()}
+        tracks = {f"{split}/{FULL}": states({}, ids) for split, ids in self.ids.items()}
+        quantized = {split: states(self.formats, ids) for split, ids in self.ids.items()}
         tracks |= {f"{split}/{PLAIN}": hidden for split, hidden in quantized.items() if split != CALIBRATION}
         return tracks | {f"{split}/{HEALED}": hidden.clone() for split, hidden in quantized.items()}
 

@@ -60,8 +60,8 @@ class BlockModel:
         return f"{self._names[id(self.blocks[block])]}."
 
     def block_of(self, tensor: str) -> int:
-        """Return the index of the block that holds ``tensor``: -1 for embedding, the block count for norm and head."""
-        if tensor == self.embedding_name:
+        """Return the block that holds ``tensor``: -1 for a lookup table, the number of blocks for norm and head."""
+        if tensor in self.lookup_names:
             return -1
         prefix = self.block_prefix(0).removesuffix("0.")
         if tensor.startswith(prefix):
@@ -197,9 +197,12 @@ class BlockModel:
         """Return the first block's input (B, T, D) for token ids (B, T)."""
         return self._entrance(ids.to(self.device))
 
-    def embedding_gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient (B, T, D) at the rows looked up for ``ids``, given that at the first block's input."""
-        return self._entrance.row_gradient(ids, gradient)
+    def lookup_gradients(self, ids: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        """Return the gradients (B, T, columns) at the rows that ``ids`` look up, by the table's name.
+
+        ``gradient`` (B, T, S) is that at the first block's input.
+        """
+        return dict(zip(self.lookup_names, self._entrance.row_gradients(ids, gradient), strict=True))
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Return the final norm's output (..., D) for the last block's output."""

@@ -3,6 +3,8 @@
 Shapes: B windows, T positions, D hidden size.
 """
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
@@ -28,24 +30,26 @@ class Entrance:
         embeddings: Tensor = self._parts.embedding(ids)
         return embeddings if self._factor is None else embeddings * self._factor
 
-    def row_gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient (B, T, D) at the looked-up rows of the embedding, given that at the first block's input.
+    def row_gradients(self, ids: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Return the gradients (B, T, columns) at each table's looked-up rows, given that at the first block's input.
 
-        The other modules before the first block must be loaded unless this is a product.
+        The modules before the first block must be loaded unless this is a product.
         """
-        own = getattr(self._parts.embedding, "embed_scale", 1.0)  # Gemma scales the embeddings it looks up
+        scales = [getattr(part, "embed_scale", 1.0) for part in self._parts.lookups]  # Gemma scales what it looks up
         if self.plain:
-            return gradient * own * (1.0 if self._factor is None else self._factor)
-        rows: list[Tensor] = []
+            return [gradient * scales[0] * (1.0 if self._factor is None else self._factor)]
+        rows: dict[nn.Module, Tensor] = {}
 
         def follow(module: nn.Module, given: object, output: Tensor) -> Tensor:
-            rows.append(output.detach().requires_grad_(True))
-            return rows[-1]
+            rows[module] = output.detach().requires_grad_(True)
+            return rows[module]
 
-        with torch.enable_grad(), self._parts.embedding.register_forward_hook(follow):
+        with torch.enable_grad(), ExitStack() as hooks:
+            for part in self._parts.lookups:
+                hooks.enter_context(part.register_forward_hook(follow))
             found = self._run(ids)
-        (at_rows,) = torch.autograd.grad(found, rows[-1], gradient)
-        return at_rows * own
+        at_rows = torch.autograd.grad(found, [rows[part] for part in self._parts.lookups], gradient)
+        return [at * scale for at, scale in zip(at_rows, scales, strict=True)]
 
     @torch.no_grad()
     def _is_product(self) -> bool:

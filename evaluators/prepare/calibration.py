@@ -35,19 +35,22 @@ LOOKUP_WEIGHT = 0.3
 
 
 def embedding_groups(model: BlockModel, H: Tensor, statistics: InputStatistics) -> Iterator[InputGroup]:
-    """Yield the input groups of head and embedding: one if they are tied, else two.
+    """Yield the input groups of the head and of the tables that token ids look up; that of a tied embedding once.
 
     H (D, D) and ``statistics`` (D,) are those of the head's input, the final hidden states. A tied embedding takes them
-    as ``LOOKUP_WEIGHT`` says. An untied embedding is only a lookup table: its Hessian is the identity.
+    as ``LOOKUP_WEIGHT`` says. What is only looked up has the identity as its Hessian.
     """
     name = model.head_name.removesuffix(".weight")
-    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
     if model.folder.tied:
-        yield InputGroup(name, (model.head_name,), H / H.diagonal().mean() + LOOKUP_WEIGHT * identity, statistics)
-    else:
-        yield InputGroup(name, (model.head_name,), H, statistics)
-        lookup = InputStatistics.of_lookup(len(H), H.device)
-        yield InputGroup(model.embedding_name.removesuffix(".weight"), (model.embedding_name,), identity, lookup)
+        identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+        H = H / H.diagonal().mean() + LOOKUP_WEIGHT * identity
+    yield InputGroup(name, (model.head_name,), H, statistics)
+    for table in model.lookup_names:
+        if table != model.head_name:
+            columns = model.folder.shapes[table][1]
+            identity = torch.eye(columns, dtype=H.dtype, device=H.device)
+            lookup = InputStatistics.of_lookup(columns, H.device)
+            yield InputGroup(table.removesuffix(".weight"), (table,), identity, lookup)
 
 
 @torch.inference_mode()
@@ -71,7 +74,8 @@ def embedded(model: BlockModel, windows: Tensor) -> list[Tensor]:
     """Return the inputs of the first block for token ids ``windows`` (n, T), in chunks; the embedding is freed."""
     model.load_embedding()
     hidden = [model.embed(chunk).cpu() for chunk in chunked_windows(windows)]
-    model.place(model.embedding_name, None)
+    for name in model.lookup_names:
+        model.place(name, None)
     return hidden
 
 
