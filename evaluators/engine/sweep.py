@@ -233,6 +233,8 @@ class Sweep:
 
     def head(self, fmt: QuantFormat | None) -> Head:
         """Return the head with its weight in the format ``fmt``; None is full precision."""
+        for name in self.model.head_biases:
+            self.model.place(name, self.weights.get(name, None))
         return self.model.head_with(self.weights.get(self.model.head_name, fmt))
 
     def head_input(self, hidden: Tensor, fmt: QuantFormat | None) -> Tensor:

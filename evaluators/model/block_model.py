@@ -101,6 +101,8 @@ class BlockModel:
         self.load_norm()
         if self.folder.tied:
             self.load_embedding()
+            for name in self.head_biases:
+                self.place(name, self.as_computed(name, self.folder.read(name)))
         else:
             self._load(self.parts.head, f"{self._names[id(self.parts.head)]}.")
 
@@ -130,6 +132,11 @@ class BlockModel:
         return self._tensors([self.parts.norm])
 
     @property
+    def head_biases(self) -> list[str]:
+        """Names of the head's parameters beside its weight; none for most models."""
+        return [name for name in self._tensors([self.parts.head]) if not name.endswith(".weight")]
+
+    @property
     def lookup_names(self) -> list[str]:
         """Names of the tables that token ids look up, the embedding's first."""
         return [f"{self._names[id(part)]}.weight" for part in self.parts.lookups]
@@ -145,7 +152,7 @@ class BlockModel:
     @property
     def tensor_names(self) -> list[str]:
         """Names of all that must be loaded: embedding, blocks, norm, and the head where it is a tensor of its own."""
-        head = [] if self.folder.tied else self._tensors([self.parts.head])
+        head = [*([] if self.folder.tied else [self.head_name]), *self.head_biases]
         blocks = (name for block in range(len(self.blocks)) for name in self.parameters_of(block))
         return [*self.lookup_names, *self.entry_parameters, *blocks, *self.norm_parameters, *head]
 

@@ -122,10 +122,10 @@ def test_the_gradient_at_the_looked_up_rows_is_that_of_transformers(model_type: 
         torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_5_text", "lfm2", "bamba"])
+@pytest.mark.parametrize("model_type", ["gemma4_text", "qwen3_5_text", "phi", "bamba"])
 @torch.inference_mode()
 def test_a_sweep_equals_a_plain_forward_of_every_candidate(model_type: str, tmp_path: Path) -> None:
-    save(tmp_path, model_type, KINDS[model_type])
+    save(tmp_path, model_type, (KINDS | LONG)[model_type])
     folder = ModelFolder(tmp_path)
     model = BlockModel(folder, torch.device("cpu"))
     q4 = FORMATS["Q4_0"]
@@ -137,13 +137,17 @@ def test_a_sweep_equals_a_plain_forward_of_every_candidate(model_type: str, tmp_
     sweep = Sweep(ModelWeights(model, Rounded(folder), 1 << 24), Batches(1), PrefixCache(1 << 20))
     for _ in range(2):  # the second time from the cache
         swept = sweep.final_states(IDS, "text", candidates, candidates[:4])
+    head = sweep.head(None)(swept[0])
     sweep.close()
     for candidate, states in zip(candidates, swept, strict=True):
         plain = BlockModel(folder, torch.device("cpu"))
         plain.load_all()
         for name, fmt in candidate.items():
             plain.weight(name).data = dequantize(fmt, quantize(fmt, folder.read(name)))
-        torch.testing.assert_close(states, plain.run_from(0, plain.embed(IDS)), rtol=1e-4, atol=1e-5)
+        expected = plain.run_from(0, plain.embed(IDS))
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+        if not candidate:
+            torch.testing.assert_close(head, plain.head(expected), rtol=1e-4, atol=1e-5)
 
 
 MULTIMODAL: dict[str, dict[str, Any]] = {"gemma3": {}, "mistral3": {}, "qwen3_5_moe": EXPERTS | LINEAR}
