@@ -51,6 +51,7 @@ class Case(BaseModel):
     added: tuple[str, ...] = ()  # special tokens that the converter asks for
     options: tuple[str, ...] = ()  # of the converter
     damped: str = ""  # regular expression of the parameters that are made small, see made.py
+    bits: float = 5.0  # per weight of the file that a run is asked for: a small model can have much that is no gene
     note: str = ""
     required: bool = False
 

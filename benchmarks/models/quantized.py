@@ -15,7 +15,6 @@ import yaml
 TEXT = ("argparse.py", "ast.py")  # of the interpreter's library
 SETTINGS: dict[str, Any] = {
     "name": "run",
-    "budget": {"bits_per_weight": 5.0},
     "levels": ["W4", "W6"],
     "evaluation": {"activations": "q8"},
     "search": {"strategy": "exact", "validation_candidates": 1},
@@ -38,13 +37,14 @@ class Quantized:
     simulated_to_runtime_kl: float
 
 
-def quantize(model: Path, template: Path, scratch: Path) -> Quantized:
-    """Search a genome for ``model``, export it by ``template`` and prove it. Raises RunError if the run fails."""
+def quantize(model: Path, template: Path, scratch: Path, bits: float) -> Quantized:
+    """Search a genome of ``bits`` per weight for ``model``, export it by ``template`` and prove it. Raises RunError if the run fails."""
     scratch.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_path("stdlib"))
     text, config = scratch / "text.txt", scratch / "run.yaml"
     text.write_text("".join((library / name).read_text(encoding="utf-8") for name in TEXT), encoding="utf-8")
     settings = SETTINGS | {"storage_path": str(scratch), "model": str(model), "template": str(template)}
+    settings["budget"] = {"bits_per_weight": bits}
     settings["text"] = {"source": "file", "path": str(text), "window": 128, "tokens": TOKENS}
     shutil.rmtree(scratch / "run", ignore_errors=True)
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")

@@ -51,7 +51,7 @@ def measure(case: Case, folder: Path, result: Path, converter: Path, quantized: 
         row["logits"] = logits_error(file, wiring)
         if quantized:
             enter("run")
-            done = quantize(folder, file, folder.with_name(f"{case.name}-run"))
+            done = quantize(folder, file, folder.with_name(f"{case.name}-run"), case.bits)
             row |= {"runtime_kl": done.runtime_kl, "kl": done.simulated_to_runtime_kl}
         enter("done")
     except Exception as error:  # whatever a library raises is this row's result
