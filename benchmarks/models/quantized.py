@@ -38,7 +38,10 @@ class Quantized:
 
 
 def quantize(model: Path, template: Path, scratch: Path, bits: float) -> Quantized:
-    """Search a genome of ``bits`` per weight for ``model``, export it by ``template`` and prove it. Raises RunError if the run fails."""
+    """Search a genome of ``bits`` per weight for ``model``, export it by ``template`` and prove it.
+
+    Raises RunError if the run fails.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_path("stdlib"))
     text, config = scratch / "text.txt", scratch / "run.yaml"
