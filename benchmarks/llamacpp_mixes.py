@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bitgenome.common import layout
-from bitgenome.compare.original import write_original
 from bitgenome.config.run import RunConfig, load_config
 from bitgenome.plan.plan import make_plan
 from bitgenome.run.pipeline import run
@@ -27,6 +26,7 @@ from evaluators.model.folder import ModelFolder
 from exporters.files.imatrix import read_imatrix
 from exporters.opening.source import read_model
 from exporters.runtime.mix_file import MixFile
+from exporters.runtime.original import write_original
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
-from bitgenome.compare.nearest import nearest_mix
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.monitoring import Monitor, monitor_run
 from bitgenome.observe.progress import tracked, tracker
@@ -30,6 +29,7 @@ from bitgenome.storage.opened import note_model, open_model
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.data.windows import TokenWindows
 from exporters.runtime.llamacpp import LlamaCppError
+from exporters.runtime.nearest import nearest_mix
 from exporters.template.layout import TemplateLayout
 from search.loop.archive import EvaluationLog
 from workers.pool.base import Pool

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from bitgenome.common import layout
-from bitgenome.compare.nearest import MOST_WEIGHTS, nearest_mix
-from bitgenome.compare.original import original_of
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import make_plan
 from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.mix_file import mixes_by_size
+from exporters.runtime.nearest import MOST_WEIGHTS, nearest_mix
+from exporters.runtime.original import original_of
 
 
 def test_the_nearest_mix_is_made_measured_and_removed(little: Path, tmp_path: Path) -> None:

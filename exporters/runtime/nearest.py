@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bitgenome.compare.original import original_of
-from evaluators.model.folder import ModelFolder
 from exporters.files.file_layout import FileLayout
 from exporters.files.imatrix import read_imatrix
+from exporters.metadata.source import ModelSource
 from exporters.runtime.mix_file import MixFile, mixes_by_size
+from exporters.runtime.original import original_of
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +19,20 @@ MOST_WEIGHTS = 250_000_000  # up to which auto makes it: a minute on two cores, 
 
 @contextmanager
 def nearest_mix(
-    wanted: str, weights: int, folder: ModelFolder, layout: FileLayout, size: int, imatrix: Path
+    wanted: str, weights: int, source: ModelSource, layout: FileLayout, size: int, imatrix: Path
 ) -> Iterator[tuple[str, Path] | None]:
     """Yield the mix of llama.cpp whose file is nearest to ``size`` bytes, and the file, there while the context lasts.
 
     It is quantized by llama.cpp's own C functions with the importance matrix ``imatrix``. None where ``wanted`` is off,
     or auto for more than MOST_WEIGHTS weights, and, with a warning, for a model of which llama.cpp's rules are not
-    known. ``layout`` is what the files of the model in ``folder`` hold.
+    known. ``layout`` is what the files of the model ``source`` hold.
     """
     if wanted == "off" or (wanted == "auto" and weights > MOST_WEIGHTS):
         yield None
         return
     with TemporaryDirectory(dir=imatrix.parent, prefix=".mix-") as scratch:
         try:
-            original = original_of(folder, layout, Path(scratch) / "original.gguf")
+            original = original_of(source, layout, Path(scratch) / "original.gguf")
             mix = min(mixes_by_size(original), key=lambda mix: (abs(mix.size - size), -mix.size))
         except ValueError as error:
             log.warning("no file of llama.cpp's own is made to compare with: %s", error)
