@@ -1,7 +1,7 @@
 """Says what a run's file will hold: what its template holds, or what the exporter builds where there is none."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from exporters.template.layout import TemplateLayout, load_explanation, save_exp
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # raise when another explanation is found of the same files
+SCHEMA = 3  # raise when another explanation is found of the same files
 NAMED = 3  # tensors, in a message
 
 
@@ -110,11 +110,13 @@ def report(file: TemplateLayout) -> None:
     """Say in the log which tensors of the model stay as they are in the template, and why."""
     for name, reason in file.refused.items():
         log.warning("%s stays as it is in %s: %s", name, file.path.name, reason)
+    for kind, names in file.retyped.items():
+        log.info("stored in %s, as the type in %s loses values of the model: %s", kind, file.path.name, _some(names))
     if file.unhealed:
         log.info("not healed, as %s holds other values: %s", file.path.name, _some(file.unhealed))
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     """Return the first of ``names``, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

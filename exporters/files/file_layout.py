@@ -83,6 +83,8 @@ class FileTensor:
     searched: bool = False  # its type is that of its gene
     type_name: str = "F32"  # in which it is stored where it is not searched
     added: float = 0.0  # to the model's values
+    retyped: bool = False  # a matrix that is not searched or healed, in another type than its template's
+    transposed: bool = False  # whether its rows are columns of the model's matrices
 
     @property
     def kind(self) -> str:
@@ -108,6 +110,7 @@ class FileTensor:
 
         def source(name: str) -> np.ndarray:
             values = read(name).detach().cpu().to(torch.float32)
+            values = values.mT if self.transposed else values
             return values.reshape(-1, *(self.shape[-1:] if len(self.shape) > 1 else ())).numpy()
 
         values = torch.from_numpy(np.ascontiguousarray(self.gather.collect(source)))
@@ -165,7 +168,8 @@ class FileLayout(ABC):
     @cached_property
     def float_names(self) -> tuple[str, ...]:
         """Hugging Face names of the tensors that the file keeps in float32: norms and biases, in order of use."""
-        floats = sorted((t for t in self.tensors if not t.searched and t.gather), key=lambda t: place_of(t.name))
+        kept = (tensor for tensor in self.tensors if not tensor.searched and not tensor.retyped and tensor.gather)
+        floats = sorted(kept, key=lambda tensor: place_of(tensor.name))
         return tuple(name for tensor in floats if tensor.gather for name in tensor.gather.names)
 
     @cached_property

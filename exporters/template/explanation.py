@@ -11,6 +11,7 @@ from exporters.metadata.source import ModelSource
 from exporters.opening.source import FLOATS, GgufModel, StoredTensor
 from exporters.template.candidates import may_be_quantized, named
 from exporters.template.checks import TemplateError
+from exporters.template.kept import kept_tensor
 from exporters.template.matrices import Found, find_rows
 from exporters.template.model_rows import ModelRows
 from exporters.template.vectors import Vector, find_vectors
@@ -50,7 +51,7 @@ def explain(template: GgufModel, source: ModelSource, searchable: Callable[[str]
     searched, refused = _searched(template, found, searchable, model_matrices)
     healed = {name for vector in floats.values() for name in vector.gather.names}
     return Explanation(
-        tuple(_file_tensor(tensor, found, floats, searched) for tensor in stored),
+        tuple(_file_tensor(tensor, found, floats, searched, source) for tensor in stored),
         refused,
         tuple(name for name in model_vectors if name not in healed),
     )
@@ -122,11 +123,17 @@ def _rows(template: GgufModel, name: str) -> int:
     return prod(template.tensors[name].shape[:-1])
 
 
-def _file_tensor(tensor: StoredTensor, found: Found, floats: Mapping[str, Vector], searched: set[str]) -> FileTensor:
+def _file_tensor(
+    tensor: StoredTensor, found: Found, floats: Mapping[str, Vector], searched: set[str], source: ModelSource
+) -> FileTensor:
     if tensor.name in searched:
         return FileTensor(tensor.name, tensor.shape, found.gathers[tensor.name], True, tensor.type_name)
     if vector := floats.get(tensor.name):
         return FileTensor(tensor.name, tensor.shape, vector.gather, added=vector.added)
+    gather = found.gathers.get(tensor.name)
+    turned = {name in found.transposed for name in gather.names} if gather else set()
+    if gather and len(turned) == 1:
+        return kept_tensor(tensor, gather, turned.pop(), source)
     return FileTensor(tensor.name, tensor.shape, type_name=tensor.type_name)
 
 

@@ -1,6 +1,7 @@
 """A file as its template holds it: key-values, tensors and their order, with the searched tensors' bytes replaced."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ class TemplateLayout(FileLayout):
         self.tensors = explanation.tensors
         self.refused, self.unhealed = explanation.refused, explanation.unhealed
 
+    @cached_property
+    def retyped(self) -> dict[str, list[str]]:
+        """GGUF names of the matrices whose type is not the template's, which loses values of the model, by type."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.retyped:
+                found.setdefault(tensor.type_name, []).append(tensor.name)
+        return found
+
     @property
     def path(self) -> Path:
         """The template, or its first part."""
@@ -49,7 +59,7 @@ def save_explanation(explanation: Explanation, path: Path) -> None:
     orders, rows = {}, []
     for tensor in explanation.tensors:
         row = {"name": tensor.name, "shape": tensor.shape, "searched": tensor.searched}
-        row |= {"type_name": tensor.type_name, "added": tensor.added}
+        row |= {key: getattr(tensor, key) for key in ("type_name", "added", "retyped", "transposed")}
         if tensor.gather:
             row["sources"] = tensor.gather.sources
             if tensor.gather.order is not None:

@@ -17,6 +17,7 @@ from exporters.files.gguf_reader import read_gguf
 from exporters.files.gguf_writer import export_gguf
 from exporters.files.packed_file import PackedFile
 from exporters.metadata.provenance import Provenance
+from exporters.opening.source import read_model
 from exporters.template.checks import TemplateError, read_template
 from exporters.template.explanation import Explanation, expected_of, explain
 from exporters.template.layout import TemplateLayout, load_explanation, save_explanation
@@ -159,10 +160,53 @@ def test_rows_are_found_in_stacks_slices_and_other_orders(kind: str, model: Tens
     written, copied = read_gguf(tmp_path / "file.gguf"), read_gguf(path)
     chosen = {tensor.name for tensor in layout.searched}
     for name, values in tensors_of(model).items():
-        expected = quantize(values, Q8_0) if name in chosen else copied.read(name)
+        router = name == "blk.0.ffn_gate_inp.weight"  # which is small, and rounded in the template
+        kept = values.view(np.uint8) if router else copied.read(name)
+        expected = quantize(values, Q8_0) if name in chosen else kept
         assert np.array_equal(written.read(name).ravel(), expected.ravel()), name
     file = PackedFile(tmp_path / "file.gguf", model, layout)
     assert all(np.array_equal(file.packed(name), rows) for name, (_, rows) in packed.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "rows", "stored"),
+    [
+        (torch.bfloat16, 1e-6, 2048, "BF16"),  # the smallest of float16 are coarse
+        (torch.float32, 1e6, 2048, "BF16"),  # beyond float16
+        (torch.bfloat16, 1e-4, 2048, "F16"),  # few are that small
+        (torch.bfloat16, 1e-4, 16, "F32"),  # which costs little
+        (torch.bfloat16, 1.0, 16, "F16"),  # all are float16 too
+    ],
+)
+def test_what_stays_is_stored_in_a_type_that_does_not_lose_the_model_s_values(
+    kind: torch.dtype, scale: float, rows: int, stored: str, tmp_path: Path
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    turned = (torch.randn(64, rows, generator=random) * scale).to(kind).float()
+    if scale == 1.0:
+        turned = turned.sign()
+    model = Tensors({"model.embed_tokens.weight": turned[:32, :16], "model.layers.0.self_attn.o_proj.weight": turned})
+    values = {"token_embd.weight": turned[:32, :16], "blk.0.attn_output.weight": turned.T}
+    with np.errstate(over="ignore"):
+        write(
+            tmp_path / "template.gguf",
+            {name: value.contiguous().numpy() for name, value in values.items()},
+            GGMLQuantizationType.F16,
+        )
+    template = read_template(tmp_path / "template.gguf")
+    save_explanation(explain(template, model, everything), tmp_path / "found")
+    found = load_explanation(tmp_path / "found")
+    assert found and "its columns are the rows" in found.refused["model.layers.0.self_attn.o_proj.weight"]
+    layout = TemplateLayout(template, found)
+    assert layout.retyped == ({stored: ["blk.0.attn_output.weight"]} if stored != "F16" else {})
+    assert layout.float_names == ()
+    embedding = FORMATS["F16"], turned[:32, :16].contiguous().half().view(torch.uint8).numpy()
+    export_gguf(model, lambda name: embedding, tmp_path / "file.gguf", layout=layout)
+    written = read_model(tmp_path / "file.gguf")
+    assert written.tensors["blk.0.attn_output.weight"].type_name == stored
+    if kind == torch.bfloat16 and stored != "F16":
+        assert np.array_equal(written.floats("blk.0.attn_output.weight"), turned.T.numpy())
+    assert PackedFile(tmp_path / "file.gguf", model, layout).differing_floats(model.read) == []
 
 
 def test_a_template_with_a_changed_weight_is_of_another_model(model: Tensors, tmp_path: Path) -> None:
