@@ -1,6 +1,7 @@
 """Says what a run's file will hold: what its template holds, or what the exporter builds where there is none."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,8 @@ from exporters.template.layout import TemplateLayout, load_explanation, save_exp
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 3  # raise when another explanation is found of the same files
+SCHEMA = 4  # raise when another explanation is found of the same files
+BLOCK = re.compile(r"\.\d+\.")  # of a block, in names of either kind
 NAMED = 3  # tensors, in a message
 
 
@@ -108,8 +110,19 @@ def multiplied(folder: ModelFolder) -> frozenset[str]:
 
 def report(file: TemplateLayout) -> None:
     """Say in the log which tensors of the model stay as they are in the template, and why."""
+    alike: dict[tuple[str, ...], list[str]] = {}  # names of tensors of other blocks with the same reason
     for name, reason in file.refused.items():
-        log.warning("%s stays as it is in %s: %s", name, file.path.name, reason)
+        alike.setdefault((BLOCK.sub(".", name), BLOCK.sub(".", reason)), []).append(name)
+    for (first, *others), reason in ((names, file.refused[names[0]]) for names in alike.values()):
+        more = f", as {len(others)} of other blocks," if others else ""
+        log.warning("%s%s stays as it is in %s: %s", first, more, file.path.name, reason)
+    if file.unsearched:
+        log.warning(
+            "%d tensors that llama.cpp quantizes stay in floats (%.3g MB of the file), as what they hold is no linear "
+            "layer of transformers' model, or in another order than its rows: %s",
+            len(file.unsearched), sum(t.float_bytes for t in file.unsearched) / 1e6,
+            _some([tensor.name for tensor in file.unsearched]),
+        )  # fmt: skip
     for kind, names in file.retyped.items():
         log.info("stored in %s, as the type in %s loses values of the model: %s", kind, file.path.name, _some(names))
     if file.unhealed:

@@ -44,29 +44,37 @@ def group_names(done: Path) -> list[str]:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
-def calibration_digest(plan: ModelAndText, windows: TokenWindows, upstream_level: str | None) -> str:
+def calibration_digest(
+    plan: ModelAndText, windows: TokenWindows, upstream_level: str | None, left_out: frozenset[str]
+) -> str:
     """Return the digest of everything that decides the Hessians."""
     calibration = windows.windows["calibration"]
     text = hashlib.sha256(calibration.tobytes()).hexdigest()
     inputs = plan.folder.digest, text, calibration.shape, LOOKUP_WEIGHT, upstream_level
-    return digest_of(CALIBRATION_SCHEMA, *inputs)
+    return digest_of(CALIBRATION_SCHEMA, *inputs, *([sorted(left_out)] if left_out else []))
 
 
 def calibrate(
-    plan: ModelAndText, windows: TokenWindows, pool: Pool, track: Track, upstream_level: str | None = None
+    plan: ModelAndText,
+    windows: TokenWindows,
+    pool: Pool,
+    track: Track,
+    upstream_level: str | None = None,
+    left_out: frozenset[str] = frozenset(),
 ) -> tuple[Path, list[str]]:
     """Compute the input groups' Hessians if they are missing; return their directory and the groups' names in order.
 
-    ``upstream_level`` is the level of the blocks before the one that is calibrated; None: full precision.
+    ``upstream_level`` is the level of the blocks before the one that is calibrated; None: full precision. Inputs that
+    only tensors of ``left_out`` read are not measured.
     """
-    digest = calibration_digest(plan, windows, upstream_level)
+    digest = calibration_digest(plan, windows, upstream_level, left_out)
     directory = shared_directory(plan.config, layout.CALIBRATION_KIND, digest)
     done = directory / layout.GROUPS
 
     def build() -> None:
         windows_file = directory / layout.WINDOWS
         atomic_write_bytes(windows_file, windows.to_bytes())
-        task = Calibrate(plan.folder.path, windows_file, directory, upstream_level)
+        task = Calibrate(plan.folder.path, windows_file, directory, upstream_level, left_out=left_out)
         (groups,) = track(pool.map([task]), 1, "calibrating")
         atomic_write_text(done, json.dumps(list(groups)))
 
@@ -74,9 +82,11 @@ def calibrate(
     return directory, group_names(done)
 
 
-def has_hessians(plan: ModelAndText, windows: TokenWindows, upstream_level: str | None) -> bool:
+def has_hessians(
+    plan: ModelAndText, windows: TokenWindows, upstream_level: str | None, left_out: frozenset[str]
+) -> bool:
     """Return whether an earlier run has kept all Hessians on this machine."""
-    name = calibration_digest(plan, windows, upstream_level)[:16]
+    name = calibration_digest(plan, windows, upstream_level, left_out)[:16]
     groups = plan.config.storage_path / layout.SHARED / layout.CALIBRATION_KIND / name / layout.GROUPS
     return all_readable(groups, group_readable)
 

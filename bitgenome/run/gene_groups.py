@@ -47,7 +47,7 @@ def with_gene_groups(plan: Plan, windows: TokenWindows, run: RunDirectory, pool:
         record_inputs(plan, windows, run)
         if keeps_hessians(plan):
             with run.stage("calibration"):
-                calibration, groups = calibrate(plan, windows, pool, track)
+                calibration, groups = calibrate(plan, windows, pool, track, left_out=plan.file.left_out)
         else:
             calibration, groups = input_statistics(plan, windows, run, pool, track)
         with run.stage("gene groups"):

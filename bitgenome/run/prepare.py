@@ -157,9 +157,9 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
     record_inputs(plan, windows, run)
     device = choose_compute(plan, run, pool)["device"]
     upstream = plan.config.quantization.upstream_level
-    if keeps_hessians(plan) or has_hessians(plan, windows, upstream):
+    if keeps_hessians(plan) or has_hessians(plan, windows, upstream, plan.file.left_out):
         with run.stage("calibration"):
-            calibration, groups = calibrate(plan, windows, pool, track, upstream)
+            calibration, groups = calibrate(plan, windows, pool, track, upstream, plan.file.left_out)
             save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)
         if plan.config.quantization.scaling.active:
             with run.stage("scaling"):

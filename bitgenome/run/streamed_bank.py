@@ -63,7 +63,7 @@ class Stream:
         cls, plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track, with_bank: bool
     ) -> "Stream":
         """Return the stream for a run; without ``with_bank`` it only gathers moments."""
-        digest = calibration_digest(plan, windows, plan.config.quantization.upstream_level)
+        digest = calibration_digest(plan, windows, plan.config.quantization.upstream_level, plan.file.left_out)
         statistics = shared_directory(plan.config, layout.STATISTICS_KIND, digest)
         return cls(
             plan,
@@ -152,7 +152,8 @@ class Stream:
         states = None if begin is None else states_file(self.passing, begin)
         upstream = self.plan.config.quantization.upstream_level
         task = Calibrate(
-            self.plan.folder.path, windows, self.passing, upstream, blocks.start, blocks.stop, states
+            self.plan.folder.path, windows, self.passing, upstream, blocks.start, blocks.stop, states,
+            self.plan.file.left_out,
         )  # fmt: skip
         with self.run.stage("calibration"):
             (found,) = self.track(self.pool.map([task]), 1, f"calibrating {self._text(blocks)}")

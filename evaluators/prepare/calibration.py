@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,19 +55,24 @@ def embedding_groups(model: BlockModel, H: Tensor, statistics: InputStatistics) 
 
 @torch.inference_mode()
 def calibrate(
-    folder: ModelFolder, windows: Tensor, device: torch.device, upstream_level: str | None = None
+    folder: ModelFolder,
+    windows: Tensor,
+    device: torch.device,
+    upstream_level: str | None = None,
+    left_out: Collection[str] = (),
 ) -> Iterator[InputGroup]:
     """Yield the input groups of the whole model in order, from token ids ``windows`` (n, T).
 
     One block is in memory at a time. The inputs of every block are those of the full-precision model (parallel
     calibration). With an ``upstream_level`` such as "W3" they are those of a model whose earlier blocks are quantized
-    to that level (sequential calibration, as in GPTQ). Raises ModelFolderError for activations that are not finite, and
+    to that level (sequential calibration, as in GPTQ). Inputs that only tensors of ``left_out`` read are not measured.
+    Raises ModelFolderError for activations that are not finite, and
     for a folder that cannot be run block by block.
     """
     model = BlockModel(folder, device)
     hidden = embedded(model, windows)
     for block in range(len(model.blocks) + 1):
-        yield from calibrate_block(model, block, hidden, upstream_level)
+        yield from calibrate_block(model, block, hidden, upstream_level, left_out=left_out)
 
 
 def embedded(model: BlockModel, windows: Tensor) -> list[Tensor]:
@@ -85,11 +90,17 @@ def chunked_windows(windows: Tensor) -> tuple[Tensor, ...]:
 
 
 def calibrate_block(
-    model: BlockModel, block: int, hidden: list[Tensor], upstream_level: str | None = None, measure: bool = True
+    model: BlockModel,
+    block: int,
+    hidden: list[Tensor],
+    upstream_level: str | None = None,
+    measure: bool = True,
+    left_out: Collection[str] = (),
 ) -> list[InputGroup]:
     """Return the input groups of a block, and replace its inputs ``hidden`` (chunks of windows) by its outputs.
 
-    The number after the last block stands for head and embedding. Without ``measure`` nothing is returned.
+    The number after the last block stands for head and embedding. Without ``measure`` nothing is returned. Tensors of
+    ``left_out`` stay as they are, and nothing is measured of what they alone read.
     """
     if block == len(model.blocks):
         model.load_norm()
@@ -98,7 +109,8 @@ def calibrate_block(
             head.add(model.norm(chunk.to(model.device)), model.head_name)
         return list(embedding_groups(model, *head.result()))
     model.load_block(block)
-    recorder = InputRecorder(dict(model.linears(block)) if measure or upstream_level else {})
+    linears = {name: module for name, module in model.linears(block) if name not in left_out}
+    recorder = InputRecorder(linears if measure or upstream_level else {})
     inputs = hidden if upstream_level is None else list(hidden)  # kept if the block runs again, quantized
     for index, chunk in enumerate(inputs):
         hidden[index] = model.run_block(block, chunk.to(model.device)).cpu()
@@ -140,6 +152,7 @@ class Calibrate:
     start: int = 0
     stop: int | None = None
     states: Path | None = None  # in ``directory``: hidden states to go on from, which other machines fetch
+    left_out: frozenset[str] = frozenset()  # tensors that are not searched
 
     @property
     def label(self) -> str:
@@ -166,7 +179,8 @@ class Calibrate:
         first, groups, hidden = self._begin(model, stop)
         saved = time.monotonic()
         for block in steps(range(first, stop), stop, "block", done=first):
-            found = calibrate_block(model, block, hidden, self.upstream_level, measure=block >= self.start)
+            measure = block >= self.start
+            found = calibrate_block(model, block, hidden, self.upstream_level, measure, self.left_out)
             while found:  # one after the other, so that no Hessian is there when the next block begins
                 group = found.pop(0)
                 group.save(group_file(self.directory, group.name))

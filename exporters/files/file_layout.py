@@ -124,6 +124,7 @@ class FileLayout(ABC):
     """Says what a file of a model holds. ``tensors`` are in file order."""
 
     tensors: Sequence[FileTensor]
+    left_out: frozenset[str] = frozenset()  # Hugging Face names of the matrices that might be searched, and are not
 
     @abstractmethod
     def key_values(self) -> tuple[int, bytes]:

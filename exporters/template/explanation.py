@@ -1,6 +1,6 @@
 """Finds and proves what of a model stands behind each tensor of a template, and which tensors may be searched."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -27,6 +27,7 @@ class Explanation:
     tensors: tuple[FileTensor, ...]
     refused: Mapping[str, str]  # by Hugging Face name: a sentence
     unhealed: tuple[str, ...]  # Hugging Face names of vectors that are not found
+    left_out: frozenset[str] = frozenset()  # Hugging Face names of searchable matrices that are not searched
 
 
 def explain(template: GgufModel, source: ModelSource, searchable: Callable[[str], bool]) -> Explanation:
@@ -54,6 +55,7 @@ def explain(template: GgufModel, source: ModelSource, searchable: Callable[[str]
         tuple(_file_tensor(tensor, found, floats, searched, source) for tensor in stored),
         refused,
         tuple(name for name in model_vectors if name not in healed),
+        _left_out(found.gathers, searched, filter(searchable, model_matrices)),
     )
 
 
@@ -73,7 +75,14 @@ def expected_of(template: GgufModel, source: ModelSource, searchable: Callable[[
         healed = same and len(tensor.shape) == 1 and tensor.type_name == "F32"
         kept = gather if searched or healed else None
         tensors.append(FileTensor(tensor.name, tensor.shape, kept, searched, tensor.type_name))
-    return Explanation(tuple(tensors), {}, ())
+    gathers = {tensor.name: tensor.gather for tensor in tensors if tensor.gather}
+    searched_names = {tensor.name for tensor in tensors if tensor.searched}
+    matrices = filter(searchable, source.shapes)
+    return Explanation(tuple(tensors), {}, (), _left_out(gathers, searched_names, matrices))
+
+
+def _left_out(gathers: Mapping[str, Gather], searched: set[str], matrices: Iterable[str]) -> frozenset[str]:
+    return frozenset(matrices) - {name for holder in searched for name in gathers[holder].names}
 
 
 def _is_weight(tensor: StoredTensor) -> bool:

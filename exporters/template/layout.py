@@ -13,6 +13,7 @@ from bitgenome.common.files import atomic_write_bytes
 from exporters.files.file_layout import FileLayout, FileTensor, Gather, encoded_keys
 from exporters.metadata.hyperparameters import mixed_types
 from exporters.opening.source import GgufModel
+from exporters.template.candidates import may_be_quantized
 from exporters.template.explanation import Explanation
 
 OURS = "bitgenome."
@@ -27,6 +28,7 @@ class TemplateLayout(FileLayout):
         self._template = template
         self.tensors = explanation.tensors
         self.refused, self.unhealed = explanation.refused, explanation.unhealed
+        self.left_out = explanation.left_out
 
     @cached_property
     def retyped(self) -> dict[str, list[str]]:
@@ -36,6 +38,11 @@ class TemplateLayout(FileLayout):
             if tensor.retyped:
                 found.setdefault(tensor.type_name, []).append(tensor.name)
         return found
+
+    @cached_property
+    def unsearched(self) -> list[FileTensor]:
+        """The matrices that llama.cpp's quantizer would not leave in floats, and that are no gene."""
+        return [t for t in self.tensors if not t.searched and may_be_quantized(t.name, t.shape)]
 
     @property
     def path(self) -> Path:
@@ -66,6 +73,7 @@ def save_explanation(explanation: Explanation, path: Path) -> None:
                 orders[tensor.name] = tensor.gather.order
         rows.append(row)
     record = {"tensors": rows, "refused": explanation.refused, "unhealed": explanation.unhealed}
+    record["left_out"] = sorted(explanation.left_out)
     atomic_write_bytes(path, save(orders, {RECORD: json.dumps(record)}))
 
 
@@ -83,6 +91,7 @@ def load_explanation(path: Path) -> Explanation | None:
         tuple(_tensor(row, orders.get(row["name"])) for row in record["tensors"]),
         record["refused"],
         tuple(record["unhealed"]),
+        frozenset(record["left_out"]),
     )
 
 

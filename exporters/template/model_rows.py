@@ -31,7 +31,8 @@ class ModelRows:
         """Return the rows in type ``type_name`` as bytes, uint8 (n, row_bytes)."""
         tensor = self.source.read(name).to(torch.float32).to(TORCH_TYPES[type_name])
         matrix = (tensor.transpose(-1, -2) if transposed else tensor).contiguous()
-        return matrix.reshape(-1, matrix.shape[-1]).view(torch.uint8).numpy()
+        rows = matrix.flatten().view(torch.uint8)  # flat, as strides of rows of one weight may be any
+        return rows.reshape(-1, matrix.shape[-1] * matrix.element_size()).numpy()
 
     def hashes(self, name: str, transposed: bool, type_name: str) -> np.ndarray:
         """Return the hash of every row in type ``type_name``, uint64 (n,)."""

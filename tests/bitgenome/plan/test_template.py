@@ -112,8 +112,11 @@ def test_what_is_no_template_of_the_model_is_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
-def after_gpt2(folder: ModelFolder, path: Path) -> None:
-    """Write what a converter makes of GPT-2: its weights transposed, as other models store theirs."""
+def after_gpt2(folder: ModelFolder, path: Path, moved: str = "none") -> None:
+    """Write what a converter makes of GPT-2: its weights transposed, as other models store theirs.
+
+    The columns of matrices with ``moved`` in their names are in another order.
+    """
     writer = GGUFWriter(path, "gpt2")
     writer.add_block_count(folder.config["n_layer"])
     writer.add_embedding_length(folder.config["n_embd"])
@@ -122,10 +125,11 @@ def after_gpt2(folder: ModelFolder, path: Path) -> None:
     table = get_tensor_name_map(MODEL_ARCH.GPT2, folder.config["n_layer"])
     for name, file in folder.stored.files.items():
         values = load_file(file)[name]
-        transposed = ".h." in name and values.ndim > 1
-        writer.add_tensor(
-            table.get_name(name, (".weight", ".bias")), (values.T if transposed else values).contiguous().numpy()
-        )
+        matrix = ".h." in name and values.ndim > 1
+        stored = values.T.contiguous() if matrix else values
+        if moved in name and matrix:
+            stored = stored.flip(1)
+        writer.add_tensor(table.get_name(name, (".weight", ".bias")), stored.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -143,6 +147,22 @@ def test_weights_that_transformers_holds_transposed_are_searched(planned: Callab
     assert Work(plan, nothing, 1, resident=True).layers == 2  # config.json calls it n_layer
     with pytest.raises(UserError, match="at most the model's context"):
         planned(folder.path, tmp_path / "template.gguf", budget=budget, text=TEXT | {"window": 512})
+
+
+def test_what_stays_as_in_the_template_is_said_once_for_all_blocks(
+    planned: Callable[..., Plan], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = ModelFolder(save_small_model(tmp_path / "gpt2", "gpt2"))
+    after_gpt2(folder, tmp_path / "template.gguf", moved="attn.c_proj")
+    plan = planned(folder.path, tmp_path / "template.gguf", budget={"compression_ratio": 0.6})
+    first, second = (record.message for record in caplog.records if "stay" in record.message)
+    assert first == (
+        "transformer.h.0.attn.c_proj.weight, as 1 of other blocks, stays as it is in template.gguf: no tensor of the "
+        "template holds its rows"
+    )
+    assert second.startswith("2 tensors that llama.cpp quantizes stay in floats (0.0328 MB of the file), as ")
+    assert second.endswith(": blk.0.attn_output.weight, blk.1.attn_output.weight")
+    assert plan.file.left_out == {f"transformer.h.{block}.attn.c_proj.weight" for block in range(2)}
 
 
 def test_a_type_without_export_of_its_own_is_told_of_templates(planned: Callable[..., Plan], tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ def test_calibration_gives_the_same_hessians_twice() -> None:
     assert all(torch.equal(a.hessian, b.hessian) for a, b in zip(first, second, strict=True))
 
 
+def test_nothing_is_measured_of_what_only_tensors_that_are_not_searched_read() -> None:
+    folder, device, windows = ModelFolder(EMBEDDED), torch.device("cpu"), torch.arange(64).reshape(1, 64)
+    attention = "model.layers.0.self_attn."
+    left_out = {f"{attention}o_proj.weight", f"{attention}q_proj.weight"}
+    every = {group.name: group for group in calibrate(folder, windows, device)}
+    some = {group.name: group for group in calibrate(folder, windows, device, left_out=left_out)}
+    assert every.keys() - some.keys() == {f"{attention}o_proj", f"{attention}q_proj"}
+    assert some.keys() - every.keys() == {f"{attention}k_proj"}  # the next to read what q reads
+    assert torch.equal(some[f"{attention}k_proj"].hessian, every[f"{attention}q_proj"].hessian)
+    assert not left_out & {tensor for group in some.values() for tensor in group.tensors}
+
+
 def test_moments_equal_those_of_a_plain_forward_in_float64(small_bank: SmallBank) -> None:
     name = "model.layers.0.mlp.down_proj"
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)

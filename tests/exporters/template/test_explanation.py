@@ -145,6 +145,8 @@ def test_rows_are_found_in_stacks_slices_and_other_orders(kind: str, model: Tens
         f"{block}strange.weight": "no tensor of the template holds its rows",
         f"{block}self_attn.o_proj.weight": "no tensor of the template holds its rows",  # its columns are moved
     }
+    assert layout.left_out == found.left_out == {*found.refused, f"{block}mlp.gate.weight"}
+    assert [tensor.name for tensor in layout.unsearched] == ["blk.0.attn_output.weight", "blk.0.nobody.weight"]
     assert found.unhealed == (f"{block}self_attn.q_norm.weight",)
     assert layout.float_names == (f"{block}input_layernorm.weight", "model.norm.weight")
     down = [f"{block}mlp.experts.{i}.down_proj.weight" for i in range(E)]
