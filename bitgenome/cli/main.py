@@ -21,6 +21,7 @@ from bitgenome.cli.batch import batch
 from bitgenome.cli.convert import convert
 from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.prune import prune
+from bitgenome.cli.quantize import add_quantize
 from bitgenome.cli.status import status
 from bitgenome.cli.terminal import RUNS, ConfigFile, Overrides, RunPath, Storage, console, errors
 from bitgenome.common.errors import UserError
@@ -202,6 +203,9 @@ def execute(config: "RunConfig") -> None:
     except KeyboardInterrupt:
         errors.print(f"interrupted; nothing is lost. Continue with: bitgenome resume {directory}", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+add_quantize(app, execute)
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:

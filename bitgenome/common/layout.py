@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 # A run
+SETTINGS = "run.yaml"  # of a run that `bitgenome quantize` began, with comments
 RECORD = "run.json"  # configuration, digests, versions, seconds by stage
 WINDOWS = "windows.safetensors"  # token windows of every split; also of a shared text, and beside a calibration
 SENSITIVITY = "sensitivity.parquet"

@@ -1,7 +1,7 @@
 """Plans a run before any weight is read: genes, sizes, budget and evaluations."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -81,8 +81,7 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
     shapes = file.shapes
     if config.quantization.scaling.active:
         check_scalable(folder)
-    fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in shapes)
-    free = SearchSpace.per_tensor(shapes, config.levels, file.fixed_bytes(), fixed_weights)
+    free = free_space(file, folder, config.levels)
     groups = config.search.gene_groups
     if groups.count is not None and groups.count > len(shapes):
         raise UserError(
@@ -94,13 +93,19 @@ def make_plan(config: RunConfig, weights: bool = True) -> Plan:
             f"expected search.gene_groups.samples up to text.tokens.calibration ({config.text.tokens.calibration}), "
             f"found {groups.samples}"
         )
-    free = replace(free, genes=tied_genes(free, file.tied))  # one type for all tensors of the model in one of the file
     labels = LABELS[groups.by](free) if groups.by in LABELS else {}
     space, budget = tied_space(config, file, free, labels)
     check_text(config.text, folder)
     imatrix_importance(config.quantization, file, shapes)
     sparsity = sparsity_by_tensor(config.quantization.pruning, file.kinds, space)
     return Plan(config, folder, file, space, budget, sparsity)
+
+
+def free_space(file: FileLayout, folder: ModelFolder, levels: Sequence[str]) -> SearchSpace:
+    """Return the space of all files like ``file``: a gene for each tensor, one for those that share one in the file."""
+    fixed_weights = sum(prod(shape) for name, shape in folder.shapes.items() if name not in file.shapes)
+    free = SearchSpace.per_tensor(file.shapes, levels, file.fixed_bytes(), fixed_weights)
+    return replace(free, genes=tied_genes(free, file.tied))
 
 
 def checked_folder(config: RunConfig, weights: bool = True) -> ModelFolder:
