@@ -14,8 +14,8 @@ setup: $(STAMP) ## Create the virtual environment and install pinned packages (t
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with pinned packages from constraints.txt (once; some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 	@echo "Ready: $(BIN)/bitgenome --help"
 

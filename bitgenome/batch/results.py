@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,6 @@ from bitgenome.common.numbers import perplexity_text
 from bitgenome.storage.run_files import run_files
 
 TEMPLATES = Path(__file__).parent / "templates"
-LOG_WIDTH = 120
 COLUMNS = {  # of results.parquet and results.csv
     "name": "string",
     "stage": "string",
@@ -131,10 +131,12 @@ def summary(row: Mapping[Any, Any]) -> str:
 
 def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
     """Show the closing table of a batch."""
-    width = None if console.is_terminal else LOG_WIDTH
-    table = Table(title="Held-out test text, by model and budget", title_justify="left", width=width)
-    for column in ("run", "size", "bits/weight", "KL", "llama.cpp", "perplexity", "evaluations", "seconds"):
-        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    table = Table(
+        title="Held-out test text, by model and budget", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("run", overflow="fold")
+    for column in ("MB", "bits", "KL", "llama.cpp", "perplexity", "tried", "s"):
+        table.add_column(column, justify="right", no_wrap=True)
     last = None
     for row in frame.to_dict("records"):
         group = (row["model"], row["budget_bytes"])
@@ -146,7 +148,7 @@ def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
             continue
         figures = (f"{row['bits_per_weight']:.3f}", f"{row['kl']:.5f}", f"{row['runtime_kl']:.5f}")
         more = (perplexity_text(row["perplexity"]), str(row["evaluations"]), f"{row['seconds']:.0f}")
-        table.add_row(row["name"], size(row["file_bytes"]), *figures, *more)
-    console.print(table, soft_wrap=True)
+        table.add_row(row["name"], size(row["file_bytes"]).removesuffix(" MB"), *figures, *more)
+    console.print(table)
     for what, file in (("table", layout.RESULTS_CSV), ("page", layout.LEADERBOARD)):
         console.print(f"{what:>6}  {path / file}", soft_wrap=True)

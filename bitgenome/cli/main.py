@@ -1,8 +1,4 @@
-"""Defines the command line.
-
-Exit codes: 0 success; 1 a task failed, machines were lost too often, or runs of a batch failed (what is done is kept);
-2 an error that the user can fix; 130 interrupted and resumable. ``submit --wait`` exits with its job's code.
-"""
+"""Defines the command line; EXIT_CODES says what its commands end with."""
 
 import logging
 import os
@@ -11,10 +7,11 @@ import sys
 import threading
 from importlib.metadata import version
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from bitgenome.cli.batch import batch
@@ -23,9 +20,9 @@ from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.prune import prune
 from bitgenome.cli.quantize import add_quantize
 from bitgenome.cli.status import status
-from bitgenome.cli.terminal import RUNS, ConfigFile, Overrides, RunPath, Storage, console, errors
+from bitgenome.cli.terminal import RUNS, AsJson, ConfigFile, Overrides, RunPath, Storage, console, errors, print_json
 from bitgenome.common.errors import UserError
-from bitgenome.observe.logs import log_handler
+from bitgenome.observe.logs import show_from, shown, start_logging
 from bitgenome.observe.progress import tracked, tracker
 from workers.cluster.worker_logs import LOG_JSON
 from workers.errors import TaskError, WorkersLostError
@@ -33,8 +30,29 @@ from workers.errors import TaskError, WorkersLostError
 if TYPE_CHECKING:  # commands import what they need when called, so that small ones start fast
     from bitgenome.config.run import RunConfig
 
+EVERYWHERE = ("quiet", "verbose")  # options that are taken before a command's name and behind it
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a task failed, machines were lost too often, runs of a batch failed, or doctor found "
+    "something broken (what is done is kept); 2 something that you can mend, told in one sentence; 130 interrupted, "
+    "and resumable. submit --wait exits with its job's code."
+)
+
+
+class Commands(TyperGroup):
+    """The commands, each of which also takes the options of EVERYWHERE."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command of that name, None if there is none."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            have = {parameter.name for parameter in command.params}
+            command.params += [own for own in self.params if own.name in EVERYWHERE and own.name not in have]
+        return command
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=Commands,
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,17 +67,37 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def quieter(wanted: bool) -> None:
+    """Show only warnings, errors and results, if ``wanted``."""
+    if wanted:
+        show_from(logging.WARNING)
+
+
+def louder(wanted: bool) -> None:
+    """Show what otherwise only a run's events.log has, if ``wanted``."""
+    if wanted:
+        show_from(logging.DEBUG)
+
+
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
     log_json: Annotated[
         bool, typer.Option("--log-json", envvar=LOG_JSON, help="Log JSON objects, a line each; Ray's workers too")
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", callback=quieter, expose_value=False, help="Warnings, errors and results only"),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", callback=louder, expose_value=False, help="Also what only events.log has"),
+    ] = False,
 ) -> None:
     """Search mixed-precision GGUF quantizations: what is searched is what ships."""
     if log_json:
         os.environ[LOG_JSON] = "1"  # read by whoever starts workers
-        logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=True)], force=True)
+        start_logging(errors, as_json=True, level=shown()[0].level)
 
 
 @app.command()
@@ -83,10 +121,13 @@ def resume(run: RunPath, storage: Storage = RUNS) -> None:
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    full: Annotated[bool, typer.Option("--full", help="Every gene, not only the kinds of tensors")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", "--full", help="Every tensor, not only their kinds, before the summary")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show sizes, budget, and time, memory and disk of every stage; loads no weights."""
-    from bitgenome.cli.plan_view import show_plan  # noqa: PLC0415
+    from bitgenome.cli.plan_view import plan_record, show_plan  # noqa: PLC0415
     from bitgenome.config.run import load_config  # noqa: PLC0415
     from bitgenome.plan.forecast import forecast, rates_here, workers_here  # noqa: PLC0415
     from bitgenome.plan.memory import check_memory  # noqa: PLC0415
@@ -97,7 +138,11 @@ def plan(
     check_memory(found)
     ready_windows(found)  # a text that a run would refuse is refused here
     rates, workers = rates_here(found), workers_here(found)
-    show_plan(found, rates, forecast(found, rates, workers), workers, full, console)
+    stages = forecast(found, rates, workers)
+    if as_json:
+        print_json(plan_record(found, rates, stages, workers))
+    else:
+        show_plan(found, rates, stages, workers, tensors, console)
 
 
 @app.command()
@@ -117,7 +162,8 @@ def export(
     shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
     location = run_location(run, storage)
     gguf = tracked(tracker(console), "exporting", lambda: export_again(location, shards))
-    console.print(f"wrote {location}/{gguf.name} and {location}/recipe.txt", soft_wrap=True)
+    for what, path in (("GGUF", f"{location}/{gguf.name}"), ("recipe", f"{location}/recipe.txt")):
+        console.print(f"{what:>6}  {path}", soft_wrap=True)
     if shards.wanted:
         count = len(shards.of(gguf))
         console.print(f"wrote {count} shards, of which {shard_path(gguf, 1, count).name} is the first", soft_wrap=True)
@@ -234,7 +280,7 @@ def leave(code: int) -> NoReturn:
 def main() -> None:
     """Run the command line; users' mistakes end in one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, handlers=[log_handler(errors, as_json=False)], force=True)
+    start_logging(errors)
     for noisy in ("httpx", "gguf", "ray", "botocore", "aiobotocore", "gguf.gguf_writer"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks

@@ -6,12 +6,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bitgenome.cli.terminal import say
+from bitgenome.cli.wording import lead_on_validation, legend, plain
 from bitgenome.common.numbers import perplexity_text
 from bitgenome.plan.forecast import compared
 from bitgenome.run.healing import verdict
 from bitgenome.run.outcome import Outcome
 from bitgenome.run.proof import MixProof, Proof, Sample
-from search.loop.winner import Winner
 
 
 def megabytes(size: int, digits: int = 3) -> str:
@@ -32,21 +33,24 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             f"{row.kl:.5f}",
             perplexity_text(row.perplexity),
         )
-        table.add_row(row.name, *figures, style=style)
+        table.add_row(plain(row.name), *figures, style=style)
     console.print(table)
+    for line in legend(plain(row.name) for row in outcome.rows):
+        say(console, line, style="dim")
     if outcome.full_precision:
-        console.print(f"KL is from full precision, which here is {outcome.full_precision}")
-    console.print(lead_on_validation(outcome.winner))
+        say(console, f"KL is from full precision, which here is {outcome.full_precision}")
+    say(console, lead_on_validation(outcome.winner))
     if outcome.healing:
-        console.print(verdict(outcome.healing))
+        say(console, verdict(outcome.healing))
     assert outcome.proof is not None
     show_proof(outcome.proof, console)
     under = 100 * (1 - outcome.proof.file_bytes / outcome.budget_bytes)
-    console.print(
+    say(
+        console,
         f"Budget {outcome.budget_bytes:,} bytes, file {outcome.proof.file_bytes:,} bytes ({under:.3f} % under), "
-        f"{outcome.bits_per_weight:.4f} bits per weight"
+        f"{outcome.bits_per_weight:.4f} bits per weight",
     )
-    console.print(f"{outcome.evaluations} evaluations; {compared(outcome.expected, outcome.seconds)}")
+    say(console, f"{outcome.evaluations} evaluations; {compared(outcome.expected, outcome.seconds)}")
     for what, path in (("GGUF", outcome.gguf), ("recipe", outcome.recipe), ("run", outcome.run)):
         console.print(f"{what:>6}  {path}", soft_wrap=True)
     show_use(outcome.gguf, outcome.proof.sample, console)
@@ -79,19 +83,6 @@ def against_mix(proof: Proof, mix: MixProof) -> str:
     return f"The file is {word} llama.cpp's {theirs}{times}"
 
 
-def lead_on_validation(winner: Winner) -> str:
-    """Return a sentence on the searched genome's lead over the best uniform, greedy or exact one, and its certainty."""
-    if winner.lead is None:
-        found = f"no other genome beats {winner.reference} on validation text"
-    else:
-        word = "beats" if winner.lead.mean < 0 else "trails"
-        found = (
-            f"searched {word} {winner.reference} by {abs(winner.lead.mean):.5f} ± {winner.lead.standard_error:.5f} KL "
-            f"on validation text (paired, {winner.lead.windows} windows)"
-        )
-    return found + (f"; {winner.ties} other finalists are within one standard error" if winner.ties else "")
-
-
 def show_proof(proof: Proof, console: Console) -> None:
     """Show llama.cpp's figures for the file beside the simulated ones."""
     title = f"{proof.file} on {proof.tokens:,} tokens of test text"
@@ -111,16 +102,18 @@ def show_proof(proof: Proof, console: Console) -> None:
         table.add_row(name, f"{proof.mix.kl:.5f}", perplexity_text(proof.mix.perplexity))
     console.print(table)
     if proof.mix:
-        console.print(against_mix(proof, proof.mix))
+        say(console, against_mix(proof, proof.mix))
     f = proof.figures
-    console.print(
+    say(
+        console,
         f"llama.cpp's KL: mean {f.mean_kl.text()}, median {f.median_kl.text()}, 99 % {f.kl_99.text()}; "
-        f"RMS of the change of the true token's probability {f.rms_delta_p.text(100, 3, ' %')}"
+        f"RMS of the change of the true token's probability {f.rms_delta_p.text(100, 3, ' %')}",
     )
     if proof.eight_bit_to_runtime_kl is not None:
-        console.print(f"KL from simulation with 8-bit inputs to llama.cpp {proof.eight_bit_to_runtime_kl:.2e}")
-    console.print(
+        say(console, f"KL from simulation with 8-bit inputs to llama.cpp {proof.eight_bit_to_runtime_kl:.2e}")
+    say(
+        console,
         f"KL from simulation to llama.cpp {proof.simulated_to_runtime_kl:.2e}; same next token as full precision "
         f"{100 * proof.top1_agreement:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "
-        f"{proof.generated_tokens_per_second:.0f} generated tokens/s"
+        f"{proof.generated_tokens_per_second:.0f} generated tokens/s",
     )

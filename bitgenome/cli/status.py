@@ -1,9 +1,7 @@
 """Defines ``bitgenome status``, which shows what runs are doing from their directories alone."""
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -13,17 +11,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bitgenome.cli.terminal import RUN_ARGUMENT, RUNS, Storage, console
+from bitgenome.cli.terminal import RUN_ARGUMENT, RUNS, AsJson, Storage, console, print_json
 from bitgenome.observe.run_status import RunReader, RunStatus, runs_under
 
 EVERY_S = 2.0
+UNBOUNDED = 10_000  # columns
 
 
 def status(
     run: Annotated[str | None, RUN_ARGUMENT] = None,
     storage: Storage = RUNS,
     watch: Annotated[bool, typer.Option("--watch", help="Again every 2 s, until the run ends")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON, an object a line")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a run is doing, or all of a storage path; reads their directories, needs no cluster."""
     from bitgenome.config.file import refuse_secrets  # noqa: PLC0415 - pydantic is slow to import
@@ -36,7 +35,7 @@ def status(
     if as_json:
         for found in looks:
             for one in found:
-                typer.echo(json.dumps(asdict(one)))
+                print_json(one)
     elif watch and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             for found in looks:
@@ -69,17 +68,24 @@ def show_lines(looks: Iterator[list[RunStatus]]) -> None:
 
 
 def view(found: list[RunStatus], single: bool) -> Group:
-    """Return one run in detail, or all as a table."""
+    """Return one run in detail, or all: as a table where it is as wide as the console, else a few lines a run."""
     if single:
         return details(found[0])
-    return Group(table_of(found), *(Text(one.error or "") for one in found if one.state == "damaged"))
+    table = table_of(found)
+    damaged = (Text(one.error or "") for one in found if one.state == "damaged")
+    if console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum <= console.width:
+        return Group(table, *damaged)
+    lines = "{}\n  {}, {}\n  {}\n  {}"
+    return Group(
+        *(Text(lines.format(r.name, r.state, r.stage or "not begun", progress_of(r), best_of(r))) for r in found),
+        *damaged,
+    )
 
 
 def table_of(found: list[RunStatus]) -> Table:
     """Return a table with one row per run."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold")
-    for column in ("state", "stage"):
+    for column in ("run", "state", "stage"):
         table.add_column(column, no_wrap=True)
     for column in ("gen", "evaluated", "KL", "bytes", "bits", "s"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -123,10 +129,13 @@ def evaluations_of(one: RunStatus) -> str:
 
 
 def best_of(one: RunStatus) -> str:
-    """Return loss, KL and size of the best genome as text."""
+    """Return KL and size of the best genome as text, and its loss while the search goes by that."""
     if one.best_loss is None:
         return "nothing evaluated"
-    found = f"loss {one.best_loss:.6f}, KL {number(one.best_kl, '.6f')} in {number(one.best_bytes, ',')} bytes"
+    loss = "" if one.state == "finished" else f"loss {one.best_loss:.6f}, "
+    where = f" on {one.best_on} text" if one.best_on else ""
+    healed = ", healed," if one.healed else ""
+    found = f"{loss}KL {number(one.best_kl, '.6f')}{where}{healed} in {number(one.best_bytes, ',')} bytes"
     return found + (f" = {one.bits_per_weight:.4f} bits per weight" if one.bits_per_weight else "")
 
 

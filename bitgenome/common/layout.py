@@ -33,6 +33,7 @@ BEST = "best.json"
 EVENTS = "events.log"
 WORKER_LIMIT = "workers.json"
 COMPARISON = "sensitivity-comparison.parquet"
+COMPARISON_CSV = "sensitivity-comparison.csv"
 COMPARISON_LOG = "sensitivity-comparison.jsonl"
 
 # A study

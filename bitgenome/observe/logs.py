@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+PACKAGES = ("bitgenome", "search", "evaluators", "exporters", "quantizers", "workers")
 RUN: ContextVar[str | None] = ContextVar("run", default=None)  # name of the run that this process works for
 GENERATION: ContextVar[int | None] = ContextVar("generation", default=None)  # being evaluated, from 1
 
@@ -48,13 +49,37 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-def log_handler(console: Console, as_json: bool) -> logging.Handler:
-    """Return a handler for JSON if asked for, else for rich lines on a terminal, or plain lines with the time."""
+def start_logging(console: Console, as_json: bool = False, level: int = logging.INFO) -> None:
+    """Log to ``console`` from ``level`` on: JSON if asked for, else rich lines on a terminal, or plain lines.
+
+    What our own packages log below that level still goes into the events.log of a run.
+    """
+    handler: logging.Handler
     if not as_json and console.is_terminal:
-        return RichHandler(console=console, show_level=False, show_path=False)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    return handler
+        handler = RichHandler(console=console, show_level=False, show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setLevel(level)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.DEBUG)
+
+
+def show_from(level: int) -> None:
+    """Show what is logged from ``level`` on; a run's events.log has everything all the same."""
+    for handler in shown():
+        handler.setLevel(level)
+
+
+def shows(level: int) -> bool:
+    """Return whether what is logged at ``level`` is shown."""
+    return any(handler.level <= level for handler in shown()) or not shown()
+
+
+def shown() -> list[logging.Handler]:
+    """Return the handlers that show what is logged, of which events.log is none."""
+    return [handler for handler in logging.getLogger().handlers if not isinstance(handler, logging.FileHandler)]
 
 
 @contextmanager

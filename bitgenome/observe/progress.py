@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from bitgenome.common.steps import Step, heard_by
+from bitgenome.observe.logs import shows
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def track(items: Iterable[T], total: int, what: str, console: Console) -> Iterat
     LINE_EVERY_S.
     """
     advance = Advance(total)
-    shown = _Bar(what, total, console) if console.is_terminal else _Lines(what, advance)
+    shown = _Bar(what, total, console) if console.is_terminal and shows(logging.INFO) else _Lines(what, advance)
 
     def hear(running: Sequence[Step]) -> None:
         advance.hear(running)

@@ -35,8 +35,10 @@ class RunStatus:
     generation: int = 0
     evaluations: int = 0  # genomes evaluated by the search
     expected: int | None = None
-    best_loss: float | None = None
-    best_kl: float | None = None
+    best_loss: float | None = None  # before healing
+    best_kl: float | None = None  # of a finished run, that of its file: after healing, if it was applied
+    best_on: str | None = None  # the text of the figures: search, or validation
+    healed: bool = False
     best_bytes: int | None = None
     bits_per_weight: float | None = None
     budget_bytes: int | None = None
@@ -116,10 +118,15 @@ class RunReader:
             for evaluation in self._lines.new():
                 self._learn(evaluation)
             best = self._best.get(self._text, {})
+        healed = False
         if state == "finished" and self._files.size(layout.BEST):
             resume = f"bitgenome resume {self.location} writes it again"
             with expecting("the result of a run", self._source(layout.BEST), resume):
-                best = dict(json.loads(self._files.content(layout.BEST))["winner"])
+                result = json.loads(self._files.content(layout.BEST))
+                best = dict(result["winner"])
+                healing = result.get("healing") or {}
+                if healed := bool(healing.get("applied")):
+                    best["kl"] = healing[best["split"]]["after"]["kl"]
         with self._expecting("generations", layout.GENERATIONS):
             generations = self._files.tail(layout.GENERATIONS)
             last = json.loads(generations[-1])["generation"] if generations else 0
@@ -137,6 +144,8 @@ class RunReader:
             expected=record.get("expected_evaluations"),
             best_loss=best.get("loss"),
             best_kl=best.get("kl"),
+            best_on=best.get("split"),
+            healed=healed,
             best_bytes=size,
             bits_per_weight=8 * size / weights if size and weights else None,
             budget_bytes=record.get("budget_bytes"),

@@ -138,7 +138,8 @@ def heal(
     healing = Healing(key, trained if better else {}, figures, settings.variant)
     healing.save(run.path)
     checkpoint.path.unlink()
-    log.log(logging.INFO if better or config.enabled == "auto" else logging.WARNING, verdict(healing))
+    wanted = better or config.enabled == "auto"  # the closing table says it; events.log has it too
+    log.log(logging.DEBUG if wanted else logging.WARNING, verdict(healing))
     return healing
 
 

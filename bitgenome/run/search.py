@@ -182,6 +182,8 @@ def show_progress(path: Path, progress: Progress) -> None:
 
 def surrogate_line(found: Mapping[str, Any]) -> str:
     """Return a phrase on how well a generation's offspring were predicted, and whether the predictions chose them."""
-    switch = "on" if found["screened"] else "off"
-    correlation, coverage = found["surrogate_correlation"], found["surrogate_coverage"]
-    return f"surrogate rank correlation {correlation:.2f}, coverage {coverage:.2f}, screening {switch}"
+    chose = "chose" if found["screened"] else "were too poor to choose"
+    return (
+        f"predicted losses (rank correlation {found['surrogate_correlation']:.2f}, "
+        f"{100 * found['surrogate_coverage']:.0f} % within their error) {chose} the offspring"
+    )

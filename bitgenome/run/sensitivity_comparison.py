@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
-from bitgenome.common.files import atomic_write_bytes
+from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.progress import Track, tracker
 from bitgenome.plan.memory import check_memory
@@ -40,7 +41,7 @@ from search.types import Fidelity, Genome, SearchSpace
 from workers.pool.base import Pool
 
 OF_THE_BANK = ("reconstruction", "relative")  # computed without running any text
-RANKS = ("spearman_spread", "kendall_spread", "spearman_budget", "kendall_budget")
+SHOWN_RANKS = ("spearman_spread", "spearman_budget")
 MEASURED_BY = {  # measure -> the measurement whose frame holds it
     **dict.fromkeys((*OF_THE_BANK, "logit_mse", "kl"), "kl"),
     **{measure: measure for measure in (*GRADIENTS, "around_base")},
@@ -72,9 +73,9 @@ def compare_sensitivities(
 ) -> tuple[Path, pd.DataFrame]:
     """Return the run directory of ``config``, and the rows of ``comparison_rows`` as a frame.
 
-    The frame is also written to sensitivity-comparison.parquet. Everything measured is kept and reused. ``count`` is
-    the number of random genomes per sample. ``bits`` are budgets of the exact solver in bits per weight; none: the
-    configuration's. Raises UserError for a budget that cannot be met.
+    The frame is also written to sensitivity-comparison.parquet and .csv. Everything measured is kept and reused.
+    ``count`` is the number of random genomes per sample. ``bits`` are budgets of the exact solver in bits per weight;
+    none: the configuration's. Raises UserError for a budget that cannot be met.
     """
     plan = make_plan(config)
     budgets_of(plan, bits)  # raises before any work
@@ -89,7 +90,7 @@ def compare_sensitivities(
 def comparison(
     plan: Plan, ready: TokenWindows | None, directory: RunDirectory, count: int, bits: Sequence[float], console: Console
 ) -> pd.DataFrame:
-    """Measure what is not measured yet, write sensitivity-comparison.parquet, and return its frame."""
+    """Measure what is not measured yet, write sensitivity-comparison.parquet and .csv, and return their frame."""
     track = tracker(console)
     with open_session(plan.config, plan.folder, directory.path) as pool:
         windows = written_windows(plan, ready, pool, track, directory.stage)
@@ -100,6 +101,7 @@ def comparison(
             rows = comparison_rows(artefacts, measured, count, bits, pool, track, log)
     frame = pd.DataFrame(rows)
     atomic_write_bytes(directory.path / layout.COMPARISON, frame.to_parquet(index=False))
+    atomic_write_text(directory.path / layout.COMPARISON_CSV, frame.to_csv(index=False))
     return frame
 
 
@@ -177,16 +179,24 @@ def random_genomes(space: SearchSpace, budgets: Sequence[Budget], rng: random.Ra
 
 
 def show_comparison(frame: pd.DataFrame, path: Path, console: Console) -> None:
-    """Show the table of ``bitgenome sensitivity``, one line per measure."""
-    budgets = [f"{bits:.2f} bits" for bits in frame[frame.measure == frame.measure.iloc[0]].bits_per_weight]
-    table = Table(title="Rank correlation with KLs of random genomes; KL of the exact solutions", title_justify="left")
-    for name in ("measure", "seconds", "tokens", "Spearman", "Kendall", "at budget", "Kendall", *budgets):
-        table.add_column(name, justify="left" if name == "measure" else "right")
+    """Show the table of ``bitgenome sensitivity``, one line per measure; it fits into 80 columns with two budgets."""
+    budgets = [f"KL@{bits:.2f}" for bits in frame[frame.measure == frame.measure.iloc[0]].bits_per_weight]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("measure", no_wrap=True)
+    for name in ("s", "tokens", "ranks", "at budget", *budgets):
+        table.add_column(name, justify="right")
     for measure, rows in frame.groupby("measure", sort=False):
         row = rows.iloc[0]
-        ranks = [f"{row[name]:.4f}" for name in RANKS]
+        ranks = [f"{row[name]:.4f}" for name in SHOWN_RANKS]
         seconds = "" if math.isnan(row.seconds) else f"{row.seconds:.1f}"
-        cells = [seconds, f"{row.tokens:,}", *ranks, *(f"{kl:.5f}" for kl in rows.kl)]
-        table.add_row(str(measure), *cells)
+        table.add_row(str(measure), seconds, f"{row.tokens:,}", *ranks, *(f"{kl:.5f}" for kl in rows.kl))
+    console.print("How well each sensitivity measure ranks genomes, and the KL of what it allocates", soft_wrap=True)
     console.print(table)
-    console.print(f"table  {path / layout.COMPARISON}", soft_wrap=True)
+    for line in (
+        "ranks: Spearman's correlation of predicted with measured KL, over random",
+        "genomes of all sizes, and over such at the budget; Kendall's is in the table",
+        "KL@: of the exact allocation by that measure, at so many bits per weight",
+    ):
+        console.print(line, soft_wrap=True)
+    for file in (layout.COMPARISON_CSV, layout.COMPARISON):
+        console.print(f"table  {path / file}", soft_wrap=True)

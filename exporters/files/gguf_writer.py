@@ -72,7 +72,7 @@ def export_gguf(
 
     size = write_file(layout, data, Path(path), provenance, check)
     if provenance:  # no file that is written on the way to others
-        log.info("wrote %s: %d tensors, %d bytes", path, len(layout.tensors), size)
+        log.debug("wrote %s: %d tensors, %d bytes", path, len(layout.tensors), size)
     return size
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,12 @@ def test_a_batch_may_not_be_named_out_of_its_storage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a batch's name of letters, .*, found '../x': choose it by --name"):
         run_batch(runs, BatchOrder("../x"), Console(quiet=True))
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_closing_table_fits_into_80_columns(states: list[RunState], tmp_path: Path) -> None:
+    rows = results_frame(states, tmp_path).assign(stage=str(Stage.FINISHED), file_bytes=4_321_000_000, evaluations=1000)
+    figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "runtime_kl": 0.3, "kl": 0.3, "seconds": 36000.0}
+    out = StringIO()
+    show_results(rows.assign(**figures), tmp_path, Console(file=out))
+    table = out.getvalue().partition(" table  ")[0]
+    assert max(map(len, table.splitlines())) <= 80 and table.count("4321.000") == len(states) and "…" not in table

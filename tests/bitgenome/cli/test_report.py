@@ -1,13 +1,15 @@
-"""Sentences of the closing table."""
+"""Sentences of the closing table, and how sentences are printed."""
 
-import io
+from io import StringIO
 from math import inf
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from bitgenome.cli.report import against_mix, lead_on_validation, show_use
+from bitgenome.cli.report import against_mix, show_use
+from bitgenome.cli.terminal import say
+from bitgenome.cli.wording import lead_on_validation, legend, plain
 from bitgenome.run.outcome import validation_record
 from bitgenome.run.proof import MixProof, Proof, Sample
 from exporters.runtime.figures import Figures, PositionErrors
@@ -29,10 +31,39 @@ def test_the_lead_is_told_with_its_paired_error_and_the_ties() -> None:
     }  # fmt: skip
 
 
-def test_a_reference_that_wins_is_named() -> None:
+def test_a_lead_within_two_standard_errors_is_no_win_and_a_single_tie_is_singular() -> None:
+    winner = Winner(WINNER, (WINNER,), "lagrangian kl", Estimate(-0.00006, 0.00017, 16), 1)
+    assert lead_on_validation(winner) == (
+        "no difference beyond noise between searched and lagrangian kl: 0.00006 ± 0.00017 KL on validation text "
+        "(paired, 16 windows); 1 other finalist is within one standard error"
+    )
+    alone = Winner(WINNER, (WINNER,), "uniform", Estimate(-0.1, inf, 1), 0)
+    assert lead_on_validation(alone).startswith("no difference beyond noise between searched and uniform, filled: 0.1")
+
+
+def test_where_the_search_added_nothing_that_is_said() -> None:
     winner = Winner(WINNER, (WINNER,), "uniform", None, 0)
-    assert lead_on_validation(winner) == "no other genome beats uniform on validation text"
+    said = "no genome that was tried beats uniform, filled on validation text: it ships, the search added nothing"
+    assert lead_on_validation(winner) == said
     assert set(validation_record(winner).values()) == {"uniform", None, 0}
+
+
+def test_every_word_of_the_table_is_explained_once_and_no_other() -> None:
+    names = ["uniform W2", "lagrangian kl = greedy kl = uniform", "searched = exact reconstruction"]
+    told = [line.partition(":")[0] for line in legend(map(plain, names))]
+    assert told == ["searched", "exact", "lagrangian", "greedy", "uniform, filled", "uniform", "kl", "reconstruction"]
+    assert [line.partition(":")[0] for line in legend(["searched", "uniform W3"])] == ["searched", "uniform"]
+
+
+def test_a_number_and_its_unit_are_on_one_line() -> None:
+    out = StringIO()
+    say(
+        Console(file=out, width=24),
+        "same next token as in 89.9 %; by 0.00006 ± 0.00017 KL; /a/path/that/is/longer/than/it",
+    )
+    assert out.getvalue().splitlines() == [
+        "same next token as in", "89.9 %; by", "0.00006 ± 0.00017 KL;", "/a/path/that/is/longer/than/it",
+    ]  # fmt: skip
 
 
 def test_the_error_of_a_single_window_is_no_number_in_json() -> None:
@@ -52,9 +83,9 @@ def test_a_file_is_held_against_llama_cpps_own_of_the_nearest_size() -> None:
 
 
 def test_a_sample_can_do_nothing_to_the_terminal() -> None:
-    out = Console(file=io.StringIO(), width=80)
+    out = Console(file=StringIO(), width=80)
     show_use(Path("my runs/f.gguf"), Sample("Why?", "[red]be\x1b[2Jcause\n  so[/red]", chat=True), out)
-    assert isinstance(out.file, io.StringIO)
+    assert isinstance(out.file, StringIO)
     assert out.file.getvalue().splitlines()[1:] == [
         "        llama-cli -m 'my runs/f.gguf'",
         "        llama-server -m 'my runs/f.gguf'",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bitgenome.cli import terminal
 from bitgenome.cli.main import main
 from bitgenome.cli.status import duration
 from bitgenome.common import layout
@@ -155,13 +156,18 @@ def test_a_finished_run_shows_what_ships(
     found = json.loads(said(capsys, monkeypatch, "base", "--storage", runs.storage, "--json"))
     assert (found["state"], found["stage"], found["generation"]) == ("finished", "proof", 3)
     assert (found["evaluations"], found["expected"]) == (24, 24)
-    assert found["best_kl"] == best["winner"]["kl"]
+    assert found["best_kl"] == best["healing"]["validation"]["after"]["kl"] < best["winner"]["kl"], "as it ships"
+    assert (found["best_on"], found["healed"], found["best_loss"]) == ("validation", True, best["winner"]["loss"])
     assert found["bits_per_weight"] == pytest.approx(best["bits_per_weight"])
     assert found["budget_bytes"] == best["budget_bytes"] and found["workers"] == 2
     text = said(capsys, monkeypatch, runs.storage / "base", "--watch")
-    assert text.startswith("base: finished, proof, generation 3, 24 of 24 evaluations, loss 0.0")
+    assert text.startswith("base: finished, proof, generation 3, 24 of 24 evaluations, KL 0.0")
+    assert f"KL {found['best_kl']:.6f} on validation text, healed, in" in text
     table = said(capsys, monkeypatch, "--storage", runs.storage)
     assert "24 of 24" in table and f"{best['winner']['file_bytes']:,}" in table
+    monkeypatch.setattr(terminal.console, "width", 40)
+    narrow = said(capsys, monkeypatch, "--storage", runs.storage)
+    assert "base\n" in narrow and f"{best['winner']['file_bytes']:,}" in narrow and "…" not in narrow
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from evaluators.model.sizes import StageMemory
 from evaluators.prepare.bank import Bank
 from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, RoundingRate
-from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.conftest import Finished, Runs, call_here
 
 LAYERS, TENSORS, LEVELS = 6, 43, 4  # of the embedded model, and of the tests' runs
 
@@ -137,3 +137,14 @@ def test_every_stage_is_forecast_and_the_closing_line_compares_them(plan: Plan) 
     assert {"calibration", "bank", "sensitivity", "search", "validation", "healing", "test", "proof"} <= stages.keys()
     line = compared({"bank": 10.0, "search": 20.0}, {"bank": 12.0, "search": 15.0, "staging": 99.0})
     assert line == "seconds taken (expected): bank 12 (10), search 15 (20); together 27 (30)"
+
+
+def test_the_plan_as_json_is_one_object_with_every_gene_and_stage(runs: Runs) -> None:
+    done = call_here("plan", runs.write("planned"), "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert len(found["genes"]) == TENSORS and found["budget_bytes"] < found["largest_bytes"]
+    assert {"bank", "search", "proof"} <= {stage["stage"] for stage in found["stages"]}
+    named = call_here("plan", runs.write("planned"), "--tensors").stdout
+    assert all(gene["name"].removesuffix(".weight") in named for gene in found["genes"])

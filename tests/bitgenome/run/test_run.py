@@ -73,7 +73,8 @@ def test_every_generation_has_a_line_that_says_how_it_was_predicted(runs: Runs, 
     for record in others:
         assert record["surrogate_correlation"] > 0.5, "a search seeded by sensitivities is easy to predict"
         assert record["surrogate_coverage"] >= 0.5, "most losses lie within one predicted standard deviation"
-        said = f"rank correlation {record['surrogate_correlation']:.2f}, coverage {record['surrogate_coverage']:.2f}"
+        within = f"{100 * record['surrogate_coverage']:.0f} % within their error"
+        said = f"(rank correlation {record['surrogate_correlation']:.2f}, {within}) chose the offspring"
         assert said in " ".join(finished.stderr.split())
 
 

@@ -21,7 +21,9 @@ def test_the_log_says_how_far_the_surrogate_can_be_believed(tmp_path: Path, capl
     show_progress(tmp_path / "g.jsonl", Progress(1, 20, 40, BEST, {}))
     show_progress(tmp_path / "g.jsonl", Progress(2, 40, 40, BEST, FOUND))
     assert caplog.messages[0] == "generation 1: 20 of 40 genomes, best loss 0.500000 (KL 0.400000) in 2,000 bytes"
-    assert caplog.messages[1].endswith("bytes; surrogate rank correlation 0.83, coverage 0.70, screening on")
+    assert caplog.messages[1].endswith(
+        "bytes; predicted losses (rank correlation 0.83, 70 % within their error) chose the offspring"
+    )
 
 
 def test_a_generation_told_again_replaces_its_line(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_the_command_compares_every_measure_and_measures_nothing_twice(runs: Run
     assert done.returncode == 0, done.stderr
     frame = pd.read_parquet(runs.storage / "compared" / "sensitivity-comparison.parquet")
     assert frame.measure.tolist() == [measure for measure in MEASURED_BY for _ in range(2)]
-    assert all(measure in done.stdout for measure in MEASURED_BY)
+    assert all(f" {measure} " in done.stdout for measure in MEASURED_BY), "names are not cut"
+    assert pd.read_csv(runs.storage / "compared" / "sensitivity-comparison.csv").shape == frame.shape
     by = frame.set_index(["measure", frame.groupby("measure").cumcount()])
     assert by.loc[("gradient", 0), "spearman_spread"] > 0.9
     assert by.loc[("gradient", 0), "seconds"] < by.loc[("kl", 0), "seconds"]
