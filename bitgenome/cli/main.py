@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 
 from bitgenome.cli.batch import batch
 from bitgenome.cli.convert import convert
+from bitgenome.cli.front import export, front
 from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.prune import prune
 from bitgenome.cli.quantize import add_quantize
@@ -132,10 +133,12 @@ def plan(
     from bitgenome.plan.forecast import forecast, rates_here, workers_here  # noqa: PLC0415
     from bitgenome.plan.memory import check_memory  # noqa: PLC0415
     from bitgenome.plan.plan import make_plan  # noqa: PLC0415
+    from bitgenome.plan.seeds import check_seeds  # noqa: PLC0415
     from bitgenome.plan.text import ready_windows  # noqa: PLC0415
 
     found = make_plan(load_config(config, overrides or ()), weights=False)
     check_memory(found)
+    check_seeds(found)
     ready_windows(found)  # a text that a run would refuse is refused here
     rates, workers = rates_here(found), workers_here(found)
     stages = forecast(found, rates, workers)
@@ -143,30 +146,6 @@ def plan(
         print_json(plan_record(found, rates, stages, workers))
     else:
         show_plan(found, rates, stages, workers, tensors, console)
-
-
-@app.command()
-def export(
-    run: RunPath,
-    storage: Storage = RUNS,
-    split_max_size: Annotated[
-        str | None, typer.Option(help="Also in llama.cpp's shards, whose tensors take at most this, such as 4GB")
-    ] = None,
-    split_max_tensors: Annotated[int | None, typer.Option(min=1, help="Also in shards of at most as many")] = None,
-) -> None:
-    """Write the GGUF and the recipe of a finished run again, from its bank."""
-    from bitgenome.run.export import export_again  # noqa: PLC0415
-    from bitgenome.storage.run_names import run_location  # noqa: PLC0415
-    from exporters.files.splits import Shards, shard_path, shard_size  # noqa: PLC0415
-
-    shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
-    location = run_location(run, storage)
-    gguf = tracked(tracker(console), "exporting", lambda: export_again(location, shards))
-    for what, path in (("GGUF", f"{location}/{gguf.name}"), ("recipe", f"{location}/recipe.txt")):
-        console.print(f"{what:>6}  {path}", soft_wrap=True)
-    if shards.wanted:
-        count = len(shards.of(gguf))
-        console.print(f"wrote {count} shards, of which {shard_path(gguf, 1, count).name} is the first", soft_wrap=True)
 
 
 @app.command()
@@ -227,6 +206,8 @@ def sensitivity(
     show_comparison(frame, path, console)
 
 
+app.command()(export)
+app.command()(front)
 app.command()(convert)
 app.command()(batch)
 app.command()(submit)

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from bitgenome.common.section import Section
 from bitgenome.config.file import parse_section, read_settings
-from bitgenome.config.paths import UserPath, UserPathOrName
+from bitgenome.config.paths import UserPath, UserPathOrName, expanded
 from bitgenome.config.quantization import QuantizationConfig
 from bitgenome.config.storage import Name, StoredSection
 from bitgenome.config.text import TextConfig, absolute_text
@@ -172,13 +172,16 @@ class RunConfig(StoredSection):
         """Return the settings that decide the result, as JSON values.
 
         Where the run is computed and stored is left out. So are the paths of model, template and text: a run records
-        digests of what it read there.
+        digests of what it read there. Of the mixes that a search starts from their names count.
         """
         places: dict[str, Any] = dict.fromkeys(
             ("workers", "storage_path", "storage_url", "name", "model", "template", "llamacpp_mix"), True
         )
-        parts = {"evaluation": {"memory"}, "quantization": {"keep_hessians", "imatrix"}}
-        return self.model_dump(mode="json", exclude=places | parts) | {"text": self.text.result_keys()}
+        parts = {"evaluation": {"memory"}, "quantization": {"keep_hessians", "imatrix"}, "search": {"seeds"}}
+        keys = self.model_dump(mode="json", exclude=places | parts) | {"text": self.text.result_keys()}
+        if self.search.seeds:
+            keys["search"]["seeds"] = [PurePath(seed).name for seed in self.search.seeds]
+        return keys
 
     @property
     def digest(self) -> str:
@@ -198,12 +201,20 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """Return ``config`` with absolute paths, so that a run can be resumed from any directory."""
     found = {"model": absolute_model(config.model), "text": absolute_text(config.text)}
     found |= {"template": config.template and config.template.absolute()}
+    seeds = tuple(absolute_seed(seed) for seed in config.search.seeds)
+    found |= {"search": config.search.model_copy(update={"seeds": seeds})}
     return config.model_copy(update=found | {"quantization": config.quantization.absolute()})
 
 
 def absolute_model(model: str) -> str:
     """Return the absolute path of a model's directory or file; anything else, such as an id, as it is."""
     return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def absolute_seed(seed: str) -> str:
+    """Return the absolute path of a recipe or run to start from; anything else, such as a run's name, as it is."""
+    path = expanded(Path(seed))
+    return str(path.absolute()) if path.exists() else seed
 
 
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:

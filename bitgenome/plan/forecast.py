@@ -90,7 +90,9 @@ def too_large(plan: Plan, stages: Sequence[StageForecast], device: torch.device 
 
 
 def compared(expected: Mapping[str, float], taken: Mapping[str, float]) -> str:
-    """Return a line on the seconds that were expected and taken, by stage and in total."""
+    """Return a line on the seconds that were expected and taken, by stage and in total; of all stages if none was."""
+    if not expected:
+        return f"seconds taken: {', '.join(f'{stage} {seconds:.0f}' for stage, seconds in taken.items())}"
     stages = [f"{stage} {seconds:.0f} ({expected[stage]:.0f})" for stage, seconds in taken.items() if stage in expected]
     known = sum(seconds for stage, seconds in taken.items() if stage in expected)
     return f"seconds taken (expected): {', '.join(stages)}; together {known:.0f} ({sum(expected.values()):.0f})"

@@ -1,6 +1,7 @@
 """Runs all stages in order, from configuration to proof."""
 
 import logging
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -11,16 +12,17 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
 from bitgenome.observe.monitoring import Monitor, monitor_run
-from bitgenome.observe.progress import tracked, tracker
+from bitgenome.observe.progress import Track, tracked, tracker
 from bitgenome.plan.forecast import duration, forecast, rates_task
 from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
+from bitgenome.plan.seeds import check_seeds
 from bitgenome.plan.text import keep_windows, ready_windows, windows_of_run
 from bitgenome.run.export import export_winner, shipped_file
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import decide_variant, heal
 from bitgenome.run.outcome import Outcome, comparison_rows, proved, save_outcome
-from bitgenome.run.prepare import prepare
+from bitgenome.run.prepare import Artefacts, prepare
 from bitgenome.run.proof import prove
 from bitgenome.run.search import pool_evaluate, search
 from bitgenome.run.session import open_session
@@ -46,6 +48,8 @@ def run(config: RunConfig, console: Console) -> Outcome:
     check_memory(plan)
     # before the directory is created: text that is too short leaves nothing behind
     resumed = windows_of_run(config)
+    if resumed is None:
+        check_seeds(plan)
     ready = resumed or ready_windows(plan)
     plan = with_weights(plan, console)
     plan.folder.check_values(name for gene in plan.space.genes for name in gene.tensors)
@@ -78,18 +82,24 @@ def with_weights(plan: Plan, console: Console) -> Plan:
 
 
 def run_stages(
-    plan: Plan, windows: TokenWindows, directory: RunDirectory, pool: Pool, monitor: Monitor, console: Console
+    plan: Plan,
+    windows: TokenWindows,
+    directory: RunDirectory,
+    pool: Pool,
+    monitor: Monitor,
+    console: Console,
+    make_artefacts: Callable[[Plan, TokenWindows, RunDirectory, Pool, Track], Artefacts] = prepare,
 ) -> Outcome:
     """Run all stages in order; each reads what those before it left, and skips what is there and complete.
 
-    Raises UserError if llama.cpp cannot run the file.
+    ``make_artefacts`` returns what the search reads. Raises UserError if llama.cpp cannot run the file.
     """
     track = tracker(console)
     expected = expected_seconds(plan, directory, pool)
     variant = decide_variant(plan, directory, pool)  # while no worker holds anything
     plan = with_gene_groups(plan, windows, directory, pool, track)
     unscaled = plan.folder
-    artefacts = prepare(plan, windows, directory, pool, track)
+    artefacts = make_artefacts(plan, windows, directory, pool, track)
     plan, setup = artefacts.plan, artefacts.setup
     directory.record |= {"bank": str(setup.bank), "workers": pool.size}
     directory.record |= {"weights": plan.space.weights, "budget_bytes": plan.budget.file_bytes}

@@ -18,10 +18,12 @@ from bitgenome.observe.monitoring import Monitor
 from bitgenome.observe.progress import Track
 from bitgenome.plan.memory import KEPT_GENOMES, MOST_TOGETHER
 from bitgenome.plan.plan import Plan
+from bitgenome.plan.seeds import StartingGenomes, starting_genomes
 from bitgenome.run.prepare import Artefacts
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from search.allocation.seeds import reference_genomes, seed_genomes
+from search.allocation.sensitivity import SensitivityTable
 from search.loop.archive import EvaluationLog
 from search.loop.checkpoint import Checkpoint
 from search.loop.search import Evaluate, Progress, run_search, with_table_rung
@@ -123,13 +125,14 @@ def search(
     """Run or continue the search, then choose the winner on validation text."""
     config, space = plan.config, plan.space
     tables = artefacts.tables
-    seeds = seed_genomes(space, plan.budget, tables)
+    given = given_genomes(plan, tables[0], run)
+    seeds = {**given.named, **seed_genomes(space, plan.budget, tables)}
     strategy = make_strategy(
         config.search.strategy,
         space,
         plan.budget,
         tables=tables,
-        seeds=seeds,
+        seeds=seeds | {f"given {number}": genome for number, genome in enumerate(given.others)},
         settings=strategy_settings(config.search),
         journal=run.path / layout.JOURNAL,
         prior=artefacts.prior,
@@ -163,6 +166,13 @@ def search(
             )
         atomic_write_json(run.path / layout.PARETO, pareto_records(evaluations))
     return SearchResult(winner, seeds, config.search.strategy)
+
+
+def given_genomes(plan: Plan, table: SensitivityTable, run: RunDirectory) -> StartingGenomes:
+    """Return the genomes of ``search.seeds``, as they were read when the run began."""
+    if not plan.config.search.seeds:
+        return StartingGenomes({})
+    return StartingGenomes.from_json(run.record.once("seeds", lambda: starting_genomes(plan, table).to_json()))
 
 
 def show_progress(path: Path, progress: Progress) -> None:

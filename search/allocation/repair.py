@@ -64,6 +64,12 @@ class Repair:
             genome = larger
         return genome
 
+    def fit(self, genome: Genome) -> Genome:
+        """Return the feasible genome that ``genome`` becomes by the least costly downgrades, then filled; no chance."""
+        while (slack := self.slack(genome)) < 0:
+            genome = self.moves.downgrade(genome, -slack, 1.0)
+        return self.fill(genome)
+
     def fill(self, genome: Genome, rng: random.Random | None = None) -> Genome:
         """Return a feasible ``genome``, upgraded until nothing more fits; deterministic without ``rng``."""
         noise = self.moves.noise(rng, TEMPERATURE)

@@ -1,8 +1,9 @@
 """Settings of the search: its strategy, and how much text it reads."""
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bitgenome.common.section import Section
 from search.loop.ladder import Ladder
@@ -31,6 +32,11 @@ class GeneGroups(Section):
         return self
 
 
+def listed(value: Any) -> Any:
+    """Return a single value as a list of one."""
+    return [value] if isinstance(value, str | Path) else value
+
+
 class SearchSettings(GeneticSettings):
     """Settings of a search; every strategy but ``exact`` makes ``population * generations`` evaluations."""
 
@@ -41,6 +47,11 @@ class SearchSettings(GeneticSettings):
     )
     ladder: tuple[int, ...] = Field(
         (), description="rising tokens of successive halving, 0: the reconstruction table; none: all search text"
+    )
+    seeds: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        (),
+        description="mixes to start from: a recipe (NAME=TYPE lines, as of llama-quantize --tensor-type-file), a run, "
+        "or a list of them",
     )
     promotion: float = Field(0.5, gt=0, lt=1, description="genomes of a rung that go on to the next")
     refresh: int = Field(0, ge=0, description="generations between new draws of text, 0: never")

@@ -1,0 +1,137 @@
+"""Defines ``bitgenome export`` and ``front``: the file of a finished run again, or of another size, and all sizes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from bitgenome.cli.terminal import RUNS, Overrides, RunPath, Storage, console, errors
+from bitgenome.common.errors import UserError
+from bitgenome.observe.progress import tracked, tracker
+
+if TYPE_CHECKING:
+    from bitgenome.front.sizes import Front
+
+
+def export(
+    run: RunPath,
+    storage: Storage = RUNS,
+    size: Annotated[
+        str | None, typer.Option(help="Instead the best file of this size, such as 3.5GB", show_default=False)
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Instead the best file of so many bits per weight", show_default=False)
+    ] = None,
+    heal: Annotated[bool, typer.Option("--heal", help="Of another size: tune norms and biases anew")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Of another size: name of its run; RUN-SIZE by default", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Copy the file there too", show_default=False)
+    ] = None,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Also in llama.cpp's shards, whose tensors take at most this, such as 4GB")
+    ] = None,
+    split_max_tensors: Annotated[int | None, typer.Option(min=1, help="Also in shards of at most as many")] = None,
+) -> None:
+    """Write the file of a finished run again, or with --size or --bits the best one of another size.
+
+    Another size takes minutes: bank, sensitivities and evaluations are those of the run, which stays as it is. The
+    result is a run beside it.
+    """
+    from bitgenome.run.export import export_again  # noqa: PLC0415 - here and below: imported when called
+    from bitgenome.storage.run_names import run_location  # noqa: PLC0415
+    from exporters.files.splits import Shards, shard_path, shard_size, split_gguf  # noqa: PLC0415
+
+    shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
+    location = run_location(run, storage)
+    check_output(output)
+    if size is None and bits is None:
+        if heal or name or overrides:
+            raise UserError("expected --size or --bits with --heal, --name and --set, found neither")
+        gguf = tracked(tracker(console), "exporting", lambda: export_again(location, shards))
+        console.print(f"wrote {location}/{gguf.name} and {location}/recipe.txt", soft_wrap=True)
+    else:
+        gguf = export_size(location, size, bits, heal, name, overrides or [])
+        if shards.wanted:
+            split_gguf(gguf, shards)
+    if shards.wanted:
+        count = len(shards.of(gguf))
+        console.print(f"wrote {count} shards, of which {shard_path(gguf, 1, count).name} is the first", soft_wrap=True)
+    if output:
+        from bitgenome.common.files import replacing  # noqa: PLC0415
+
+        with replacing(output) as temporary:
+            shutil.copyfile(gguf, temporary)
+        console.print(f"wrote {output}", soft_wrap=True)
+
+
+def check_output(output: Path | None) -> None:
+    """Raise UserError unless a file can be written at ``output``."""
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        found = "a folder there" if output.is_dir() else f"no folder {output.absolute().parent}"
+        raise UserError(f"expected the path of a file, found {found}: {output}")
+
+
+def export_size(
+    location: str, size: str | None, bits: float | None, heal: bool, name: str | None, overrides: list[str]
+) -> Path:
+    """Make and show the file of another size, and return its path."""
+    from bitgenome.cli.report import show_outcome  # noqa: PLC0415
+    from bitgenome.config.file import parse_section  # noqa: PLC0415
+    from bitgenome.config.run import BudgetConfig  # noqa: PLC0415
+    from bitgenome.front.budgets import export_budget  # noqa: PLC0415
+
+    if size is not None and bits is not None:
+        raise UserError(f"expected one of --size and --bits, found {size} and {bits:g}")
+    budget = parse_section(BudgetConfig, {"file_size": size, "bits_per_weight": bits}, "--size or --bits")
+    try:
+        outcome = export_budget(location, budget, console, heal=heal, name=name, overrides=overrides)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing is lost: the same command goes on", soft_wrap=True)
+        raise typer.Exit(130) from None
+    show_outcome(outcome, console)
+    return outcome.gguf
+
+
+def front(
+    run: RunPath,
+    storage: Storage = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object")] = False,
+) -> None:
+    """Show what every size of a finished run's model would give, from its sensitivities and what it has measured."""
+    from bitgenome.front.sizes import front_of  # noqa: PLC0415
+    from bitgenome.storage.run_names import run_location  # noqa: PLC0415
+
+    location = run_location(run, storage)
+    found = front_of(location)
+    if as_json:
+        console.out(json.dumps(found.to_json()), highlight=False)
+    else:
+        show_front(found, location)
+
+
+def show_front(found: "Front", location: str) -> None:
+    """Show the sizes as a table, and the command that makes one of them."""
+    table = Table(title=f"Best file of each size, by what {found.run} knows", title_justify="left")
+    for column in ("size", "bits/weight", "KL", "", "which"):
+        table.add_column(column, justify="left" if column in ("", "which") else "right")
+    for size in found.sizes:
+        table.add_row(
+            f"{size.file_bytes / 1e6:,.3f} MB",
+            f"{size.bits_per_weight:.3f}",
+            f"{size.kl:.5f}",
+            "measured" if size.measured else "predicted",
+            "\n".join(size.notes),
+            style="bold" if size.measured else "",
+        )
+    console.print(table)
+    console.print(
+        "KL in nats per token on test text, before healing. Measured: this very genome, by simulation. Predicted: from "
+        f"sensitivities, calibrated on {found.calibrated_on} measured genomes."
+    )
+    console.print(f"To make one: bitgenome export {location} --bits 3.2, or --size 3.5GB", soft_wrap=True)
