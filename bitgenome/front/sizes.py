@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from bitgenome.run.sensitivities import table_of
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_files import LocalRunFiles
 from bitgenome.storage.run_result import RunResult
+from exporters.files.gguf_reader import read_gguf
+from exporters.files.mixes import DEFAULTS, LEGACY, MixModel, mix_bytes
 from quantizers.formats.table import LEVEL_FORMATS
 from search.allocation.front import best_by_size
 from search.allocation.repair import TOLERANCE
@@ -30,7 +32,7 @@ from search.budget import Budget
 from search.types import Evaluation, Genome
 
 STEPS = (0.05, 0.1, 0.25, 0.5, 1.0)  # bits per weight between two rows
-MOST_ROWS = 20  # of one step
+MOST_ROWS = 16  # of one step
 LEAST_KL = 1e-12
 
 
@@ -57,7 +59,7 @@ class Front:
     largest: int
     sizes: tuple[Size, ...]
     calibrated_on: int  # genomes
-    types: Mapping[str, int] = field(default_factory=dict)  # bytes of a file of one GGUF type throughout
+    mixes: Mapping[str, int]  # bytes of llama.cpp's own files of the model, by its name for each
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON values."""
@@ -82,7 +84,8 @@ def front_of(location: str) -> Front:
         relatives = [run.path, *exports_of(run)]
         measured = {e.genome: e for path in relatives for e in on_test_text(path, plan)}
         winners = {path: found.evaluation.genome for path in relatives if (found := RunResult.read(path))}
-    return make_front(plan, table, run.path, measured, winners, healed_notes(winners))
+        mixes = mix_sizes(run.path / result.gguf)
+    return make_front(plan, table, run.path, measured, winners, mixes)
 
 
 def make_front(
@@ -91,17 +94,21 @@ def make_front(
     run: Path,
     measured: Mapping[Genome, Evaluation],
     winners: Mapping[Path, Genome],
-    notes_of: Mapping[Path, str],
+    mixes: Mapping[str, int],
 ) -> Front:
     """Return the front of a plan's space.
 
-    ``measured`` holds evaluations on test text, ``winners`` the genome of each run that ``notes_of`` describes.
+    ``measured`` holds evaluations on test text, ``winners`` the genome of each run directory, and ``mixes`` the bytes
+    of llama.cpp's own files.
     """
     space = plan.space
     smallest, largest = space.file_bytes(space.smallest()), space.file_bytes(space.largest())
     uniform = pure_uniform(space, Budget(largest))
     predict = calibrated(table, measured, set(uniform.values()))
     notes: dict[int, list[str]] = {smallest: ["smallest"], largest: ["largest"]}
+    for name, size in mixes.items():
+        if smallest <= size <= largest:
+            notes.setdefault(size, []).append(f"size of {name}")
     for level, genome in uniform.items():
         found = f", KL {measured[genome].kl:.5f}" if genome in measured else ""
         notes.setdefault(space.file_bytes(genome), []).append(f"all {LEVEL_FORMATS[level]}{found}")
@@ -118,10 +125,29 @@ def make_front(
         size = space.file_bytes(genome)
         if genome in measured:
             kept = rows[size].notes if size in rows else ()
-            rows[size] = Size(size, 8 * size / space.weights, measured[genome].kl, True, (notes_of[path], *kept))
+            rows[size] = Size(size, 8 * size / space.weights, measured[genome].kl, True, (note_on(path), *kept))
     ordered = tuple(rows[size] for size in sorted(rows))
-    types = {LEVEL_FORMATS[level]: space.file_bytes(genome) for level, genome in uniform.items()}
-    return Front(run.name, smallest, largest, ordered, len(measured), types)
+    return Front(run.name, smallest, largest, ordered, len(measured), dict(mixes))
+
+
+def mix_sizes(file: Path) -> dict[str, int]:
+    """Return the bytes of llama.cpp's own files of the model of ``file``, by mix, smallest first.
+
+    None are known without the file, or for an architecture whose rules are not.
+    """
+    if not file.is_file():
+        return {}
+    contents = read_gguf(file)
+    shapes = {name: tensor.shape for name, tensor in contents.tensors.items()}
+    kinds = {name: tensor.type_name for name, tensor in contents.tensors.items()}
+    header = min(tensor.offset for tensor in contents.tensors.values())
+    mixes = [mix for mix in DEFAULTS if mix not in LEGACY]
+    try:
+        model = MixModel.of(contents.key_values)
+        sizes = {mix: mix_bytes(mix, shapes, model, kinds, header) for mix in mixes}
+    except ValueError:
+        return {}
+    return dict(sorted(sizes.items(), key=lambda found: found[1]))
 
 
 def rounded_bits(low: float, high: float, weights: int) -> list[float]:
@@ -193,12 +219,9 @@ def exports_of(run: RunDirectory) -> list[Path]:
     return [path for path, r in found if r.get(PARENT) == run.path.resolve().name and r.get("digests") == own]
 
 
-def healed_notes(winners: Mapping[Path, Genome]) -> dict[Path, str]:
-    """Return a note on the file of each run: its name, and what healing made of its KL."""
-    notes = {}
-    for path in winners:
-        result = RunResult.read(path)
-        healing = result.healing if result else None
-        after = healing["test"]["after"] if healing and healing["applied"] else None
-        notes[path] = f"{path.name}" + (f", healed to {after['kl']:.5f}" if after else "")
-    return notes
+def note_on(run: Path) -> str:
+    """Return a note on the file of a run: its name, and what healing made of its KL."""
+    result = RunResult.read(run)
+    healing = result.healing if result else None
+    after = healing["test"]["after"] if healing and healing["applied"] else None
+    return run.name + (f", healed to {after['kl']:.5f}" if after else "")
