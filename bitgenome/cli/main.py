@@ -19,6 +19,7 @@ from bitgenome.cli.convert import convert
 from bitgenome.cli.front import export, front
 from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.prune import prune
+from bitgenome.cli.publish import publish
 from bitgenome.cli.quantize import add_quantize
 from bitgenome.cli.status import status
 from bitgenome.cli.terminal import RUNS, AsJson, ConfigFile, Overrides, RunPath, Storage, console, errors, print_json
@@ -208,6 +209,7 @@ def sensitivity(
 
 app.command()(export)
 app.command()(front)
+app.command()(publish)
 app.command()(convert)
 app.command()(batch)
 app.command()(submit)

@@ -51,9 +51,7 @@ def test_another_size_is_a_run_beside_the_first_proved_healed_and_the_same_again
         (("--bits", "8", "-o", "/nowhere/x.gguf"), "/nowhere"),
     ],
 )
-def test_what_cannot_be_made_is_refused_and_leaves_nothing(
-    little: Path, options: tuple[str, ...], found: str
-) -> None:
+def test_what_cannot_be_made_is_refused_and_leaves_nothing(little: Path, options: tuple[str, ...], found: str) -> None:
     before = sorted(path.name for path in little.iterdir())
     assert_one_sentence(call_here("export", little / "little", *options), found)
     assert sorted(path.name for path in little.iterdir()) == before
