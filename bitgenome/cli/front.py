@@ -1,6 +1,5 @@
 """Defines ``bitgenome export`` and ``front``: the file of a finished run again, or of another size, and all sizes."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bitgenome.cli.terminal import RUNS, Overrides, RunPath, Storage, console, errors
+from bitgenome.cli.terminal import RUNS, AsJson, Overrides, RunPath, Storage, console, errors, print_json, say
 from bitgenome.common.errors import UserError
 from bitgenome.observe.progress import tracked, tracker
 
@@ -54,7 +53,8 @@ def export(
         if heal or name or overrides:
             raise UserError("expected --size or --bits with --heal, --name and --set, found neither")
         gguf = tracked(tracker(console), "exporting", lambda: export_again(location, shards))
-        console.print(f"wrote {location}/{gguf.name} and {location}/recipe.txt", soft_wrap=True)
+        for what, path in (("GGUF", f"{location}/{gguf.name}"), ("recipe", f"{location}/recipe.txt")):
+            console.print(f"{what:>6}  {path}", soft_wrap=True)
     else:
         gguf = export_size(location, size, bits, heal, name, overrides or [])
         if shards.wanted:
@@ -101,7 +101,7 @@ def export_size(
 def front(
     run: RunPath,
     storage: Storage = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what every size of a finished run's model would give, from its sensitivities and what it has measured."""
     from bitgenome.front.sizes import front_of  # noqa: PLC0415
@@ -110,7 +110,7 @@ def front(
     location = run_location(run, storage)
     found = front_of(location)
     if as_json:
-        console.out(json.dumps(found.to_json()), highlight=False)
+        print_json(found)
     else:
         show_front(found, location)
 
@@ -130,8 +130,9 @@ def show_front(found: "Front", location: str) -> None:
             style="bold" if size.measured else "",
         )
     console.print(table)
-    console.print(
+    say(
+        console,
         "KL in nats per token on test text, before healing. Measured: this very genome, by simulation. Predicted: from "
-        f"sensitivities, calibrated on {found.calibrated_on} measured genomes."
+        f"sensitivities, calibrated on {found.calibrated_on} measured genomes.",
     )
     console.print(f"To make one: bitgenome export {location} --bits 3.2, or --size 3.5GB", soft_wrap=True)

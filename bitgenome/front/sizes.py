@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,10 +59,6 @@ class Front:
     sizes: tuple[Size, ...]
     calibrated_on: int  # genomes
     mixes: Mapping[str, int]  # bytes of llama.cpp's own files of the model, by its name for each
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all of it as JSON values."""
-        return asdict(self)
 
 
 def front_of(location: str) -> Front:
