@@ -23,9 +23,9 @@ from bitgenome.cli.publish import publish
 from bitgenome.cli.quantize import add_quantize
 from bitgenome.cli.status import status
 from bitgenome.cli.terminal import RUNS, AsJson, ConfigFile, Overrides, RunPath, Storage, console, errors, print_json
+from bitgenome.cli.verify import verify
 from bitgenome.common.errors import UserError
 from bitgenome.observe.logs import show_from, shown, start_logging
-from bitgenome.observe.progress import tracked, tracker
 from workers.cluster.worker_logs import LOG_JSON
 from workers.errors import TaskError, WorkersLostError
 
@@ -150,21 +150,6 @@ def plan(
 
 
 @app.command()
-def verify(
-    file: Annotated[str, typer.Argument(help="A run, or a GGUF file in its directory or URL", show_default=False)],
-    run: Annotated[str | None, typer.Option(help="The file's run, if the file has left its directory")] = None,
-    storage: Storage = RUNS,
-) -> None:
-    """Check that a run's file is as it was shipped, and measure it in llama.cpp beside the simulated figures."""
-    from bitgenome.cli.report import show_proof  # noqa: PLC0415
-    from bitgenome.run.verify import verify_file  # noqa: PLC0415
-    from bitgenome.storage.run_names import run_and_file  # noqa: PLC0415
-
-    location, gguf = run_and_file(file, storage, run)
-    show_proof(tracked(tracker(console), "measuring", lambda: verify_file(gguf, location)), console)
-
-
-@app.command()
 def study(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -217,6 +202,7 @@ app.command()(logs)
 app.command()(stop)
 app.command()(status)
 app.command()(prune)
+app.command()(verify)
 
 
 def execute(config: "RunConfig") -> None:

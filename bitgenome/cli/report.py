@@ -13,6 +13,7 @@ from bitgenome.plan.forecast import compared
 from bitgenome.run.healing import verdict
 from bitgenome.run.outcome import Outcome
 from bitgenome.run.proof import MixProof, Proof, Sample
+from exporters.runtime.figures import Figures
 
 
 def megabytes(size: int, digits: int = 3) -> str:
@@ -106,8 +107,9 @@ def show_proof(proof: Proof, console: Console) -> None:
     f = proof.figures
     say(
         console,
-        f"llama.cpp's KL: mean {f.mean_kl.text()}, median {f.median_kl.text()}, 99 % {f.kl_99.text()}; "
-        f"RMS of the change of the true token's probability {f.rms_delta_p.text(100, 3, ' %')}",
+        f"As llama-perplexity has it, 8-bit inputs of the head included: KL {f.mean_kl.text()}, median "
+        f"{f.median_kl.text()}, 99 % {f.kl_99.text()}; RMS of the change of the true token's probability "
+        f"{f.rms_delta_p.text(100, 3, ' %')}",
     )
     if proof.eight_bit_to_runtime_kl is not None:
         say(console, f"KL from simulation with 8-bit inputs to llama.cpp {proof.eight_bit_to_runtime_kl:.2e}")
@@ -117,3 +119,13 @@ def show_proof(proof: Proof, console: Console) -> None:
         f"{100 * proof.top1_agreement:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "
         f"{proof.generated_tokens_per_second:.0f} generated tokens/s",
     )
+
+
+def show_figures(figures: Figures, console: Console) -> None:
+    """Show a file's figures beside its original's, each with its standard error over windows."""
+    table = Table("", "as llama-perplexity has it")
+    for name, value in figures.rows():
+        table.add_row(name, value)
+    console.print(table)
+    if figures.windows > 1:
+        say(console, f"± is the standard error over {figures.windows:,} windows; KL in nats per token")

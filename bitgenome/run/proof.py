@@ -22,11 +22,13 @@ from evaluators.model.sizes import ModelShape
 from exporters.files.file_layout import FileLayout
 from exporters.files.gguf_reader import read_gguf
 from exporters.files.packed_file import PackedFile
-from exporters.runtime.comparison import LogProbs, compare, log_probs
+from exporters.runtime.comparison import LogProbs, compare, log_probs, rounded
 from exporters.runtime.figures import Figures
 from exporters.runtime.llamacpp import LlamaCppError, LlamaCppRuntime
+from exporters.runtime.outputs import head_input_type
 from exporters.runtime.text import TextServer
 from exporters.runtime.tokens import check_tokens
+from quantizers.formats.activations import input_type
 from quantizers.formats.table import QuantFormat
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,7 @@ class Proof:
     top1_agreement: float  # of llama.cpp with the full-precision model
     prompt_tokens_per_second: float
     generated_tokens_per_second: float
-    figures: Figures  # of llama.cpp beside the full-precision model
+    figures: Figures  # of llama.cpp beside the full-precision model, 8-bit inputs of its head included
     eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, where the run was configured so
     eight_bit_to_runtime_kl: float | None = None
     eight_bit_alone_kl: float | None = None  # of 8-bit inputs with full-precision weights
@@ -159,14 +161,16 @@ def prove(
     mix = None
     if beside is not None and from_mix is not None:
         mix = mix_proof(*beside, torch.from_numpy(from_mix).to(device), full_head, full_precision, text)
+    ours, head_format = torch.from_numpy(from_runtime).to(device), formats.get(folder.head_tensor)
     found = compare(
-        log_probs(torch.from_numpy(from_runtime).to(device), head),
+        log_probs(ours, head),
         windows,
         len(head.weight),
         full_precision,
         log_probs(states, head),
         eight_bit,
         text.unscored,
+        quoted=log_probs(ours, rounded(head, input_type(head_format))) if head_format else None,
     )
     assert found.reference is not None and found.reference.figures is not None and found.simulated is not None
     return Proof(
@@ -196,9 +200,11 @@ def mix_proof(mix: str, path: Path, states: Tensor, full_head: Head, full: LogPr
 
     ``full_head`` and ``full`` are head and log probabilities of the full-precision model on the test windows.
     """
-    weight = torch.from_numpy(read_gguf(path).head()).to(states.device)
-    own, windows = log_probs(states, replace(full_head, weight=weight)), text.windows["test"]
-    found = compare(own, windows, len(weight), full, unscored=text.unscored)
+    contents, windows = read_gguf(path), text.windows["test"]
+    head = replace(full_head, weight=torch.from_numpy(contents.head()).to(states.device))
+    quoted = log_probs(states, rounded(head, head_input_type(contents.tensors)))
+    own = log_probs(states, head)
+    found = compare(own, windows, len(head.weight), full, unscored=text.unscored, quoted=quoted)
     assert found.reference is not None and found.reference.figures is not None
     return MixProof(mix, path.stat().st_size, found.reference.kl, found.perplexity, found.reference.figures)
 

@@ -16,6 +16,7 @@ from bitgenome.common.numbers import perplexity_of
 from exporters.files.gguf_reader import read_gguf
 from exporters.runtime.figures import Figures, PositionErrors
 from exporters.runtime.llamacpp import LlamaCppRuntime
+from quantizers.formats.activations import quantized_input
 
 CHUNK_BYTES = 1 << 26  # of the logits of one chunk
 
@@ -32,7 +33,7 @@ class Comparison:
     kl: float
     top1_agreement: float  # share of positions whose most likely token is the same
     perplexity: float  # of the model itself
-    figures: Figures | None = None  # of the runtime beside the model, which is the base; of the reference alone
+    figures: Figures | None = None  # of what is quoted beside the model, which is the base; of the reference alone
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ def log_probs(hidden: np.ndarray | torch.Tensor, head: LogitsOf) -> LogProbs:
     return chunk
 
 
+def rounded(head: LogitsOf, kind: str) -> LogitsOf:
+    """Return ``head`` with its input rounded to the ggml type ``kind``, as llama.cpp does before its products."""
+    return lambda hidden: head(quantized_input(kind, hidden))
+
+
 def plain_head(weight: np.ndarray | torch.Tensor) -> LogitsOf:
     """Return the head that multiplies hidden states by ``weight`` (V, D), without a soft cap."""
     return partial(functional.linear, weight=torch.as_tensor(weight, dtype=torch.float32))
@@ -73,11 +79,13 @@ def compare(
     eight_bit: LogProbs | None = None,
     unscored: int = 0,
     followed: bool = False,
+    quoted: LogProbs | None = None,
 ) -> RuntimeFigures:
     """Return the figures of ``runtime`` on token ids ``windows`` (n, T), compared with each model that is given.
 
     ``vocabulary`` is V, which sets the size of a chunk. The first ``unscored`` positions of each window do not count,
-    nor does the last if only those count that are ``followed`` by a token of the window.
+    nor does the last if only those count that are ``followed`` by a token of the window. ``quoted`` is what figures
+    beside the reference are of, the runtime by default.
 
     Raises FloatingPointError if log probabilities of the runtime are not finite.
     """
@@ -91,9 +99,10 @@ def compare(
         if not bool(torch.isfinite(ours).all()):
             raise FloatingPointError("llama.cpp's logits are not finite")
         sums["runtime"].add(ours, ours, next_ids)
+        other = None if quoted is None else quoted(start, stop)[rows]
         for name, model in models.items():
             if model is not None:
-                sums[name].add(model(start, stop)[rows], ours, next_ids)
+                sums[name].add(model(start, stop)[rows], ours, next_ids, other)
     return RuntimeFigures(
         sums["runtime"].comparison().perplexity,
         int(counted.sum()),
@@ -133,8 +142,13 @@ class _Sums:
         self._windows = windows
         self._each: list[torch.Tensor] | None = [] if each else None
 
-    def add(self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a chunk: log probabilities ``model``, ``runtime`` (chunk, V); next tokens ``targets`` (chunk,) or -1."""
+    def add(
+        self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor, quoted: torch.Tensor | None = None
+    ) -> None:
+        """Add a chunk: log probabilities ``model``, ``runtime`` (chunk, V); next tokens ``targets`` (chunk,) or -1.
+
+        What each position is, is that of ``quoted`` in place of the runtime, if it is given.
+        """
         followed, terms = targets >= 0, model.exp() * (model - runtime)
         agreed = model.argmax(-1) == runtime.argmax(-1)
         self.kl += float(terms.sum(dtype=torch.float64))
@@ -143,8 +157,7 @@ class _Sums:
         self.positions += len(targets)
         self.predicted += int(followed.sum())
         if self._each is not None:
-            known = [_of_targets(values, targets) for values in (model, runtime)]
-            self._each.append(torch.stack([terms.sum(-1, dtype=torch.float64), agreed.double(), *known]))
+            self._each.append(_each_position(model, runtime if quoted is None else quoted, targets))
 
     def comparison(self) -> Comparison:
         """Return the means of the sums."""
@@ -154,6 +167,13 @@ class _Sums:
             figures = Figures.of(PositionErrors(kl, agreed > 0, base, own))
         loss = self.loss / max(1, self.predicted)
         return Comparison(self.kl / self.positions, self.agreed / self.positions, perplexity_of(loss), figures)
+
+
+def _each_position(base: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return KL, agreement, and the base's and the model's log probability of the next token, float64 (4, chunk)."""
+    kl = (base.exp() * (base - model)).sum(-1, dtype=torch.float64)
+    agreed = base.argmax(-1) == model.argmax(-1)
+    return torch.stack([kl, agreed.double(), *(_of_targets(values, targets) for values in (base, model))])
 
 
 def _of_targets(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

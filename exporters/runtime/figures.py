@@ -157,13 +157,13 @@ def _perplexity(estimate: Estimate) -> str:
 
 
 _ROWS = {
-    "mean KL": lambda f: f.mean_kl.text(),
-    "median KL": lambda f: f.median_kl.text(),
-    "90 % KL": lambda f: f.kl_90.text(),
-    "95 % KL": lambda f: f.kl_95.text(),
-    "99 % KL": lambda f: f.kl_99.text(),
-    "99.9 % KL": lambda f: f.kl_99_9.text(),
-    "maximum KL": lambda f: f.maximum_kl.text(),
+    "mean KL": lambda f: f.mean_kl.text(digits=6),
+    "median KL": lambda f: f.median_kl.text(digits=6),
+    "90 % KL": lambda f: f.kl_90.text(digits=6),
+    "95 % KL": lambda f: f.kl_95.text(digits=6),
+    "99 % KL": lambda f: f.kl_99.text(digits=6),
+    "99.9 % KL": lambda f: f.kl_99_9.text(digits=6),
+    "maximum KL": lambda f: f.maximum_kl.text(digits=6),
     "mean delta p": lambda f: f.mean_delta_p.text(100, 3, " %"),
     "RMS delta p": lambda f: f.rms_delta_p.text(100, 3, " %"),
     "same top token": lambda f: f.same_top.text(100, 2, " %"),

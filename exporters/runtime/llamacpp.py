@@ -161,15 +161,20 @@ class LlamaCppRuntime(Server):
     def __init__(self, path: str | Path, context: int, threads: int | None = None, timeout_seconds: float = 600.0):
         super().__init__(path, context, threads, timeout_seconds, states=True)
 
-    def hidden_states(self, windows: np.ndarray) -> np.ndarray:
+    def hidden_states(self, windows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return final hidden states, float32 (n, T, D) after the output norm, for token ids ``windows`` (n, T).
 
-        Raises ValueError for windows longer than the context, and LlamaCppError unless llama.cpp returns one state
-        for each token.
+        They are written to ``out`` where it is given, such as a mapped file, a window at a time. Raises ValueError for
+        windows longer than the context, and LlamaCppError unless llama.cpp returns one state for each token.
         """
         if windows.ndim != 2 or windows.shape[1] > self.context:
             raise ValueError(f"expected windows (n, T <= {self.context}), found shape {windows.shape}")
-        return np.stack([self._window(window) for window in steps(windows, len(windows), "window")])
+        each = steps(windows, len(windows), "window")
+        if out is None:
+            return np.stack([self._window(window) for window in each])
+        for states, window in zip(out, each, strict=True):
+            states[:] = self._window(window)
+        return out
 
     def _window(self, window: np.ndarray) -> np.ndarray:
         answer = self.ask("/embedding", {"content": window.tolist(), "embd_normalize": RAW})
@@ -178,13 +183,33 @@ class LlamaCppRuntime(Server):
             raise LlamaCppError(f"expected {len(window)} hidden states, found {states.shape[0]}")
         return states
 
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Return the token ids of ``text`` from llama.cpp's own tokenizer, with BOS and the like if ``add_special``.
+    def next_token(self, prompt: np.ndarray, count: int) -> dict[int, float]:
+        """Return llama.cpp's log probabilities, in nats, of the ``count`` likeliest tokens after the ids ``prompt``.
 
+        Empty if what it generates from there begins with no whole character. The prompt must leave room in the context.
         Raises ValueError if the file has no tokenizer, LlamaCppError if llama.cpp gives no valid answer.
         """
         require_tokenizer(self.contents)
-        return list(self.ask("/tokenize", {"content": text, "add_special": add_special})["tokens"])
+        request = {
+            "prompt": prompt.tolist(),
+            "n_predict": 4,  # a token may be part of a character, which is waited for
+            "ignore_eos": True,  # of the token drawn; the probabilities are those before
+            "n_probs": count,
+            "cache_prompt": False,
+            "temperature": 0.0,
+        }
+        generated = self.ask("/completion", request).get("completion_probabilities")
+        return {token["id"]: token["logprob"] for token in generated[0]["top_logprobs"]} if generated else {}
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Return the token ids of ``text`` from llama.cpp's own tokenizer, with BOS and the like if ``add_special``.
+
+        With ``parse_special`` names of special tokens in the text become these. Raises ValueError if the file has no
+        tokenizer, LlamaCppError if llama.cpp gives no valid answer.
+        """
+        require_tokenizer(self.contents)
+        request = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        return list(self.ask("/tokenize", request)["tokens"])
 
 
 def default_threads() -> int:
