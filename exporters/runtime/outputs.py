@@ -107,10 +107,10 @@ def text_windows(runtime: LlamaCppRuntime, text: str, window: int, tokens: int) 
         raise ValueError(f"expected text of at least one window, {window:,} tokens, found {len(ids):,}")
     count = max(1, min(tokens, len(ids)) // window)
     windows = np.array(ids[: count * window], dtype=np.int64).reshape(count, window)
-    added = runtime.tokenize("")  # BOS, EOS, both or none of them
-    bos = bool(added) and added[0] != runtime.contents.key_values.get("tokenizer.ggml.eos_token_id")
+    plain, special = (runtime.tokenize("a", add_special=wanted) for wanted in (False, True))
+    bos = len(special) > len(plain) and special[1 : 1 + len(plain)] == plain  # not EOS alone, which comes behind
     if bos:
-        windows[:, 0] = added[0]
+        windows[:, 0] = special[0]
     return windows, bos
 
 
