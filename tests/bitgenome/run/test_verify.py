@@ -33,7 +33,9 @@ def shipped(little: Path) -> Path:
 
 def test_verify_says_what_differs_wherever_a_byte_has_changed(little: Path) -> None:
     file = shipped(little)
-    assert call_here("verify", file).returncode == 0
+    measured = json.loads(call_here("verify", file, "--json").stdout)
+    assert measured["figures"] == best(little)["proof"]["figures"]
+    assert measured["figures"]["mean_kl"]["value"] == pytest.approx(measured["runtime_kl"], rel=0.1)
     whole, tensor = file.read_bytes(), read_gguf(file).tensors["blk.1.ffn_up.weight"]
     for place, found in (
         (tensor.offset + 7, "tensor model.layers.1.mlp.up_proj.weight to differ"),
