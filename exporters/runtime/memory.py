@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_N
 # 1500 + 500) + 2564 |", of the host's kinds of memory "|   - Host   |   294 =    92 +   180 +   22   |".
 ROW = re.compile(r"\|\s+- [^|]+\|(?P<device>.*\()?.*?= +(?P<model>\d+) \+ +(?P<context>\d+) \+ +(?P<compute>\d+)\b")
 TABLE = "memory breakdown [MiB]"
-PROJECTOR = re.compile(r"\[mtmd\] adding ([\d.]+) MiB")
+PROJECTOR = re.compile(r"\[mtmd\] estimated worst-case memory usage of mmproj is ([\d.]+) MiB")
 MIB = 1 << 20
 TIMEOUT_S = 120.0
 
@@ -90,13 +91,13 @@ def parse_memory(said: str, projected: bool = False) -> ContextMemory:
     if projected and not found:
         raise LlamaCppError(f"llama.cpp cannot say what memory the projector takes: {reason(said)}")
     projector = int(float(found[1]) * MIB) if found else 0
-    cache, compute = (sum(_rounded_up(int(row[key])) for row in rows) for key in ("context", "compute"))
+    cache, compute = (_rounded_up([int(row[key]) for row in rows]) for key in ("context", "compute"))
     return ContextMemory(cache, compute, projector)
 
 
-def _rounded_up(mebibytes: int) -> int:
-    """Return in bytes what was rounded down to MiB; nothing stays nothing."""
-    return (mebibytes + 1) * MIB if mebibytes else 0
+def _rounded_up(mebibytes: Sequence[int]) -> int:
+    """Return in bytes the sum of figures that were rounded down to MiB, of which none may be too small."""
+    return (sum(mebibytes) + max(1, sum(map(bool, mebibytes)))) * MIB
 
 
 def _first_table(said: str) -> list[re.Match[str]]:

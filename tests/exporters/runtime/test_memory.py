@@ -26,6 +26,7 @@ server = xllamacpp.Server(params)
 os._exit(0)
 """
 TOLERANCE = 1.0  # MiB of each figure: llama.cpp says whole MiB, rounded down, and ours are rounded up
+PROJECTED = "0.5 I srv    load_model: [mtmd] estimated worst-case memory usage of mmproj is 10.50 MiB (took 2.40 ms)"
 GPU = """
 1.0 I common_memory_breakdown_print: | memory breakdown [MiB] | total   free    self   model   context   compute |
 1.0 I common_memory_breakdown_print: |   - CUDA0 (RTX 4090)   | 24080 = 23600 + ( 9210 =  8000 +    1024 +   186) + 0 |
@@ -70,8 +71,8 @@ def test_keys_and_values_grow_with_the_context_and_shrink_with_their_type(hollow
 
 
 def test_devices_count_where_there_are_some_and_only_the_first_table() -> None:
-    assert parse_memory(GPU) == ContextMemory(1025 * MIB, 187 * MIB)
-    assert parse_memory("[mtmd] adding 10.50 MiB to" + GPU, projected=True).projector == int(10.5 * MIB)
+    assert parse_memory(GPU) == ContextMemory(1025 * MIB, 187 * MIB)  # of the device alone
+    assert parse_memory(PROJECTED + GPU, projected=True).projector == int(10.5 * MIB)
     with pytest.raises(LlamaCppError, match="cannot say what memory the projector takes"):
         parse_memory(GPU, projected=True)
 
@@ -80,3 +81,8 @@ def test_a_file_that_llamacpp_does_not_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(LlamaCppError, match="cannot say what memory it takes: "):
         file_memory(tmp_path / "no.gguf", 512)
+
+
+def test_a_projector_that_is_none_is_said(hollow: Path) -> None:
+    with pytest.raises(LlamaCppError, match="what memory the projector takes"):
+        file_memory(hollow, 512, mmproj=hollow)
