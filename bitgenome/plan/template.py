@@ -11,7 +11,7 @@ import torch
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of, digests_of_files
 from bitgenome.config.run import RunConfig
-from bitgenome.storage.shared import build_once, shared_directory
+from bitgenome.storage.shared import build_once, note_use, shared_directory
 from bitgenome.storage.staged import local_model
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder, is_gguf
@@ -58,6 +58,8 @@ def file_layout(config: RunConfig, folder: ModelFolder) -> FileLayout:
     if path is None:
         with naming_convert(config.model):
             return BuiltLayout(folder)
+    if path.parent.parent.name == layout.TEMPLATE_KIND:  # made for a run, among what runs share
+        note_use(config, f"{layout.TEMPLATE_KIND}/{path.parent.name}")
     template = read_template(path)
     check_sizes(template, folder)
     check_vocabulary(template, folder)

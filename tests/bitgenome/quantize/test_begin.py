@@ -1,5 +1,7 @@
 """What a run begins with where a user says nothing but a model and a size."""
 
+import os
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig, load_config
 from bitgenome.plan.plan import free_space
@@ -18,11 +21,13 @@ from bitgenome.quantize.text import text_settings
 from evaluators.model.folder import ModelFolder
 from evaluators.probes.rates import Rates, RoundingRate
 from exporters.files.built_layout import BuiltLayout
+from exporters.runtime.converter import VARIABLE, find_converter
 from quantizers.formats.table import LEVEL_PRESETS
-from tests.conftest import EMBEDDED
+from tests.conftest import EMBEDDED, REPOSITORY
 from tests.small_models import save_small_model
 
 HOUR = 3600.0
+WRAPPER = REPOSITORY / "benchmarks" / "models" / "convert.py"  # it knows the embedded vocabulary
 RATES = Rates(
     device="one of constant rates", threads=1, block=1e-5, block_float32=1e-5, block_gradient=3e-5, head=1e-5,
     head_gradient=3e-5, block_calibration=1e-5, hessian=defaultdict(lambda: 1e-6), factor=1e-10,
@@ -118,3 +123,20 @@ def test_a_model_without_an_export_names_the_command_that_makes_its_template(
         asked(tmp_path, model)
     with pytest.raises(UserError, match="expected llama.cpp's convert_hf_to_gguf.py, found no file at"):
         asked(tmp_path, model, converter=tmp_path)
+
+
+@pytest.mark.skipif(not os.environ.get(VARIABLE), reason="llama.cpp's converter is not there")
+def test_a_template_is_made_once_and_kept_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(find_converter(None).parent))
+    model = save_small_model(tmp_path / "moe", "qwen3_moe", tokenizer=False, vocab_size=4096, num_experts=4)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / name, model / name)
+    found = asked(tmp_path, model, converter=WRAPPER)
+    template = found.config.template
+    assert template and str(template) in dict(found.notes)["template"]
+    written = template.stat().st_mtime_ns
+    run = tmp_path / "runs" / found.config.name
+    run.mkdir()
+    assert asked(tmp_path, model, converter=WRAPPER).config.template == template
+    assert template.stat().st_mtime_ns == written
+    assert f"template/{template.parent.name}" in (run / layout.USED).read_text().split()  # prune keeps it
