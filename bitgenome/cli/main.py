@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -147,6 +148,24 @@ def plan(
         print_json(plan_record(found, rates, stages, workers))
     else:
         show_plan(found, rates, stages, workers, tensors, console)
+
+
+@app.command()
+def export_optuna(
+    run: RunPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The journal file; an earlier one is replaced")],
+    objective: Annotated[
+        list[str] | None, typer.Option(help="What is minimized: loss, kl, file_bytes, ...; again for several")
+    ] = None,
+    storage: Storage = RUNS,
+) -> None:
+    """Write what a run evaluated as Optuna's trials, for optuna-dashboard and JournalStorage."""
+    from bitgenome.api.run import Run  # noqa: PLC0415
+
+    studies = Run.open(run, storage).to_optuna(output, objective or ("loss",))
+    for study in studies:
+        console.print(f"study  {study}", soft_wrap=True, markup=False)
+    console.print(f"Open it with: optuna-dashboard {output}", soft_wrap=True, markup=False)
 
 
 @app.command()
