@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,9 +15,11 @@ from bitgenome.batch.state import RunState, Stage
 from bitgenome.common import layout
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.common.numbers import perplexity_text
+from bitgenome.report.leaderboard import leaderboard, standing_of
+from bitgenome.report.source import RunSource
 from bitgenome.storage.run_files import run_files
 
-TEMPLATES = Path(__file__).parent / "templates"
+STANDING = "standing"  # among the figures of a run, and no column
 COLUMNS = {  # of results.parquet and results.csv
     "name": "string",
     "stage": "string",
@@ -82,6 +83,7 @@ def figures_of(run: BatchRun) -> dict[str, Any]:
         "evaluations": sum(line.endswith(b"\n") for line in files.lines(layout.EVALUATIONS)),
         "seconds": round(sum(files.record(layout.RECORD)["stages"].values()), 1),
         "gguf": best["gguf"],
+        STANDING: standing_of(RunSource(run.location).read(), report=files.size(layout.REPORT) > 0),
     }
 
 
@@ -90,27 +92,9 @@ def write_results(path: Path, name: str, states: Sequence[RunState]) -> pd.DataF
     frame = results_frame(states, path)
     atomic_write_bytes(path / layout.RESULTS_PARQUET, frame.to_parquet(index=False))
     atomic_write_text(path / layout.RESULTS_CSV, frame.to_csv(index=False))
-    atomic_write_text(path / layout.LEADERBOARD, leaderboard(frame, name))
+    standings = {state.name: state.figures[STANDING] for state in states if state.figures}
+    atomic_write_text(path / layout.LEADERBOARD, leaderboard(frame, name, standings))
     return frame
-
-
-def leaderboard(frame: pd.DataFrame, name: str) -> str:
-    """Return the HTML page: a table per model and budget, the best run first, then the runs without a result."""
-    finished, others = frame[frame.stage == Stage.FINISHED], frame[frame.stage != Stage.FINISHED]
-    groups = [
-        {
-            "model": model,
-            "budget": size(group.budget_bytes.iloc[0]),
-            "full_perplexity": group.full_perplexity.iloc[0],
-            "runs": group.to_dict("records"),
-        }
-        for (model, _), group in finished.groupby(["model", "budget_bytes"])
-    ]
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters["size"] = size
-    template = environment.get_template(layout.LEADERBOARD)
-    rest = others.fillna({"sentence": ""}).to_dict("records")
-    return template.render(name=name, groups=groups, others=rest, total=len(frame), finished=len(finished))
 
 
 def size(count: int) -> str:

@@ -81,7 +81,7 @@ def export_size(
     location: str, size: str | None, bits: float | None, heal: bool, name: str | None, overrides: list[str]
 ) -> Path:
     """Make and show the file of another size, and return its path."""
-    from bitgenome.cli.report import show_outcome  # noqa: PLC0415
+    from bitgenome.cli.tables import show_outcome  # noqa: PLC0415
     from bitgenome.config.file import parse_section  # noqa: PLC0415
     from bitgenome.config.run import BudgetConfig  # noqa: PLC0415
     from bitgenome.front.budgets import export_budget  # noqa: PLC0415

@@ -19,6 +19,7 @@ from bitgenome.cli.batch import batch
 from bitgenome.cli.convert import convert
 from bitgenome.cli.front import export, front
 from bitgenome.cli.jobs import logs, stop, submit
+from bitgenome.cli.pages import report, watch
 from bitgenome.cli.prune import prune
 from bitgenome.cli.publish import publish
 from bitgenome.cli.quantize import add_quantize
@@ -220,13 +221,15 @@ app.command()(submit)
 app.command()(logs)
 app.command()(stop)
 app.command()(status)
+app.command()(report)
+app.command()(watch)
 app.command()(prune)
 app.command()(verify)
 
 
 def execute(config: "RunConfig") -> None:
     """Run ``config`` and show its outcome; an interrupt shows how to resume it and exits with code 130."""
-    from bitgenome.cli.report import show_outcome  # noqa: PLC0415
+    from bitgenome.cli.tables import show_outcome  # noqa: PLC0415
     from bitgenome.run.pipeline import run as run_pipeline  # noqa: PLC0415
 
     directory = f"{config.storage_root}/{config.name}"

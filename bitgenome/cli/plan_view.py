@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bitgenome.cli.report import megabytes
+from bitgenome.cli.tables import megabytes
 from bitgenome.cli.terminal import say
 from bitgenome.plan.forecast import StageForecast, duration, too_large
 from bitgenome.plan.memory import memory_line

@@ -102,7 +102,7 @@ def card_of(facts: "Facts", repository: str) -> bytes:
 
 def show_files(files: dict[str, Path | bytes], there: set[str]) -> None:
     """Show which files would be sent, their sizes, and which of them are there already."""
-    from bitgenome.cli.report import megabytes  # noqa: PLC0415
+    from bitgenome.cli.tables import megabytes  # noqa: PLC0415
 
     table = Table()
     for column in ("file", "size", ""):

@@ -37,7 +37,7 @@ def verify(
 
     With --base, measure any GGUF file beside another of the same vocabulary, such as its original.
     """
-    from bitgenome.cli.report import show_figures, show_proof  # noqa: PLC0415
+    from bitgenome.cli.tables import show_figures, show_proof  # noqa: PLC0415
     from bitgenome.run.verify import verify_beside, verify_file  # noqa: PLC0415
     from bitgenome.storage.run_names import run_and_file  # noqa: PLC0415
 

@@ -30,6 +30,7 @@ HEALING_CHECKPOINT = "healing-checkpoint.safetensors"
 RECIPE = "recipe.txt"  # nothing but NAME=TYPE lines: llama-quantize takes no comments
 RECIPE_COMMAND = "recipe-command.txt"
 BEST = "best.json"
+REPORT = "report.html"
 EVENTS = "events.log"
 WORKER_LIMIT = "workers.json"
 COMPARISON = "sensitivity-comparison.parquet"

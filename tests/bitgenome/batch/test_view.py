@@ -10,11 +10,12 @@ from rich.console import Console
 
 from bitgenome.batch.batch import BatchOrder, run_batch
 from bitgenome.batch.config import load_batch
-from bitgenome.batch.results import COLUMNS, leaderboard, results_frame, show_results
+from bitgenome.batch.results import COLUMNS, results_frame, show_results
 from bitgenome.batch.state import RunState, Stage, last_words
 from bitgenome.batch.view import BatchView, duration
 from bitgenome.cli.batch import continuation
 from bitgenome.common.errors import UserError
+from bitgenome.report.leaderboard import leaderboard
 from bitgenome.storage.run_directory import RunDirectory
 from tests.bitgenome.batch.test_config import write
 
@@ -98,7 +99,7 @@ def test_a_page_of_a_batch_without_any_result_names_what_failed_and_escapes_it(
 ) -> None:
     frame = results_frame(states, tmp_path / "runs" / "batch-x")
     assert list(frame.columns) == list(COLUMNS) and frame.kl.isna().all()
-    page = leaderboard(frame, "x & y")
+    page = leaderboard(frame, "x & y", {})
     assert "<h1>x &amp; y</h1>" in page and "expected &lt;b&gt;room&lt;/b&gt;" in page
     assert "0 of 3 runs finished" in page and '<a href="../stdlib-6m-s2/">' in page
     show_results(frame, tmp_path, Console())
@@ -110,9 +111,9 @@ def test_the_page_keeps_the_order_of_the_rows_and_marks_the_first(states: list[R
     figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "full_perplexity": 8.0, "runtime_kl": 0.3, "gguf": "x"}
     rows = rows.assign(**figures, kl=[0.3, 0.1, 0.2])
     ordered = rows.sort_values("kl")
-    page = leaderboard(ordered, "x")
+    page = leaderboard(ordered, "x", {})
     places = [page.index(f">{name}</a>") for name in ordered.name]
-    assert places == sorted(places) and page.count('class="best"') == 1
+    assert places == sorted(places) and page.count('class="marked"') == 1
 
 
 def test_a_batch_may_not_be_named_out_of_its_storage(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from bitgenome.cli.report import against_mix, show_use
+from bitgenome.cli.tables import against_mix, show_use
 from bitgenome.cli.terminal import say
-from bitgenome.cli.wording import lead_on_validation, legend, plain
+from bitgenome.cli.wording import lead_on_validation
+from bitgenome.report.names import legend, plain
 from bitgenome.run.outcome import validation_record
 from bitgenome.run.proof import MixProof, Proof, Sample
 from exporters.runtime.figures import Figures, PositionErrors
@@ -50,9 +51,9 @@ def test_where_the_search_added_nothing_that_is_said() -> None:
 
 def test_every_word_of_the_table_is_explained_once_and_no_other() -> None:
     names = ["uniform W2", "lagrangian kl = greedy kl = uniform", "searched = exact reconstruction"]
-    told = [line.partition(":")[0] for line in legend(map(plain, names))]
+    told = [word for word, _ in legend(map(plain, names))]
     assert told == ["searched", "exact", "lagrangian", "greedy", "uniform, filled", "uniform", "kl", "reconstruction"]
-    assert [line.partition(":")[0] for line in legend(["searched", "uniform W3"])] == ["searched", "uniform"]
+    assert [word for word, _ in legend(["searched", "uniform W3"])] == ["searched", "uniform"]
 
 
 def test_a_number_and_its_unit_are_on_one_line() -> None:

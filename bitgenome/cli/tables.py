@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bitgenome.cli.terminal import say
-from bitgenome.cli.wording import lead_on_validation, legend, plain
+from bitgenome.cli.wording import lead_on_validation
+from bitgenome.common import layout
 from bitgenome.common.numbers import perplexity_text
 from bitgenome.plan.forecast import compared
+from bitgenome.report.names import legend, plain
 from bitgenome.run.healing import verdict
 from bitgenome.run.outcome import Outcome
 from bitgenome.run.proof import MixProof, Proof, Sample
@@ -36,8 +38,8 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         )
         table.add_row(plain(row.name), *figures, style=style)
     console.print(table)
-    for line in legend(plain(row.name) for row in outcome.rows):
-        say(console, line, style="dim")
+    for word, meaning in legend(plain(row.name) for row in outcome.rows):
+        say(console, f"{word}: {meaning}", style="dim")
     if outcome.full_precision:
         say(console, f"KL is from full precision, which here is {outcome.full_precision}")
     say(console, lead_on_validation(outcome.winner))
@@ -52,7 +54,9 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         f"{outcome.bits_per_weight:.4f} bits per weight",
     )
     say(console, f"{outcome.evaluations} evaluations; {compared(outcome.expected, outcome.seconds)}")
-    for what, path in (("GGUF", outcome.gguf), ("recipe", outcome.recipe), ("run", outcome.run)):
+    page = outcome.run / layout.REPORT
+    report = [("report", page)] if page.is_file() else []
+    for what, path in (("GGUF", outcome.gguf), ("recipe", outcome.recipe), *report, ("run", outcome.run)):
         console.print(f"{what:>6}  {path}", soft_wrap=True)
     show_use(outcome.gguf, outcome.proof.sample, console)
     if outcome.proof.mix is None:

@@ -1,0 +1,54 @@
+"""Puts a run's report together, and writes it."""
+
+from pathlib import Path
+
+from bitgenome.common import layout
+from bitgenome.common.files import atomic_write_text
+from bitgenome.report.course import convergence, cost, healing
+from bitgenome.report.gains import gains
+from bitgenome.report.headline import figures_people_quote, provenance, sample, simple_mixes, state, tiles
+from bitgenome.report.levels import cost_map, type_map, types_by_kind
+from bitgenome.report.names import megabytes
+from bitgenome.report.page import Page, render
+from bitgenome.report.quality import agreement, at_this_size, front
+from bitgenome.report.source import RunSource, RunView
+from workers.storage.folders import is_url, open_folder
+
+SECTIONS = (
+    front, at_this_size, simple_mixes, type_map, cost_map, types_by_kind, convergence, agreement, healing,
+    figures_people_quote, cost, provenance,
+)  # fmt: skip
+
+
+def page_of(view: RunView) -> Page:
+    """Return the page of a run; sections of which the run holds nothing are left out."""
+    doing, progress = state(view)
+    budget = view.best.get("budget_bytes") or view.status.budget_bytes
+    within = f" within {megabytes(budget)}" if budget else ""
+    strategy = view.config.get("search", {}).get("strategy", "")
+    file = view.best.get("gguf")
+    return Page(
+        title=f"{view.model}{within}",
+        subtitle=f"Run {view.status.name}{f', {strategy} search' if strategy else ''}",
+        sections=[section for make in SECTIONS if (section := make(view))],
+        tiles=tiles(view),
+        says=[*gains(view), *sample(view)],
+        commands=[f"llama-server -m {file}", f"llama-cli -m {file}"] if file else [],
+        state=doing,
+        progress=progress,
+    )
+
+
+def write_report(location: str | Path, finished: bool = False) -> str:
+    """Write the report of the run at a path or URL into its directory, and return where it lies.
+
+    ``finished``: the caller is the run's driver, and everything else is written. Raises UserError if there is no run or
+    its files are damaged, and StorageError if the report cannot be written.
+    """
+    source = RunSource(location)
+    html = render(page_of(source.read(finished)))
+    if is_url(source.location):
+        open_folder(source.location).write(layout.REPORT, html.encode())
+    else:
+        atomic_write_text(Path(source.location) / layout.REPORT, html)
+    return f"{source.location}/{layout.REPORT}"
