@@ -34,13 +34,13 @@ from bitgenome.run.session import open_session
 from bitgenome.storage.opened import note_model
 from bitgenome.storage.run_directory import RunDirectory, differing_keys
 from bitgenome.storage.run_files import LocalRunFiles
+from bitgenome.storage.run_record import PARENT
 from bitgenome.storage.run_result import RunResult
 from evaluators.data.windows import TokenWindows, saved_windows
 from evaluators.prepare.bank import damaged_tensors
 from search.types import Evaluation
 from workers.pool.base import Pool
 
-PARENT = "parent"  # key of run.json: the name of the run that a file of another size was made from
 DECIDED = ("compute", "activations", "weights")  # keys of run.json that stay as they are
 ARTEFACTS = ("bank", "scaled_model")  # and those that are paths
 CARRIED = (layout.SENSITIVITY, layout.GENE_GROUPS, layout.SCALING, layout.IMATRIX)

@@ -12,13 +12,13 @@ import pandas as pd
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import json_object
-from bitgenome.front.budgets import PARENT
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.seeds import read_evaluations
 from bitgenome.run.gene_groups import plan_of_run
 from bitgenome.run.sensitivities import table_of
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_files import LocalRunFiles
+from bitgenome.storage.run_record import PARENT
 from bitgenome.storage.run_result import RunResult
 from exporters.files.gguf_reader import read_gguf
 from exporters.files.mixes import DEFAULTS, LEGACY, MixModel, mix_bytes

@@ -13,9 +13,9 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
-from bitgenome.front.budgets import PARENT
 from bitgenome.publish.base import Base, base_of
 from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.run_record import PARENT
 from bitgenome.storage.run_result import RunResult
 from exporters.files.gguf_reader import read_gguf
 

@@ -51,9 +51,10 @@ class Hub:
         """Return the names of the files in a repository, None if there is none. Raises UserError."""
         with self._errors(repository):
             try:
-                return set(self._api.list_repo_files(repository))
+                found = self._api.model_info(repository)  # of one request, without retries
             except self._client.errors.RepositoryNotFoundError:
                 return None
+        return {file.rfilename for file in found.siblings or ()}
 
     def about(self, model: str) -> Mapping[str, Any]:
         """Return what the card of a model says at its beginning; {} where it cannot be read."""

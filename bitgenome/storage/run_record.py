@@ -22,6 +22,7 @@ CHANGED = {  # what may have changed, by the key of a digest
 }
 T = TypeVar("T")
 
+PARENT = "parent"  # key: the run that a file of another size was made from, by name
 RECORDED_PACKAGES = ("bitgenome", "torch", "transformers", "ray", "optuna", "deap", "gguf", "numpy", "xllamacpp")
 
 
