@@ -81,8 +81,9 @@ def add_quantize(app: typer.Typer, execute: Callable[["RunConfig"], None]) -> No
     ) -> None:
         """Make the best file of a size: a whole run with settings that suit the model and this machine.
 
-        Its settings stay in the run's directory, in run.yaml. The same command again, or bitgenome resume, goes on
-        where it was interrupted.
+        Its settings stay in the run's directory, in run.yaml.
+
+        The same command again goes on where it was interrupted.
 
         Examples:
 

@@ -89,7 +89,7 @@ def begin(request: Request) -> Beginning:
     """
     request.size.check()
     base = settled(request)
-    plan = make_plan(configured(request, base, EFFORTS[0]), weights=False)
+    plan = make_plan(configured(request, base, EFFORTS[-1]), weights=False)
     cpus = cpus_for_memory(plan)
     plan = with_workers(plan, cpus_per_worker=cpus)
     base.settings["workers"] = {**base.settings["workers"], "cpus_per_worker": cpus}
@@ -99,8 +99,7 @@ def begin(request: Request) -> Beginning:
     config = configuration(settings)
     plan = replace(plan, config=config)
     notes = [*base.notes, *effort_notes(chosen, plan, request.seconds), *shortened]
-    heavy = too_large(plan, chosen.stages)
-    if heavy:
+    if heavy := too_large(plan, chosen.stages):
         notes.append(("memory", f"more than there is here: {', '.join(heavy)}"))
     return Beginning(settings, config, tuple(notes))
 

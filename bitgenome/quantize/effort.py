@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
-from bitgenome.plan.forecast import StageForecast, forecast
+from bitgenome.plan.forecast import StageForecast, forecast, too_large
 from bitgenome.plan.plan import Plan
 from evaluators.probes.rates import Rates
 
@@ -48,6 +49,7 @@ EFFORTS = (  # the most first
     Effort("standard", 98304, 4096, 8192, 16384, 16384, "kl", 20, 12),
     Effort("brief", 98304, 2048, 4096, 8192, 16384, "gradient", 16, 8),
     Effort("solved", 81920, 2048, 4096, 8192, 8192, "gradient"),
+    Effort("short", 49152, 2048, 2048, 4096, 8192, "gradient"),
     Effort("least", 32768, 2048, 2048, 4096, 4096, "gradient", healing="off"),
 )
 
@@ -69,16 +71,23 @@ class Chosen:
 def choose(plan: Plan, rates: Rates, workers: int, seconds: float, configured: Callable[[Effort], RunConfig]) -> Chosen:
     """Return the largest effort that is forecast to end within ``seconds``, else the least.
 
-    ``configured`` returns the configuration of an effort; only text, search and healing differ from that of ``plan``.
+    One that takes more memory than there is gives way to a smaller one that does not. ``configured`` returns the
+    configuration of an effort; only text, search and healing differ from that of ``plan``. Raises UserError if not even
+    the least fits a worker's memory.
     """
-    found = None
+    found: list[tuple[Chosen, int]] = []
     for effort in EFFORTS:
         config = configured(effort)
-        found = Chosen(effort, config, forecast(replace(plan, config=config), rates, workers))
-        if found.seconds <= seconds:
-            break
-    assert found is not None
-    return found
+        smaller = replace(plan, config=config)
+        try:
+            stages = forecast(smaller, rates, workers)
+        except UserError:
+            if effort is EFFORTS[-1] and not found:
+                raise
+            continue
+        found.append((Chosen(effort, config, stages), len(too_large(smaller, stages))))
+    in_time = [pair for pair in found if pair[0].seconds <= seconds] or found[-1:]
+    return min(in_time, key=lambda pair: pair[1])[0]
 
 
 def merged(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

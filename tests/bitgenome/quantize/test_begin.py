@@ -12,7 +12,7 @@ import pytest
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig, load_config
-from bitgenome.plan.plan import free_space
+from bitgenome.plan.plan import Plan, free_space
 from bitgenome.quantize.begin import Beginning, Request, begin
 from bitgenome.quantize.commented import commented_yaml
 from bitgenome.quantize.effort import EFFORTS
@@ -72,6 +72,16 @@ def test_less_time_means_less_text_and_less_search(tmp_path: Path, small: Path) 
     assert "nothing is forecast to end within 1 s" in dict(least.notes)["effort"]
     asked_for = asked(tmp_path, small, seconds=1.0, strategy="optuna").config.search
     assert asked_for.strategy == "optuna" and asked_for.evaluations < most.config.search.evaluations
+
+
+def test_what_takes_more_memory_than_there_is_gives_way(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heavy(plan: Plan, stages: object) -> list[str]:
+        return ["search"] if plan.config.search.strategy == "genetic" else []
+
+    monkeypatch.setattr("bitgenome.quantize.effort.too_large", heavy)
+    assert dict(asked(tmp_path, small, seconds=1e9).notes)["effort"].startswith("solved: ")
 
 
 def test_efforts_fall_from_the_most_to_the_least() -> None:

@@ -46,8 +46,7 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kv", ["F16", "Q8_0"])
-def test_what_llamacpp_says_is_what_it_takes_when_it_has_loaded_the_file(hollow: Path, kv: str) -> None:
+def test_what_llamacpp_says_is_what_it_takes_when_it_has_loaded_the_file(hollow: Path, kv: str = "Q8_0") -> None:
     said = file_memory(hollow, CONTEXT, kv)
     command = [sys.executable, "-c", LOADED, str(hollow), str(CONTEXT), kv]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
