@@ -10,7 +10,7 @@ Shape legend, for the transposed layout, in which rows are the contiguous last d
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -58,7 +58,7 @@ class Grid:
         if self.levels is None:
             return x.round_().clamp_(self.low, self.high)
         halves = (x.clamp_(self.low, self.high) * 2).floor_().sub_(2 * self.low).int()
-        return x.copy_(_nearest_level(self.levels, x.device)[halves])
+        return x.copy_(nearest_level(self.levels, x.device)[halves])
 
     def nearest_code(self, code: Tensor) -> Tensor:
         """Return the storable integer scales nearest to ``code``, of any shape, which may be overwritten."""
@@ -109,9 +109,14 @@ class Scales:
         """Offset of each sub-block (B, S, 1, N), the same float32 product as in ggml's decoder."""
         return self.dmin * self.min
 
+    @property
+    def members(self) -> list[Tensor]:
+        """The fields in order."""
+        return [self.d, self.dmin, self.scale, self.min]
+
     def map(self, function: Callable[..., Tensor], *others: "Scales") -> "Scales":
         """Return Scales whose fields are ``function`` of the same field of ``self`` and ``others``."""
-        return Scales(*(function(*(getattr(s, f.name) for s in (self, *others))) for f in fields(self)))
+        return Scales(*map(function, *(s.members for s in (self, *others))))
 
     @classmethod
     def concatenate(cls, parts: "list[Scales]", dim: int) -> "Scales":
@@ -120,7 +125,7 @@ class Scales:
 
 
 @cache
-def _nearest_level(levels: tuple[int, ...], device: torch.device) -> Tensor:
+def nearest_level(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """Return a table of the level nearest to each half-open interval [i / 2, (i + 1) / 2) from lowest to highest.
 
     Midpoints between levels are multiples of 1/2, so every interval has one nearest level and the table is exact.

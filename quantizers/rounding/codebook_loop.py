@@ -8,6 +8,8 @@ compensated weights at the start of each super-block, and frozen.
 Legend: W, U as in quantizers.rounding.sparsegpt; V weights of a vector, N rows; M = U_vv^-1 U_vv^-T.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,7 @@ def _signs(grid: CodebookGrid, W: Tensor, integers: Tensor, M: Tensor, first: in
 class VectorBlock(Block):
     """A VectorBlock runs coordinate descent with a vector of weights at a time, moved to the best codeword under H."""
 
+    waits: ClassVar[bool] = True
     grid: CodebookGrid
 
     def adjust_integers(self, kept: Tensor | None) -> None:

@@ -7,19 +7,23 @@ U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors and fo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from bitgenome.common.replay import replayed
 from quantizers.formats.grids import Grid, Scales, safe_inverse
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import SUPER_BLOCK
 from quantizers.rounding.coordinate_descent import descend
 from quantizers.rounding.nearest import fit_rows, pad_rows
+from quantizers.rounding.panels import PANEL, panel_kernels
 from quantizers.rounding.pruning_masks import ColumnMasks
 
-PANEL = 32  # columns between updates of the super-block; every block size is a multiple of it
 GRAIN = 16  # columns that share a step in every format
+Range = tuple[Grid, int, int]  # first row and the row after the last
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Segment:
 
     grid: Grid
     rows: slice
-    scales: list[Scales] = field(default_factory=list)  # block by block along the row
+    scales: list[Scales] = field(default_factory=list)  # super-block by super-block along the row
 
     def finish(self, W: Tensor, integers: Tensor, H: Tensor, rounds: int) -> Tensor:
         """Return the bytes uint8 (N, row_bytes) of the segment's rows after ``rounds`` rounds of coordinate descent.
@@ -51,66 +55,108 @@ def column_loop(
     """
     columns, R = W.shape
     integers = torch.empty(columns, R, dtype=torch.int8, device=W.device)
-    errors = torch.empty_like(W[:SUPER_BLOCK])
-    steps = _Steps(R, segments, W)
-    for block in range(0, columns, SUPER_BLOCK):
-        stop = min(block + SUPER_BLOCK, columns)
-        for start in range(block, stop, PANEL):
-            end = start + PANEL
-            if masks is not None:
-                masks.begin_panel(start, stop)
-            steps.refresh(W, importance, start, masks)
-            integers[start:end], panel_errors = _round_panel(W[start:end], U[start:end, start:end], steps, start, masks)
-            W[end:stop] -= U[start:end, end:stop].T @ panel_errors
-            errors[start - block : end - block] = panel_errors
-        W[stop:] -= U[block:stop, stop:].T @ errors[: stop - block]
+    ranges = tuple((segment.grid, segment.rows.start, segment.rows.stop) for segment in segments)
+    for start in range(0, columns, SUPER_BLOCK):
+        block = slice(start, min(start + SUPER_BLOCK, columns))
+        parts = W[block], U[block, block], importance[block]
+        if masks is None:
+            found = replayed(_round_super_block, (ranges,), parts)
+        else:
+            found = _round_super_block(ranges, *parts, masks, start)
+        integers[block], errors, *scales = found
+        W[block.stop :] -= U[block, block.stop :].T @ errors
+        for i, segment in enumerate(segments):
+            segment.scales.append(Scales(*scales[4 * i : 4 * i + 4]).map(Tensor.clone))
     return integers
+
+
+def _round_super_block(
+    ranges: tuple[Range, ...],
+    W: Tensor,
+    U: Tensor,
+    importance: Tensor,
+    masks: ColumnMasks | None = None,
+    first: int = 0,
+) -> list[Tensor]:
+    """Return integers and errors / U_jj, (K, R) each, of one super-block W (K, R), and the members of its scales.
+
+    W is overwritten; U is (K, K) and ``importance`` (K,). ``masks`` are of all columns, of which the block's first is
+    ``first``. The members of the scales come range by range, blocks in order.
+    """
+    integers, errors = torch.empty_like(W, dtype=torch.int8), torch.empty_like(W)
+    steps = _Steps(ranges, W)
+    kernels = panel_kernels(W) if masks is None else None
+    for start in range(0, len(W), PANEL):
+        panel = slice(start, start + PANEL)
+        if masks is not None:
+            masks.begin_panel(first + start, first + len(W))
+        steps.refresh(W, importance, start, None if masks is None else masks.kept[first : first + len(W)])
+        if kernels is not None:
+            steps.round_panel(kernels, W[panel], U[panel, panel], start, (integers[panel], errors[panel]))
+        else:
+            integers[panel], errors[panel] = _round_panel(W[panel], U[panel, panel], steps, start, masks, first)
+        W[panel.stop :] -= U[panel, panel.stop :].T @ errors[panel]
+    scales = [Scales.concatenate(found, 0) for found in steps.scales]
+    return [integers, errors, *chain.from_iterable(s.members for s in scales)]
 
 
 class _Steps:
     """Holds the step and offset of every row, for each GRAIN of columns in the current super-block."""
 
-    def __init__(self, R: int, segments: Sequence[Segment], like: Tensor):
-        self.segments = segments
+    def __init__(self, ranges: Sequence[Range], like: Tensor):
+        self.ranges = [(grid, slice(start, stop)) for grid, start, stop in ranges]
+        self.scales: list[list[Scales]] = [[] for _ in ranges]
+        R = like.shape[1]
         self.step, self.inverse, self.offset = like.new_zeros(3, SUPER_BLOCK // GRAIN, R)
         self.low, self.high = like.new_zeros(2, R)
-        self.tables = [(segment.rows, segment.grid) for segment in segments if segment.grid.levels]
-        for segment in segments:
-            self.low[segment.rows] = segment.grid.low
-            self.high[segment.rows] = segment.grid.high
+        self.tables = [(rows, grid) for grid, rows in self.ranges if grid.levels]
+        for grid, rows in self.ranges:
+            self.low[rows] = grid.low
+            self.high[rows] = grid.high
 
-    def refresh(self, W: Tensor, importance: Tensor, start: int, masks: ColumnMasks | None) -> None:
+    def refresh(self, W: Tensor, importance: Tensor, start: int, kept: Tensor | None) -> None:
         """Fit the scales of blocks that start at column ``start`` to the kept weights, and freeze them."""
-        for segment in self.segments:
-            size = segment.grid.format.block_size
+        for (grid, rows), found in zip(self.ranges, self.scales, strict=True):
+            size = grid.format.block_size
             if start % size:
                 continue
             columns = slice(start, start + size)
-            part = W[columns, segment.rows]
-            if masks is not None:
-                part = part * masks.kept[columns, segment.rows]
-            scales = fit_rows(segment.grid, part, importance[columns])
-            segment.scales.append(scales)
-            repeat = segment.grid.width // GRAIN
-            grains = slice(start % SUPER_BLOCK // GRAIN, (start % SUPER_BLOCK + size) // GRAIN)
+            part = W[columns, rows]
+            if kept is not None:
+                part = part * kept[columns, rows]
+            scales = fit_rows(grid, part, importance[columns])
+            found.append(scales)
+            repeat = grid.width // GRAIN
+            grains = slice(start // GRAIN, (start + size) // GRAIN)
             for table, values in ((self.step, scales.step), (self.offset, scales.offset)):
-                table[grains, segment.rows] = values[0, :, 0].repeat_interleave(repeat, 0)
-            self.inverse[grains, segment.rows] = safe_inverse(self.step[grains, segment.rows])
+                table[grains, rows] = values[0, :, 0].repeat_interleave(repeat, 0)
+            self.inverse[grains, rows] = safe_inverse(self.step[grains, rows])
+
+    def round_panel(
+        self, kernels: ModuleType, W: Tensor, U: Tensor, start: int, results: tuple[Tensor, Tensor]
+    ) -> None:
+        """Do what ``_round_panel`` does with ``kernels``, into ``results``; W (PANEL, R) stays as it is."""
+        grain = start // GRAIN
+        for grid, rows in self.ranges:
+            scales = [table[grain:, rows] for table in (self.step, self.inverse, self.offset)]
+            kernels.round_panel(W[:, rows], U, scales, GRAIN, grid, *(found[:, rows] for found in results))
 
 
-def _round_panel(W: Tensor, U: Tensor, steps: _Steps, start: int, masks: ColumnMasks | None) -> tuple[Tensor, Tensor]:
-    """Return integers and errors / U_jj, (PANEL, R) each, of the panel W (PANEL, R) whose first column is ``start``.
+def _round_panel(
+    W: Tensor, U: Tensor, steps: _Steps, start: int, masks: ColumnMasks | None, first: int
+) -> tuple[Tensor, Tensor]:
+    """Return integers and errors / U_jj, (PANEL, R) each, of the panel W (PANEL, R) at column ``start`` of its block.
 
     The error of each column is spread over the rest of the panel, in place; U (PANEL, PANEL) is the panel's part.
     """
     integers, errors = torch.empty_like(W), torch.empty_like(W)
     for j, w in enumerate(W):
-        grain = (start + j) % SUPER_BLOCK // GRAIN
+        grain = (start + j) // GRAIN
         step, offset = steps.step[grain], steps.offset[grain]
         target = w
         if masks is not None:
-            masks.begin_column(start + j)
-            target = w * masks.kept[start + j]
+            masks.begin_column(first + start + j)
+            target = w * masks.kept[first + start + j]
         q = torch.add(target, offset, out=integers[j]).mul_(steps.inverse[grain])
         for rows, grid in steps.tables:
             grid.nearest(q[rows])

@@ -10,16 +10,19 @@ Legend: W, Q transposed (columns, N), D = W - Q, G = H D the descent direction; 
 S sub-blocks of a block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bitgenome.common.devices import chunk_bytes
+from bitgenome.common.replay import replayed
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
+from quantizers.rounding.panels import PANEL, panel_kernels
 
-PANEL = 32  # columns whose integers are updated before G of the rest of the block is
 CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
 TINY = 1e-30
 DEGENERATE = 1e-5  # relative determinant below which float32 cannot separate d and dmin
@@ -80,16 +83,32 @@ def _sweep(
     for b in range(len(q)):
         columns = slice(b * size, (b + 1) * size)
         members = (scales.d[b, 0, 0], scales.dmin[b, 0, 0], scales.scale[b, :, 0], scales.min[b, :, 0])
-        block = block_type(grid, H[columns, columns], H[columns] @ D, D[columns], q[b].view(size, -1), *members)
-        if grid.is_nested:
-            block.adjust_codes()
-        block.adjust_units()
-        block.adjust_integers(None if kept is None else kept[columns])
+        state = (D[columns], q[b].view(size, -1), *members)
+        parts = (H[columns, columns], H[columns] @ D, *state)
+        if kept is not None or block_type.waits:
+            _update_block(block_type, grid, *parts, kept=None if kept is None else kept[columns])
+            continue
+        for mine, new in zip(state, replayed(_update_block, (block_type, grid), parts), strict=True):
+            mine.copy_(new)
+
+
+def _update_block(
+    block_type: "type[Block]", grid: Grid, H: Tensor, G: Tensor, *state: Tensor, kept: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Update ``state``, the members of ``Block`` from D on, in place and return it; ``kept`` is bool (K, N)."""
+    block = block_type(grid, H, G, *state)
+    if grid.is_nested:
+        block.adjust_codes()
+    block.adjust_units()
+    block.adjust_integers(kept)
+    return state
 
 
 @dataclass
 class Block:
     """A Block holds views of one block of N rows; its methods update them in place and keep G = (H D)[block]."""
+
+    waits: ClassVar[bool] = False  # for the device, so that it cannot be recorded
 
     grid: Grid
     H: Tensor  # (K, K)
@@ -149,9 +168,15 @@ class Block:
         """Update the integers column by column; those where ``kept``, bool (K, N), is false become 0."""
         step = self.d * self.scale
         inverse = safe_inverse(step)
+        kernels = panel_kernels(self.q) if kept is None else None
         for start in range(0, len(self.q), PANEL):
             panel = slice(start, start + PANEL)
             H, G, change = self.H[panel, panel], self.G[panel].clone(), torch.empty_like(self.G[panel])
+            if kernels is not None:
+                scales = [table[start // self.grid.width :] for table in (step, inverse)]
+                kernels.descend_panel(G, H, self.q[panel], scales, min(self.grid.width, PANEL), self.grid, change)
+                self.move(panel, change)
+                continue
             for j, q in enumerate(self.q[panel]):
                 s = (start + j) // self.grid.width
                 new = self.grid.nearest((G[j] * inverse[s]).div_(H[j, j]).add_(q))

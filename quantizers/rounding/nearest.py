@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitgenome.common.devices import chunk_bytes
+from bitgenome.common.replay import replayed
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
@@ -64,10 +65,16 @@ def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
     scales, integers = [], []
     step = chunk_columns(W)
     for part, weight in zip(columns_first.split(step), importance.split(step), strict=True):
-        fitted = fit_rows(grid, part, weight)
-        scales.append(fitted)
-        integers.append(nearest_integers(grid, fitted, part))
+        rounded, *fitted = replayed(_round_chunk, (grid,), (part, weight))
+        scales.append(Scales(*fitted).map(Tensor.clone))
+        integers.append(rounded.clone())
     return pack(grid, Scales.concatenate(scales, 0), torch.cat(integers))
+
+
+def _round_chunk(grid: Grid, part: Tensor, weight: Tensor) -> list[Tensor]:
+    """Return integers int8 (columns, N) for weights (columns, N) of importance (columns,), and members of scales."""
+    scales = fit_rows(grid, part, weight)
+    return [nearest_integers(grid, scales, part), *scales.members]
 
 
 def fit_rows(grid: Grid, columns_first: Tensor, importance: Tensor) -> Scales:

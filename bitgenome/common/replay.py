@@ -1,0 +1,108 @@
+"""Launches the kernels of a repeated computation together, where the device can record them.
+
+A small kernel takes a GPU some 2 microseconds and Python 13 to launch, so a loop over columns mostly waits for Python.
+A recorded graph launches thousands at once. The recorded function is the one that runs everywhere else, so its results
+are the same bytes.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 2 << 30  # of inputs and outputs of all recordings together; the oldest ones are dropped
+Tensors = Sequence[Tensor]
+Function = Callable[..., Tensors]
+
+
+def replayed(function: Function, fixed: tuple[Hashable, ...], tensors: Tensors) -> Tensors:
+    """Return ``function(*fixed, *tensors)``, tensors that are valid until the next call.
+
+    ``function`` may overwrite its tensors and return them. Where the device records, it is run as it is for the first
+    inputs of some shapes, recorded with the second and replayed from then on: then its tensors are copies. So it must
+    not wait for the device, must not keep state, and must choose what it does by ``fixed`` and the shapes alone.
+    """
+    if not _RECORDINGS.active(tensors[0].device):
+        return function(*fixed, *tensors)
+    return _RECORDINGS.run(function, fixed, tensors)
+
+
+def capture(function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+    """Record the kernels of ``function`` on the current accelerator; return how to launch them, and its results."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # which is restored when the capture fails
+        pool = _RECORDINGS.pool
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results = function()
+    _RECORDINGS.pool = graph.pool()
+    return graph.replay, results
+
+
+class _Recording:
+    """Holds a recorded function with its inputs and outputs, which each replay overwrites."""
+
+    def __init__(self, function: Function, fixed: tuple[Hashable, ...], tensors: Tensors):
+        self.inputs = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        self.replay, self.outputs = capture(lambda: function(*fixed, *self.inputs))
+
+    @property
+    def bytes(self) -> int:
+        storages = (t.untyped_storage() for t in chain(self.inputs, self.outputs))
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    def run(self, tensors: Tensors) -> Tensors:
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given)
+        self.replay()
+        return self.outputs
+
+
+class Recordings:
+    """Keeps recordings by function, fixed arguments and shapes; they share the memory of their temporaries."""
+
+    def __init__(self) -> None:
+        self.enabled = False  # until measured
+        self.pool: tuple[int, int] | None = None
+        self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+
+    def active(self, device: torch.device) -> bool:
+        """Return whether calls on ``device`` are recorded."""
+        return self.enabled and device.type != "cpu"
+
+    def run(self, function: Function, fixed: tuple[Hashable, ...], tensors: Tensors) -> Tensors:
+        """Return what ``function`` returns, recorded or not."""
+        key = (function, fixed, *((t.shape, t.dtype, t.device) for t in tensors))
+        if key not in self._kept:
+            self._kept[key] = None
+            return function(*fixed, *(t.contiguous() for t in tensors))
+        found = self._kept[key]
+        if found is None:
+            try:
+                found = _Recording(function, fixed, tensors)
+            except RuntimeError as error:  # memory, or a function that waits for the device
+                log.warning("kernels are launched one by one: %s could not be recorded (%s)", function, error)
+                self.enabled = False
+                self._kept.clear()
+                return function(*fixed, *(t.contiguous() for t in tensors))
+            self._kept[key] = found
+            self._shrink()
+        self._kept.move_to_end(key)
+        return found.run(tensors)
+
+    def _shrink(self) -> None:
+        """Drop the recordings that have not been used for longest until the rest fits."""
+        taken = {key: r.bytes for key, r in self._kept.items() if r is not None}
+        total = sum(taken.values())
+        for key, size in list(taken.items())[:-1]:
+            if total <= MOST_BYTES:
+                break
+            self._kept[key] = None  # recorded again when it is next used
+            total -= size
+
+
+_RECORDINGS = Recordings()
