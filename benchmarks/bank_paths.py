@@ -7,6 +7,8 @@ time limit, and what it raised is recorded; results are written after each part.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -20,20 +22,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.limits import OutOfTimeError, time_limit
-from bitgenome.common import devices, replay
+from bitgenome.common import replay
 from bitgenome.common.devices import best_device, device_name, release_memory
+from quantizers.formats.grids import GRIDS
 from quantizers.formats.table import FORMATS, K_LEVELS
-from quantizers.rounding import panels, sparsegpt
+from quantizers.rounding import kernels
+from quantizers.rounding.scale_search import fit
 from quantizers.rounding.sparsegpt import Compensated, compensate
 
 MIB = 1 << 20
+CONSOLE = Console(highlight=False, markup=False)
 SIX = tuple(K_LEVELS.values())
 OTHER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_XS", "IQ4_NL")
-PATHS = {"plain": (False, False), "recorded": (True, False), "panels": (False, True), "both": (True, True)}
+PATHS: dict[str, set[str]] = {
+    "plain": set(), "recorded": {"recorded"}, "panels": {"panels"}, "searches": {"searches"},
+    "all": {"recorded", "panels", "searches"},
+}  # fmt: skip
 # Input groups of a block of Llama-3.1-8B: columns, and the rows of the tensors that read them.
 GROUPS = {
     "o": (4096, (4096,)),
@@ -43,14 +52,14 @@ GROUPS = {
 }
 BLOCKS, HEAD_ROWS = 32, 2 * 128256
 Figures = dict[str, Any]
+Note = Callable[[Figures], None]
 
 
 def choose(path: str) -> None:
     """Use the kernels of a path from now on, without recordings of an earlier one."""
-    recorded, triton = PATHS[path]
     replay._RECORDINGS = replay.Recordings()
-    replay._RECORDINGS.enabled = recorded
-    panels.ENABLED = triton
+    replay._RECORDINGS.enabled = "recorded" in PATHS[path]
+    kernels.ENABLED = PATHS[path] - {"recorded"}
     release_memory()
 
 
@@ -107,9 +116,7 @@ def memory() -> Figures:
     }
 
 
-def equality(
-    columns: int, rows: Sequence[int], formats: Sequence[str], paths: Sequence[str], note: Callable[[Figures], None]
-) -> None:
+def equality(columns: int, rows: Sequence[int], formats: Sequence[str], paths: Sequence[str], note: Note) -> None:
     """Each path twice on one group: seconds of the first and second time, and its bytes against the plain path's."""
     weights, H = subject(columns, rows)
     expected = None
@@ -122,10 +129,17 @@ def equality(
         if path != "plain":
             found, figures["second"] = bank(weights, H, formats)
         expected = expected or found
-        note({path: figures | memory() | {"against": compared(found, expected), "active": replay._RECORDINGS.enabled}})
+        note({path: figures | memory() | {"used": used(), "against": compared(found, expected)}})
 
 
-def block(path: str, names: Sequence[str], note: Callable[[Figures], None]) -> None:
+def used() -> list[str]:
+    """What is used where it is wanted."""
+    like = torch.empty(0, device=best_device())
+    found = {"recorded": replay._RECORDINGS.active(like.device), "panels": kernels.panel_kernels(like)}
+    return [name for name, there in (found | {"searches": kernels.search_kernels(like)}).items() if there]
+
+
+def block(path: str, names: Sequence[str], note: Note) -> None:
     """Seconds of each group of a block at six levels: first, then recorded; and of a slice of head and embedding."""
     choose(path)
     seconds = {}
@@ -140,7 +154,7 @@ def block(path: str, names: Sequence[str], note: Callable[[Figures], None]) -> N
         note({"block": sum(seconds.values()), "whole 8B, minutes": whole / 60})
 
 
-def profiled(path: str, columns: int, rows: int, formats: Sequence[str], note: Callable[[Figures], None]) -> None:
+def profiled(path: str, columns: int, rows: int, formats: Sequence[str], note: Note) -> None:
     """Kernels of one group by total time, when everything is recorded already."""
     choose(path)
     weights, H = subject(columns, (rows,))
@@ -162,8 +176,7 @@ def share_of_work(path: str, columns: int, rows: int, barrier: Any, results: Any
     """What one of several processes does: a group at six levels twice, the second time when all are ready."""
     choose(path)
     weights, H = subject(columns, (rows,))
-    bank(weights, H, SIX)
-    if path != "plain":
+    for _ in range(1 if path == "plain" else 2):
         bank(weights, H, SIX)
     barrier.wait(60)
     started = time.time()
@@ -171,7 +184,7 @@ def share_of_work(path: str, columns: int, rows: int, barrier: Any, results: Any
     results.put((started, time.time()))
 
 
-def processes(path: str, columns: int, rows: int, counts: Sequence[int], note: Callable[[Figures], None]) -> None:
+def processes(path: str, columns: int, rows: int, counts: Sequence[int], note: Note) -> None:
     """Seconds for one group each by 1, 2 and 4 processes at the same time."""
     context = multiprocessing.get_context("spawn")
     for count in counts:
@@ -190,11 +203,8 @@ def processes(path: str, columns: int, rows: int, counts: Sequence[int], note: C
         note({f"{count}": {"seconds": span, "seconds a group": span / count}})
 
 
-def compiled(columns: int, rows: int, formats: Sequence[str], note: Callable[[Figures], None]) -> None:
+def compiled(columns: int, rows: int, formats: Sequence[str], note: Note) -> None:
     """Whether torch.compile makes the scale search as fast without code of ours."""
-    from quantizers.formats.grids import GRIDS
-    from quantizers.rounding.scale_search import fit
-
     choose("plain")
     weights, H = subject(columns, (rows,))
     x, w = weights["t0"].T.contiguous(), H.diagonal()[:, None].contiguous()
@@ -224,7 +234,7 @@ class Report:
         self.parts: Figures = {"machine": machine()}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def part(self, name: str, limit: float, run: Callable[[Callable[[Figures], None]], None]) -> None:
+    def part(self, name: str, limit: float, run: Callable[[Note], None]) -> None:
         found = self.parts.setdefault(name, {})
         limit = min(limit, self.deadline - time.perf_counter())
         if limit < 5:
@@ -234,13 +244,13 @@ class Report:
 
         def note(figures: Figures) -> None:
             found.update(figures)
-            print(name, json.dumps(figures, default=str)[:600], flush=True)
+            CONSOLE.print(name, json.dumps(figures, default=str)[:600], soft_wrap=True)
             self.write()
 
         with recorded(found), time_limit(limit):
             run(note)
         found["part seconds"] = time.perf_counter() - started
-        print(name, f"{found['part seconds']:.1f} s", found.get("error", ""), flush=True)
+        CONSOLE.print(name, f"{found['part seconds']:.1f} s", found.get("error", ""), soft_wrap=True)
         self.write()
         release_memory()
 
@@ -262,12 +272,8 @@ def recorded(found: Figures) -> Iterator[None]:
 
 def machine() -> Figures:
     found = {"device": device_name(best_device()), "torch": torch.__version__, "python": platform.python_version()}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError as error:
-        found["triton"] = str(error)
+    spec = importlib.util.find_spec("triton")
+    found["triton"] = importlib.metadata.version("triton") if spec else "none"
     found["compiler"] = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "none"
     found["cpus"] = os.cpu_count()
     return found
@@ -281,24 +287,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     args = parser.parse_args()
     report = Report(args.out, time.perf_counter() + args.seconds)
-    small, side = (512, (64, 32)), 512 if args.quick else 2048
-    rows = 64 if args.quick else 4096
+    mixed, side, rows = (1024, (512, 96)), 1024, 4096
     if args.quick:
-        GROUPS.update({name: (512, (64,)) for name in GROUPS})
-    parts: dict[str, tuple[float, Callable[[Callable[[Figures], None]], None]]] = {
-        "all types": (45, partial(equality, 1024 if not args.quick else 512, small[1], (*SIX, *OTHER), tuple(PATHS))),
-        "o at six levels": (60, partial(equality, GROUPS["o"][0], GROUPS["o"][1], SIX, ("plain", "recorded", "both"))),
-        "block, both": (90, partial(block, "both", tuple(GROUPS))),
-        "kernels": (30, partial(profiled, "both", side, rows, SIX)),
-        "processes, plain": (60, partial(processes, "plain", side, rows, (1, 2, 4))),
-        "processes, both": (60, partial(processes, "both", side, rows, (1, 2, 4))),
-        "block, recorded": (60, partial(block, "recorded", ("o", "down"))),
+        mixed, side, rows = (512, (64, 32)), 512, 64
+        GROUPS.update(dict.fromkeys(GROUPS, (512, (64,))))
+    parts: dict[str, tuple[float, Callable[[Note], None]]] = {
+        "all types": (60, partial(equality, *mixed, (*SIX, *OTHER), tuple(PATHS))),
+        "o at six levels": (60, partial(equality, *GROUPS["o"], SIX, ("plain", "recorded", "all"))),
+        "block, all": (80, partial(block, "all", tuple(GROUPS))),
+        "kernels": (30, partial(profiled, "all", side, rows, SIX)),
+        "processes, plain": (50, partial(processes, "plain", side, rows, (1, 4))),
+        "processes, all": (50, partial(processes, "all", side, rows, (1, 4))),
+        "block, recorded": (50, partial(block, "recorded", ("o", "down"))),
         "compiled": (60, partial(compiled, side, rows, ("Q4_K", "Q6_K"))),
     }
     for name, (limit, run) in parts.items():
         if not args.only or name in args.only:
             report.part(name, limit, run)
-    print(json.dumps(report.parts, default=str)[:12000])
+    CONSOLE.print(json.dumps(report.parts, default=str)[:11000], soft_wrap=True)
 
 
 if __name__ == "__main__":

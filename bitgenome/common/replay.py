@@ -9,18 +9,19 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 2 << 30  # of inputs and outputs of all recordings together; the oldest ones are dropped
+MOST_BYTES = 4 << 30  # of inputs and outputs of all recordings together; the oldest ones are dropped
 Tensors = Sequence[Tensor]
 Function = Callable[..., Tensors]
 
 
-def replayed(function: Function, fixed: tuple[Hashable, ...], tensors: Tensors) -> Tensors:
+def replayed(function: Function, fixed: tuple[Any, ...], tensors: Tensors) -> Tensors:
     """Return ``function(*fixed, *tensors)``, tensors that are valid until the next call.
 
     ``function`` may overwrite its tensors and return them. Where the device records, it is run as it is for the first
@@ -46,7 +47,7 @@ def capture(function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensor
 class _Recording:
     """Holds a recorded function with its inputs and outputs, which each replay overwrites."""
 
-    def __init__(self, function: Function, fixed: tuple[Hashable, ...], tensors: Tensors):
+    def __init__(self, function: Function, fixed: tuple[Any, ...], tensors: Tensors):
         self.inputs = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
         self.replay, self.outputs = capture(lambda: function(*fixed, *self.inputs))
 
@@ -67,14 +68,14 @@ class Recordings:
 
     def __init__(self) -> None:
         self.enabled = False  # until measured
-        self.pool: tuple[int, int] | None = None
+        self.pool: Any = None  # a handle of torch
         self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 
     def active(self, device: torch.device) -> bool:
         """Return whether calls on ``device`` are recorded."""
         return self.enabled and device.type != "cpu"
 
-    def run(self, function: Function, fixed: tuple[Hashable, ...], tensors: Tensors) -> Tensors:
+    def run(self, function: Function, fixed: tuple[Any, ...], tensors: Tensors) -> Tensors:
         """Return what ``function`` returns, recorded or not."""
         key = (function, fixed, *((t.shape, t.dtype, t.device) for t in tensors))
         if key not in self._kept:
@@ -101,6 +102,7 @@ class Recordings:
         for key, size in list(taken.items())[:-1]:
             if total <= MOST_BYTES:
                 break
+            torch.accelerator.synchronize()  # it may be running
             self._kept[key] = None  # recorded again when it is next used
             total -= size
 

@@ -18,8 +18,8 @@ from quantizers.formats.grids import Grid, Scales, safe_inverse
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import SUPER_BLOCK
 from quantizers.rounding.coordinate_descent import descend
+from quantizers.rounding.kernels import PANEL, panel_kernels
 from quantizers.rounding.nearest import fit_rows, pad_rows
-from quantizers.rounding.panels import PANEL, panel_kernels
 from quantizers.rounding.pruning_masks import ColumnMasks
 
 GRAIN = 16  # columns that share a step in every format
@@ -111,8 +111,8 @@ class _Steps:
         self.low, self.high = like.new_zeros(2, R)
         self.tables = [(rows, grid) for grid, rows in self.ranges if grid.levels]
         for grid, rows in self.ranges:
-            self.low[rows] = grid.low
-            self.high[rows] = grid.high
+            self.low[rows].fill_(grid.low)
+            self.high[rows].fill_(grid.high)
 
     def refresh(self, W: Tensor, importance: Tensor, start: int, kept: Tensor | None) -> None:
         """Fit the scales of blocks that start at column ``start`` to the kept weights, and freeze them."""

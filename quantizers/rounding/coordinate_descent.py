@@ -21,7 +21,7 @@ from bitgenome.common.devices import chunk_bytes
 from bitgenome.common.replay import replayed
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.rounding.panels import PANEL, panel_kernels
+from quantizers.rounding.kernels import PANEL, panel_kernels
 
 CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
 TINY = 1e-30

@@ -65,8 +65,8 @@ def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
     scales, integers = [], []
     step = chunk_columns(W)
     for part, weight in zip(columns_first.split(step), importance.split(step), strict=True):
-        rounded, *fitted = replayed(_round_chunk, (grid,), (part, weight))
-        scales.append(Scales(*fitted).map(Tensor.clone))
+        rounded, *members = replayed(_round_chunk, (grid,), (part, weight))
+        scales.append(Scales(*members).map(Tensor.clone))
         integers.append(rounded.clone())
     return pack(grid, Scales.concatenate(scales, 0), torch.cat(integers))
 

@@ -24,7 +24,7 @@ from quantizers.formats.table import QuantFormat
 from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend
-from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize, row_ranges
+from quantizers.rounding.nearest import ROW_TILE, check_weights, normalized_importance, pad_rows, quantize, row_ranges
 from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
@@ -118,6 +118,8 @@ def compensate_stack(
     factored = Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U, importance)
     pieces: dict[tuple[str, str], list[Tensor]] = {}
     limit = batch_rows(len(H), len(wanted), H.device)
+    if H.device.type != "cpu":
+        limit = even_batches(sum(map(len, weights.values())), limit)
     for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):
         part = {name: weights[name][rows] for name, rows in batch.items()}
         members = {fmt: [name for name in part if fmt in {f.name for f in formats[name]}] for fmt in wanted}
@@ -144,6 +146,11 @@ def batch_rows(columns: int, formats: int, device: torch.device) -> int:
     if device.type == "cpu":
         return BATCH_ROWS
     return max(BATCH_ROWS, STACK_BYTES // (torch.float32.itemsize * columns * formats))
+
+
+def even_batches(total: int, limit: int) -> int:
+    """Return the rows of as few batches as ``limit`` allows, all alike: kernels are recorded for each size anew."""
+    return -(-total // -(-total // limit) // ROW_TILE) * ROW_TILE
 
 
 def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice]]:
