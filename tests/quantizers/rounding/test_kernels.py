@@ -1,0 +1,120 @@
+"""Triton's kernels, interpreted on the CPU, do what torch's do: the same integers, the same objective."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantizers.formats.grids import GRIDS, Grid, safe_inverse
+from quantizers.rounding import kernels, scale_search, step_search
+from quantizers.rounding.column_loop import _round_panel, _Steps
+from quantizers.rounding.coordinate_descent import Block
+from quantizers.rounding.kernels import PANEL
+from tests.quantizers.weights import EXTREME_ROWS, heavy_tailed, skewed_importance
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of divisions by zero
+
+N = 37  # not a multiple of the rows of a program
+ALL = [pytest.param(grid, id=name) for name, grid in GRIDS.items()]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets the kernels of a kind be used on the CPU."""
+
+    def choose(kind: str) -> None:
+        monkeypatch.setattr(kernels, "_wanted", lambda wanted, like: wanted == kind)
+        like = torch.empty(0)
+        assert [kernels.panel_kernels(like) is not None, kernels.search_kernels(like) is not None] == [
+            kind == "panels",
+            kind == "searches",
+        ]
+
+    return choose
+
+
+def steps_of(grid: Grid, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps, inverses and offsets (groups, N), some of them 0."""
+    generator = torch.Generator().manual_seed(1)
+    step = torch.rand(groups, N, generator=generator) / max(1, grid.high / 8)
+    step[:, 3] = 0
+    offset = torch.rand(groups, N, generator=generator) * float(grid.has_offset)
+    return step, safe_inverse(step), offset
+
+
+@pytest.mark.parametrize("grid", ALL)
+def test_a_panel_of_the_column_loop_gets_torchs_integers(grid: Grid, use: Callable[[str], None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, U = torch.randn(PANEL, N, generator=generator), torch.randn(PANEL, PANEL, generator=generator).triu()
+    W[:, 5], W[:, 6] = 0, 1e6 * W[:, 6]
+    U += 4 * torch.eye(PANEL)
+    steps = _Steps([(grid, 0, N)], W)
+    steps.step, steps.inverse, steps.offset = steps_of(grid, len(steps.step))
+    use("panels")
+    found = kernels.panel_kernels(W)
+    assert found is not None
+    integers, errors = torch.empty(PANEL, N, dtype=torch.int8), torch.empty(PANEL, N)
+    steps.round_panel(found, W, U, PANEL, (integers, errors))
+    expected, expected_errors = _round_panel(W.clone(), U, steps, PANEL, None, 0)
+    assert torch.equal(integers.float(), expected)
+    torch.testing.assert_close(errors, expected_errors, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", ALL)
+def test_a_panel_of_the_descent_gets_torchs_integers(grid: Grid, use: Callable[[str], None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    H = torch.randn(PANEL, 2 * PANEL, generator=generator)
+    H = H @ H.T
+    S = PANEL // grid.width
+    blocks = []
+    for kind in ("torch", "panels"):
+        use(kind)
+        generator.manual_seed(2)
+        G = 40 * torch.randn(PANEL, N, generator=generator)
+        q = torch.randint(grid.low, grid.high + 1, (PANEL, N), generator=generator).float()
+        d = torch.rand(N, generator=generator)
+        d[3] = 0
+        block = Block(grid, H, G, torch.zeros(PANEL, N), q, d, d.clone(), torch.ones(S, N), torch.ones(S, N))
+        block.adjust_integers(None)
+        blocks.append(block)
+    assert torch.equal(blocks[0].q, blocks[1].q)
+    torch.testing.assert_close(blocks[0].D, blocks[1].D)
+
+
+@pytest.mark.parametrize("grid", ALL)
+def test_sub_blocks_get_steps_of_torchs_gain_and_torchs_sums(grid: Grid, use: Callable[[str], None]) -> None:
+    W = torch.cat([heavy_tailed(N - len(EXTREME_ROWS), 64), torch.stack(list(EXTREME_ROWS.values()))[:, :64]])
+    W = W.where(W.abs() < 1e6, 1e6)
+    x, w = W.T.reshape(1, -1, grid.width, N).contiguous(), skewed_importance(64).view(1, -1, grid.width, 1)
+    found = []
+    for kind in ("torch", "searches"):
+        use(kind)
+        if grid.has_offset:
+            steps = step_search.search_affine(x, w, grid.high, nonnegative_offset=grid.is_nested)
+        else:
+            span = (grid.low, grid.high)
+            steps = (step_search.search_symmetric(x, w, span, step_search.T_DIM, grid), torch.zeros_like(x[:, :, :1]))
+        one = torch.ones_like(steps[0])
+        scales = scale_search.Scales(steps[0], steps[1], one, one)
+        use("torch")
+        error = scale_search._error(grid, x, w, scales)
+        use("searches")
+        torch.testing.assert_close(scale_search._error(grid, x, w, scales), error, rtol=2e-5, atol=1e-6)
+        found.append(error)
+    power = (w * x.square()).sum(2, keepdim=True)
+    assert ((found[1] - found[0]) / power.clamp(min=1e-30)).abs().nan_to_num().max() < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("grid", ALL)
+def test_scales_of_all_types_have_torchs_objective(grid: Grid, use: Callable[[str], None]) -> None:
+    x, w = grid.blocks(heavy_tailed(N, 256).T.contiguous()), grid.blocks(skewed_importance(256)[:, None])
+    errors = []
+    for kind in ("torch", "searches"):
+        use(kind)
+        scales = scale_search.fit(grid, x, w)
+        use("torch")
+        errors.append(float(scale_search._error(grid, x, w, scales).sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
