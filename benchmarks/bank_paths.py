@@ -299,6 +299,7 @@ def main() -> None:
         "processes, plain": (50, partial(processes, "plain", side, rows, (1, 4))),
         "processes, all": (50, partial(processes, "all", side, rows, (1, 4))),
         "block, recorded": (50, partial(block, "recorded", ("o", "down"))),
+        "codebooks": (50, partial(equality, side, (rows,), ("IQ2_XXS", "IQ3_S"), ("plain", "recorded"))),
         "compiled": (60, partial(compiled, side, rows, ("Q4_K", "Q6_K"))),
     }
     for name, (limit, run) in parts.items():

@@ -38,14 +38,14 @@ class CodebookGrid(Grid):
 
     def codewords(self, like: Tensor) -> Tensor:
         """Return the codebook's magnitudes (E, V), in the dtype and on the device of ``like``."""
-        return _table(self.format.name).to(like)
+        return _table(self.format.name, like.dtype, like.device)
 
 
 @cache
-def _table(name: str) -> Tensor:
+def _table(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     reader = getattr(quants, name)
     reader.init_grid()
-    return torch.from_numpy(reader.grid.reshape(reader.grid_shape).copy())
+    return torch.from_numpy(reader.grid.reshape(reader.grid_shape).copy()).to(device, dtype)
 
 
 def _grid(name: str, width: int, vector: int, largest: int, unit: float, even_signs: bool = False) -> CodebookGrid:

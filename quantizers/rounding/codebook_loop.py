@@ -8,15 +8,16 @@ compensated weights at the start of each super-block, and frozen.
 Legend: W, U as in quantizers.rounding.sparsegpt; V weights of a vector, N rows; M = U_vv^-1 U_vv^-T.
 """
 
-from typing import ClassVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from bitgenome.common.replay import replayed
 from quantizers.formats.codebooks import SIGN_GROUP, CodebookGrid
 from quantizers.formats.grids import Scales
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.rounding.codebook_search import VectorSearch, even_signs, fit_steps, natural_signs
+from quantizers.rounding.codebook_search import VectorSearch, even_signs, fit_steps, natural_signs, never_waits
 from quantizers.rounding.coordinate_descent import Block
 
 
@@ -28,36 +29,68 @@ def codebook_loop(grid: CodebookGrid, W: Tensor, importance: Tensor, U: Tensor |
     """
     columns, N = W.shape
     integers = torch.empty(columns, N, dtype=torch.int8, device=W.device)
-    spread = None if U is None else U.to(W.dtype)
     scales = []
     for start in range(0, columns, SUPER_BLOCK):
-        stop = start + SUPER_BLOCK
-        d, codes = fit_steps(grid, W[start:stop], importance[start:stop])
-        scale = codes[None, :, None]
-        scales.append(Scales(d[None, None, None], torch.zeros_like(d)[None, None, None], scale, 0 * scale))
-        errors = torch.empty_like(W[start:stop])
-        for first in range(start, stop, grid.vector):
-            vector = slice(first, first + grid.vector)
-            whiten = _whiten(importance, U, vector)
-            search = VectorSearch(grid, (whiten.T @ whiten).to(W.dtype))
-            step = d * codes[(first - start) // grid.width]
-            signs = _signs(grid, W, integers, search.M, first)
-            q = search.solve(W[vector], step, signs, even_turns=grid.even_signs)
-            integers[vector] = q.to(torch.int8)
-            if spread is not None:
-                error = whiten.to(W.dtype) @ (W[vector] - q * step)
-                errors[first - start : first - start + grid.vector] = error
-                W[first + grid.vector : stop] -= spread[vector, first + grid.vector : stop].T @ error
-        if spread is not None:
-            W[stop:] -= spread[start:stop, stop:].T @ errors
+        block = slice(start, start + SUPER_BLOCK)
+        own = () if U is None else (U[block, block],)
+        d, codes, integers[block], *errors = replayed(_round_super_block, (grid,), (W[block], importance[block], *own))
+        scale = codes.clone()[None, :, None]
+        scales.append(Scales(d.clone()[None, None, None], torch.zeros_like(d)[None, None, None], scale, 0 * scale))
+        if U is not None:
+            W[block.stop :] -= U[block, block.stop :].to(W.dtype).T @ errors[0]
     return Scales.concatenate(scales, 0), integers
 
 
-def _whiten(importance: Tensor, U: Tensor | None, vector: slice) -> Tensor:
-    """Return the matrix (V, V) that maps an error of the vector's columns to one whose squared length is its cost."""
+def _round_super_block(grid: CodebookGrid, W: Tensor, importance: Tensor, U: Tensor | None = None) -> list[Tensor]:
+    """Return d (N,), codes (S, N) and signed codewords int8 (K, N) of one super-block W (K, N); with U the errors too.
+
+    U is (K, K); W is then overwritten.
+    """
+    d, codes = fit_steps(grid, W, importance)
+    integers, errors = torch.empty_like(W, dtype=torch.int8), torch.empty_like(W)
+    spread = None if U is None else U.to(W.dtype)
+    for first, whiten in zip(range(0, len(W), grid.vector), _whiten(grid, importance, U), strict=True):
+        vector, later = slice(first, first + grid.vector), slice(first + grid.vector, None)
+        search = VectorSearch(grid, (whiten.T @ whiten).to(W.dtype))
+        step = d * codes[first // grid.width]
+        signs = _signs(grid, W, integers, search.M, first)
+        q = search.solve(W[vector], step, signs, even_turns=grid.even_signs)
+        integers[vector] = q.to(torch.int8)
+        if spread is not None:
+            errors[vector] = whiten.to(W.dtype) @ (W[vector] - q * step)
+            W[later] -= spread[vector, later].T @ errors[vector]
+    return [d, codes, integers] if U is None else [d, codes, integers, errors]
+
+
+def _whiten(grid: CodebookGrid, importance: Tensor, U: Tensor | None) -> Iterator[Tensor]:
+    """Yield for each vector the matrix (V, V) that maps its error to one whose squared length is the cost.
+
+    ``importance`` is (K,), U (K, K).
+    """
     if U is None:
-        return torch.diag(importance[vector].sqrt())
-    return torch.linalg.inv(U[vector, vector].double()).T
+        yield from map(torch.diag, importance.sqrt().view(-1, grid.vector))
+    else:
+        yield from (inverse.T for inverse in _inverses(_diagonal(U, grid.vector).double()))
+
+
+def _diagonal(M: Tensor, V: int) -> Tensor:
+    """Return the blocks (V, V) on the diagonal of M (K, K), (K / V, V, V)."""
+    return M.view(len(M) // V, V, -1, V).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _inverses(M: Tensor) -> Tensor:
+    """Return the inverses of M (n, V, V), positive definite or triangular."""
+    if not never_waits(M.device):
+        return torch.linalg.inv(M)
+    A = M.clone()
+    for k in range(M.shape[1]):  # Gauss-Jordan, in place; no pivots are needed
+        pivot = A[:, k, k, None].reciprocal()
+        row, column = A[:, k] * pivot, A[:, :, k].clone()
+        A -= column[:, :, None] * row[:, None]
+        A[:, k] = row
+        A[:, :, k] = -column * pivot
+        A[:, k, k] = pivot[:, 0]
+    return A
 
 
 def _signs(grid: CodebookGrid, W: Tensor, integers: Tensor, M: Tensor, first: int) -> Tensor:
@@ -78,18 +111,22 @@ def _signs(grid: CodebookGrid, W: Tensor, integers: Tensor, M: Tensor, first: in
 class VectorBlock(Block):
     """A VectorBlock runs coordinate descent with a vector of weights at a time, moved to the best codeword under H."""
 
-    waits: ClassVar[bool] = True
     grid: CodebookGrid
 
     def adjust_integers(self, kept: Tensor | None) -> None:
         """Update the codewords vector by vector, where that lowers the error; ``kept`` must be None."""
         assert kept is None, "no codeword holds a zero, so nothing can be pruned"
         V = self.grid.vector
+        inverses = _inverses(_diagonal(self.H, V).double()) if never_waits(self.H.device) else None
         for first in range(0, len(self.q), V):
             vector = slice(first, first + V)
             q, step = self.q[vector], self.d * self.scale[first // self.grid.width]
             search = VectorSearch(self.grid, self.H[vector, vector])
-            wanted = torch.linalg.solve(self.H[vector, vector].double(), self.G[vector].double()).to(q.dtype)
+            G = self.G[vector].double()
+            if inverses is None:
+                wanted = torch.linalg.solve(self.H[vector, vector].double(), G).to(q.dtype)
+            else:
+                wanted = (inverses[first // V] @ G).to(q.dtype)
             signs = self._signs(q * step + wanted, search.M, first)
             new = search.solve(q * step + wanted, step, signs, even_turns=self.grid.even_signs)
             change = (new - q) * step
@@ -104,7 +141,6 @@ class VectorBlock(Block):
             return natural_signs(t)
         V = self.grid.vector
         group = first - first % SIGN_GROUP
-        others = torch.ones(SIGN_GROUP, dtype=torch.bool, device=t.device)
-        others[first - group : first - group + V] = False
-        odd = (self.q[group : group + SIGN_GROUP][others] < 0).sum(0) % 2 == 1
+        others = torch.cat([self.q[group:first], self.q[first + V : group + SIGN_GROUP]])
+        odd = (others < 0).sum(0) % 2 == 1
         return even_signs(t, M.diagonal()[:, None], odd)

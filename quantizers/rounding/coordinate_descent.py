@@ -12,7 +12,6 @@ S sub-blocks of a block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,8 +84,8 @@ def _sweep(
         members = (scales.d[b, 0, 0], scales.dmin[b, 0, 0], scales.scale[b, :, 0], scales.min[b, :, 0])
         state = (D[columns], q[b].view(size, -1), *members)
         parts = (H[columns, columns], H[columns] @ D, *state)
-        if kept is not None or block_type.waits:
-            _update_block(block_type, grid, *parts, kept=None if kept is None else kept[columns])
+        if kept is not None:
+            _update_block(block_type, grid, *parts, kept=kept[columns])
             continue
         for mine, new in zip(state, replayed(_update_block, (block_type, grid), parts), strict=True):
             mine.copy_(new)
@@ -107,8 +106,6 @@ def _update_block(
 @dataclass
 class Block:
     """A Block holds views of one block of N rows; its methods update them in place and keep G = (H D)[block]."""
-
-    waits: ClassVar[bool] = False  # for the device, so that it cannot be recorded
 
     grid: Grid
     H: Tensor  # (K, K)

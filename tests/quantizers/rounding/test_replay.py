@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
 from torch import Tensor
 
 from bitgenome.common import replay
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.table import FORMATS
+from quantizers.rounding import codebook_loop, codebook_search
 from quantizers.rounding.sparsegpt import compensate
 from tests.quantizers.recorded import recorded
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
@@ -45,3 +47,23 @@ def test_replays_write_the_bytes_of_the_path_without_recordings(
     assert rounded(W, H, names) == expected
     assert recorded.enabled
     assert replays > 8 * len(names)
+
+
+@pytest.mark.parametrize(
+    "name", ["IQ2_XXS", *(pytest.param(n, marks=pytest.mark.long) for n in CODEBOOK_GRIDS if n != "IQ2_XXS")]
+)
+def test_codewords_are_found_without_waiting(
+    name: str, monkeypatch: pytest.MonkeyPatch, recorded: replay.Recordings
+) -> None:
+    W, H = heavy_tailed(32, 512), correlated_hessian(512)
+    recorded.enabled = False
+    expected = compensate({"w": W}, {"w": [FORMATS[name]]}, H)["w"][name]
+    for module in (codebook_loop, codebook_search):
+        monkeypatch.setattr(module, "never_waits", lambda device: True)
+    eager = compensate({"w": W}, {"w": [FORMATS[name]]}, H)["w"][name]
+    recorded.enabled = True
+    found = compensate({"w": W}, {"w": [FORMATS[name]]}, H)["w"][name]
+    assert recorded.enabled
+    assert torch.equal(found.packed.data, eager.packed.data)
+    assert (found.packed.data == expected.packed.data).float().mean() > 0.99
+    assert found.error == pytest.approx(expected.error, rel=1e-4)
