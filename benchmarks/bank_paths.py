@@ -292,14 +292,14 @@ def main() -> None:
         mixed, side, rows = (512, (64, 32)), 512, 64
         GROUPS.update(dict.fromkeys(GROUPS, (512, (64,))))
     parts: dict[str, tuple[float, Callable[[Note], None]]] = {
-        "all types": (60, partial(equality, *mixed, (*SIX, *OTHER), tuple(PATHS))),
+        "all types": (75, partial(equality, *mixed, (*SIX, *OTHER), tuple(PATHS))),
         "o at six levels": (60, partial(equality, *GROUPS["o"], SIX, ("plain", "recorded", "all"))),
         "block, all": (80, partial(block, "all", tuple(GROUPS))),
         "kernels": (30, partial(profiled, "all", side, rows, SIX)),
         "processes, plain": (50, partial(processes, "plain", side, rows, (1, 4))),
+        "codebooks": (50, partial(equality, side, (rows,), ("IQ2_XXS", "IQ3_S"), ("plain", "recorded"))),
         "processes, all": (50, partial(processes, "all", side, rows, (1, 4))),
         "block, recorded": (50, partial(block, "recorded", ("o", "down"))),
-        "codebooks": (50, partial(equality, side, (rows,), ("IQ2_XXS", "IQ3_S"), ("plain", "recorded"))),
         "compiled": (60, partial(compiled, side, rows, ("Q4_K", "Q6_K"))),
     }
     for name, (limit, run) in parts.items():
