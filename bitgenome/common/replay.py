@@ -16,7 +16,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 4 << 30  # of inputs and outputs of all recordings together; the oldest ones are dropped
+MOST_BYTES = 2 << 30  # of inputs and outputs of all recordings together; the oldest ones are dropped
+CALLS_BEFORE = 2  # with the same shapes, before a function is replayed
 Tensors = Sequence[Tensor]
 Function = Callable[..., Tensors]
 
@@ -28,9 +29,14 @@ def replayed(function: Function, fixed: tuple[Any, ...], tensors: Tensors) -> Te
     inputs of some shapes, recorded with the second and replayed from then on: then its tensors are copies. So it must
     not wait for the device, must not keep state, and must choose what it does by ``fixed`` and the shapes alone.
     """
-    if not _RECORDINGS.active(tensors[0].device):
+    if not records(tensors[0].device):
         return function(*fixed, *tensors)
     return _RECORDINGS.run(function, fixed, tensors)
+
+
+def records(device: torch.device) -> bool:
+    """Return whether ``replayed`` records what runs on ``device``."""
+    return _RECORDINGS.active(device)
 
 
 def capture(function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:

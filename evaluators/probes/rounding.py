@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bitgenome.common.replay import CALLS_BEFORE, records
 from evaluators.probes.rates import Rounding, RoundingRate
 from evaluators.probes.timing import product_flops, seconds_of
 from quantizers.formats.packed_tensor import dequantize
@@ -82,6 +83,9 @@ def column_and_weight(
             compensate({"probe": W}, formats, H, settings)
 
     W = torch.randn(many, kind.columns, device=device)
+    if records(device):
+        for rows in (few, many) * CALLS_BEFORE:
+            work(W[:rows])
     short, long = (seconds_of(partial(work, W[:rows]), device) for rows in (few, many))
     weight = max(0.0, long - short) / ((many - few) * kind.columns)
     return max(0.0, short / kind.columns - few * weight), weight

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitgenome.common.devices import chunk_bytes
-from bitgenome.common.replay import replayed
+from bitgenome.common.replay import records, replayed
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
@@ -63,7 +63,7 @@ def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
         return pack_codebook(codebook, fitted, codewords)[: len(W)]
     grid = GRIDS[fmt.name]
     scales, integers = [], []
-    step = chunk_columns(W)
+    step = SUPER_BLOCK if records(W.device) else chunk_columns(W)  # small copies, where launches cost nothing
     for part, weight in zip(columns_first.split(step), importance.split(step), strict=True):
         rounded, *members = replayed(_round_chunk, (grid,), (part, weight))
         scales.append(Scales(*members).map(Tensor.clone))
