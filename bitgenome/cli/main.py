@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from bitgenome.cli.batch import batch
 from bitgenome.cli.convert import convert
+from bitgenome.cli.doctor import doctor
 from bitgenome.cli.front import export, front
 from bitgenome.cli.jobs import logs, stop, submit
 from bitgenome.cli.pages import report, watch
@@ -224,6 +225,7 @@ app.command()(status)
 app.command()(report)
 app.command()(watch)
 app.command()(prune)
+app.command()(doctor)
 app.command()(verify)
 
 
@@ -277,7 +279,7 @@ def main() -> None:
     logging.raiseExceptions = False  # a log on a full disk is no reason for tracebacks
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        code = app(standalone_mode=False)  # an Exit of a command comes back as its code
+        code = app(prog_name="bitgenome", standalone_mode=False)  # an Exit of a command comes back as its code
     except (typer.Abort, KeyboardInterrupt):
         leave(130)
     except UserError as error:

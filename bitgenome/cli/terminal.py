@@ -11,14 +11,41 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bitgenome.common import layout
+
 console = Console(highlight=False)
 errors = Console(stderr=True)
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration; - reads standard input", show_default=False)]
-RUN_ARGUMENT = typer.Argument(help="A run directory or its URL, or a run's name under --storage", show_default=False)
+RUNS = "runs"  # the default of --storage, and of storage_path in a configuration
+
+
+def run_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the runs below --storage whose names begin so, for a shell to complete."""
+    storage = Path(ctx.params.get("storage") or RUNS).expanduser()
+    names = sorted(file.parent.name for file in storage.glob(f"*/{layout.RECORD}")) if storage.is_dir() else []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def config_files(incomplete: str) -> list[str]:
+    """Return the folders and YAML files whose paths begin so, for a shell to complete."""
+    folder, _, start = incomplete.rpartition("/")
+    place = Path(folder or ("/" if incomplete.startswith("/") else ".")).expanduser()
+    prefix = incomplete[: len(incomplete) - len(start)]
+    found = sorted(place.glob("*")) if place.is_dir() else []
+    kept = [path for path in found if path.name.startswith(start) and not path.name.startswith(".")]
+    folders = [f"{prefix}{path.name}/" for path in kept if path.is_dir()]
+    return [f"{prefix}{path.name}" for path in kept if path.suffix in (".yaml", ".yml")] + folders
+
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(help="YAML configuration; - reads standard input", show_default=False, autocompletion=config_files),
+]
+RUN_ARGUMENT = typer.Argument(
+    help="A run directory or its URL, or a run's name under --storage", show_default=False, autocompletion=run_names
+)
 RunPath = Annotated[str, RUN_ARGUMENT]
 Storage = Annotated[str, typer.Option(help="Where named runs lie: a folder or URL")]
-RUNS = "runs"  # the default of --storage, and of storage_path in a configuration
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, an object a line")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: search.generations=20")]
 
@@ -26,10 +53,14 @@ UNIT = re.compile(r"(?<=[\d)]) (?=(?:%|±|GB|MB|KL|GiB|MiB|bytes|bits|s|min|h|to
 KEPT = "\u00a0"  # a space at which textwrap does not break a line
 
 
-def say(to: Console, sentence: str, style: str = "") -> None:
-    """Print ``sentence`` in lines of the console's width; a number and its unit stay together, paths stay whole."""
-    lines = textwrap.wrap(UNIT.sub(KEPT, sentence), to.width, break_long_words=False, break_on_hyphens=False)
-    text = "\n".join(lines).replace(KEPT, " ")
+def say(to: Console, sentence: str, style: str = "", indent: str = "") -> None:
+    """Print ``sentence`` in lines of the console's width; a number and its unit stay together, paths stay whole.
+
+    ``indent`` stands before the first line already, and is put before the others.
+    """
+    width = to.width - len(indent)
+    lines = textwrap.wrap(UNIT.sub(KEPT, sentence), width, break_long_words=False, break_on_hyphens=False)
+    text = f"\n{indent}".join(lines).replace(KEPT, " ")
     to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+from typing import Any
 
 import psutil
 import torch
@@ -96,6 +97,18 @@ def free_host_memory() -> int:
         if soft != resource.RLIM_INFINITY:
             free.append(soft - taken)
     return max(0, min(free))
+
+
+def machine() -> dict[str, Any]:
+    """Return torch's version, its accelerators by name and bytes, the cores, and the host's memory in bytes."""
+    seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "torch": str(torch.__version__),
+        "accelerators": [{"name": one.name, "bytes": one.total_memory} for one in seen],
+        "cores": usable_cpus(),
+        "free_bytes": free_host_memory(),
+        "total_bytes": psutil.virtual_memory().total,
+    }
 
 
 def peak_memory() -> int:

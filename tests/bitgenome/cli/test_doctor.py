@@ -1,0 +1,41 @@
+"""What a run needs and this machine lacks is found, with a remedy, before a run stumbles over it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bitgenome.cli.doctor import of_machine, of_ray
+from tests.bitgenome.conftest import call_here
+from tests.conftest import REPOSITORY
+
+
+def test_a_broken_library_and_a_storage_that_cannot_be_written_are_named_and_all_else_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError('libggml.so: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(REPOSITORY))))
+    done = call_here("doctor", "--json", "--storage", "/proc/runs")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert found["broken"] == ["llama.cpp", "storage"]
+    by_name = {finding["what"]: finding for finding in found["findings"]}
+    assert by_name["llama.cpp"]["found"] == "libggml.so: cannot open shared object file"
+    assert all(finding["remedy"] for finding in found["findings"] if finding["state"] != "ok")
+    assert {by_name[name]["state"] for name in ("Python", "packages", "devices", "cores", "Ray")} <= {"ok", "note"}
+
+
+def test_quotas_few_bytes_and_an_absent_gpu_are_told() -> None:
+    machine = {"torch": "2", "accelerators": [{"name": "H100", "bytes": 80 << 30}], "cores": 1}
+    told = list(of_machine(machine | {"free_bytes": 1 << 30, "total_bytes": 8 << 30}))
+    assert "H100 (80 GiB)" in told[0].found and told[2].state == "note" and told[2].remedy
+    assert [finding.state for finding in of_machine({"error": "no"})] == ["broken"]
+
+
+def test_ray_in_a_folder_whose_sockets_are_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/" + 60 * "x")
+    told = {finding.what: finding for finding in of_ray({"Ray": {"version": "2"}, "Ray starts": {"error": "no port"}})}
+    assert told["Ray's folder"].state == "note" and "RAY_TMPDIR" in told["Ray's folder"].remedy
+    assert (told["Ray starts"].state, told["Ray starts"].found) == ("broken", "no port")
+    assert [finding.state for finding in of_ray({"Ray": {"error": "no module"}})] == ["broken"]
