@@ -1,46 +1,69 @@
 """Defines ``bitgenome export`` and ``front``: the file of a finished run again, or of another size, and all sizes."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from bitgenome.cli.quantize import (
+    Bits,
+    Context,
+    DeviceMemory,
+    Kv,
+    Like,
+    Margin,
+    Mmproj,
+    Size,
+    check_output,
+    copy,
+    wanted_size,
+)
 from bitgenome.cli.terminal import RUNS, AsJson, Overrides, RunPath, Storage, console, errors, print_json, say
 from bitgenome.common.errors import UserError
 from bitgenome.observe.progress import tracked, tracker
 
 if TYPE_CHECKING:
     from bitgenome.front.sizes import Front
+    from bitgenome.quantize.size import WantedSize
 
 
 def export(
     run: RunPath,
     storage: Storage = RUNS,
-    size: Annotated[
-        str | None, typer.Option(help="Instead the best file of this size, such as 3.5GB", show_default=False)
-    ] = None,
-    bits: Annotated[
-        float | None, typer.Option(help="Instead the best file of so many bits per weight", show_default=False)
-    ] = None,
+    size: Size = None,
+    bits: Bits = None,
+    like: Like = None,
+    device_memory: DeviceMemory = None,
+    context: Context = 4096,
+    kv: Kv = "f16",
+    mmproj: Mmproj = None,
+    margin: Margin = "1GiB",
     heal: Annotated[bool, typer.Option("--heal", help="Of another size: tune norms and biases anew")] = False,
     name: Annotated[
         str | None, typer.Option(help="Of another size: name of its run; RUN-SIZE by default", show_default=False)
     ] = None,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Copy the file there too", show_default=False)
+        Path | None, typer.Option("--output", "-o", help="Also copy the file here", show_default=False)
     ] = None,
     split_max_size: Annotated[
         str | None, typer.Option(help="Also in llama.cpp's shards, whose tensors take at most this, such as 4GB")
     ] = None,
     split_max_tensors: Annotated[int | None, typer.Option(min=1, help="Also in shards of at most as many")] = None,
 ) -> None:
-    """Write the file of a finished run again, or with --size or --bits the best one of another size.
+    """Write the file of a finished run again, or with a size the best file of that size.
 
     Another size takes minutes: bank, sensitivities and evaluations are those of the run, which stays as it is. The
-    result is a run beside it.
+    result is a run beside it. bitgenome front lists all sizes.
+
+    Examples:
+
+    bitgenome export mine
+
+    bitgenome export mine --size 3.5GB --heal -o mine-small.gguf
+
+    bitgenome export mine --device-memory 8GiB --context 32768
     """
     from bitgenome.run.export import export_again  # noqa: PLC0415 - here and below: imported when called
     from bitgenome.storage.run_names import run_location  # noqa: PLC0415
@@ -49,48 +72,32 @@ def export(
     shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
     location = run_location(run, storage)
     check_output(output)
-    if size is None and bits is None:
+    if all(given is None for given in (size, bits, like, device_memory)):
         if heal or name or overrides:
-            raise UserError("expected --size or --bits with --heal, --name and --set, found neither")
+            raise UserError("expected a size, such as --size 3.5GB, with --heal, --name and --set, found none")
         gguf = tracked(tracker(console), "exporting", lambda: export_again(location, shards))
         for what, path in (("GGUF", f"{location}/{gguf.name}"), ("recipe", f"{location}/recipe.txt")):
             console.print(f"{what:>6}  {path}", soft_wrap=True)
     else:
-        gguf = export_size(location, size, bits, heal, name, overrides or [])
+        wanted = wanted_size(size, bits, like, device_memory, context, kv, mmproj, margin)
+        gguf = export_size(location, wanted, heal, name, overrides or [])
         if shards.wanted:
             split_gguf(gguf, shards)
     if shards.wanted:
         count = len(shards.of(gguf))
         console.print(f"wrote {count} shards, of which {shard_path(gguf, 1, count).name} is the first", soft_wrap=True)
     if output:
-        from bitgenome.common.files import replacing  # noqa: PLC0415
-
-        with replacing(output) as temporary:
-            shutil.copyfile(gguf, temporary)
+        copy(gguf, output)
         console.print(f"wrote {output}", soft_wrap=True)
 
 
-def check_output(output: Path | None) -> None:
-    """Raise UserError unless a file can be written at ``output``."""
-    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
-        found = "a folder there" if output.is_dir() else f"no folder {output.absolute().parent}"
-        raise UserError(f"expected the path of a file, found {found}: {output}")
-
-
-def export_size(
-    location: str, size: str | None, bits: float | None, heal: bool, name: str | None, overrides: list[str]
-) -> Path:
+def export_size(location: str, wanted: "WantedSize", heal: bool, name: str | None, overrides: list[str]) -> Path:
     """Make and show the file of another size, and return its path."""
     from bitgenome.cli.tables import show_outcome  # noqa: PLC0415
-    from bitgenome.config.file import parse_section  # noqa: PLC0415
-    from bitgenome.config.run import BudgetConfig  # noqa: PLC0415
     from bitgenome.front.budgets import export_budget  # noqa: PLC0415
 
-    if size is not None and bits is not None:
-        raise UserError(f"expected one of --size and --bits, found {size} and {bits:g}")
-    budget = parse_section(BudgetConfig, {"file_size": size, "bits_per_weight": bits}, "--size or --bits")
     try:
-        outcome = export_budget(location, budget, console, heal=heal, name=name, overrides=overrides)
+        outcome = export_budget(location, wanted, console, heal=heal, name=name, overrides=overrides)
     except KeyboardInterrupt:
         errors.print("interrupted; nothing is lost: the same command goes on", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -135,4 +142,6 @@ def show_front(found: "Front", location: str) -> None:
         "KL in nats per token on test text, before healing. Measured: this very genome, by simulation. Predicted: from "
         f"sensitivities, calibrated on {found.calibrated_on} measured genomes.",
     )
-    console.print(f"To make one: bitgenome export {location} --bits 3.2, or --size 3.5GB", soft_wrap=True)
+    console.print(
+        f"To make one: bitgenome export {location} --bits 3.2, or --size 3.5GB, --like Q4_K_M", soft_wrap=True
+    )

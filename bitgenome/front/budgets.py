@@ -6,6 +6,7 @@ where it was interrupted, and the first run stays as it is.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -19,11 +20,12 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes
 from bitgenome.config.file import apply_override
-from bitgenome.config.run import BudgetConfig, RunConfig, parse_config
+from bitgenome.config.run import RunConfig, parse_config
 from bitgenome.observe.monitoring import monitor_run
 from bitgenome.observe.progress import Track
 from bitgenome.plan.plan import Plan, budget_of
 from bitgenome.plan.seeds import check_seeds, read_evaluations
+from bitgenome.quantize.size import WantedSize, wanted_budget
 from bitgenome.run.gene_groups import plan_of_run
 from bitgenome.run.outcome import Outcome
 from bitgenome.run.pipeline import run_stages
@@ -41,6 +43,8 @@ from evaluators.prepare.bank import damaged_tensors
 from search.types import Evaluation
 from workers.pool.base import Pool
 
+log = logging.getLogger(__name__)
+
 DECIDED = ("compute", "activations", "weights")  # keys of run.json that stay as they are
 ARTEFACTS = ("bank", "scaled_model")  # and those that are paths
 CARRIED = (layout.SENSITIVITY, layout.GENE_GROUPS, layout.SCALING, layout.IMATRIX)
@@ -49,27 +53,35 @@ MAY_DIFFER = ("budget", "search", "healing")  # settings that bank, sensitivitie
 
 def export_budget(
     location: str,
-    budget: BudgetConfig,
+    wanted: WantedSize,
     console: Console,
     *,
     heal: bool = False,
     name: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Outcome:
-    """Choose the best genome within ``budget`` from what a finished run knows; write, prove and record its file.
+    """Choose the best genome of a size from what a finished run knows; write, prove and record its file.
 
     - ``location`` is the finished run's path or URL; nothing there changes.
     - ``heal`` tunes norms and biases anew.
-    - ``name`` is that of the run which is made beside it, by default its own and the budget.
+    - ``name`` is that of the run which is made beside it, by default its own and the size.
     - ``overrides`` are settings such as ``workers.ray=off``, of those that bank and sensitivities do not depend on.
 
     Called again it goes on. Raises UserError if the run is not finished, its bank is damaged, or no file can have
     that size: then nothing is written.
     """
+    wanted.check()
     finished = RunDirectory.open(location)
     with finished.own() if finished.mirror else nullcontext():
-        config = derived_config(finished, location, budget, heal, name, overrides)
-        plan = plan_within(finished, config)
+        plan = plan_of_finished(finished, location)
+        sized = wanted_budget(wanted, plan.space, plan.file)
+        suffix = f"{wanted.suffix.replace(' ', '')}{'-healed' if heal else ''}"
+        config = derived_config(finished, location, sized.budget, heal, name, suffix, overrides)
+        try:
+            plan = replace(plan, config=config, budget=budget_of(config.budget, plan.space))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        log.info("%s", sized.note)
         windows = windows_of(finished, location)
         check_seeds(plan)
         with (
@@ -83,20 +95,22 @@ def export_budget(
 
 
 def derived_config(
-    run: RunDirectory, location: str, budget: BudgetConfig, heal: bool, name: str | None, overrides: Iterable[str]
+    run: RunDirectory,
+    location: str,
+    budget: dict[str, Any],
+    heal: bool,
+    name: str | None,
+    suffix: str,
+    overrides: Iterable[str],
 ) -> RunConfig:
     """Return the configuration of a run within ``budget`` that takes all but its genome from the finished ``run``.
 
-    Raises UserError if ``run`` is not finished, or if ``overrides`` change what its bank or sensitivities depend on.
+    Its name is ``name``, or that of ``run`` with ``suffix``. Raises UserError if ``overrides`` change what bank or
+    sensitivities depend on.
     """
-    if RunResult.read(run.path) is None:
-        raise UserError(
-            f"expected a finished run with {layout.BEST}, found none in {location}: bitgenome resume {location}"
-        )
     base = config_to_resume(location)
     data = base.model_dump(mode="json")
-    data["budget"] = budget.model_dump(exclude_none=True)
-    data["name"] = name or f"{base.name}-{budget_name(budget)}{'-healed' if heal else ''}"
+    data |= {"budget": budget, "name": name or f"{base.name}-{suffix}"}
     rungs = base.ladder.rungs[-1:] if base.search.ladder else ()
     data["search"] |= {"strategy": "exact", "seeds": [run.location], "ladder": rungs, "refresh": 0}
     data["search"] |= {"mutation_prior": "none"}
@@ -120,29 +134,19 @@ def without(keys: dict[str, Any], left_out: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key not in left_out}
 
 
-def budget_name(budget: BudgetConfig) -> str:
-    """Return a budget as a part of a name: 3.2bpw, 3.5GB."""
-    if budget.bits_per_weight is not None:
-        return f"{budget.bits_per_weight:g}bpw"
-    if budget.compression_ratio is not None:
-        return f"{budget.compression_ratio:g}x"
-    size = str(budget.file_size).replace(" ", "")
-    return f"{size}B" if size.isdecimal() else size
-
-
-def plan_within(run: RunDirectory, config: RunConfig) -> Plan:
-    """Return the plan of a finished run with another configuration. Raises UserError as ``export_budget`` does."""
+def plan_of_finished(run: RunDirectory, location: str) -> Plan:
+    """Return the plan of a run. Raises UserError if it is not finished, or its model or bank are not as they were."""
+    if RunResult.read(run.path) is None:
+        raise UserError(
+            f"expected a finished run with {layout.BEST}, found none in {location}: bitgenome resume {location}"
+        )
     plan = plan_of_run(run)
     run.record.pin("model", plan.folder.digest)
-    try:
-        budget = budget_of(config.budget, plan.space)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if damaged := damaged_tensors(run.artefact("bank")):
         raise UserError(
             f"expected a whole bank, found {damaged[0]} damaged: bitgenome resume {run.location} rebuilds it"
         )
-    return replace(plan, config=config, budget=budget)
+    return plan
 
 
 def windows_of(run: RunDirectory, location: str) -> TokenWindows:
