@@ -74,23 +74,23 @@ def shortened(text: str) -> str:
 
 
 def figures_people_quote(view: RunView) -> Section | None:
-    """Show all figures of the file by llama.cpp, with standard errors, where they were taken."""
-    figures = view.proof.get("figures")
-    if not figures:
-        return None
+    """Show all figures of the file by llama.cpp, with standard errors, where they were taken by this version."""
     from exporters.runtime.figures import Figures  # noqa: PLC0415 - where there are any, it is imported
 
-    columns, rows = ["figure", "this file"], Figures.from_json(figures).rows()
-    others = []
-    if mix := view.proof.get("mix"):
-        columns.append(f"llama.cpp's {mix['mix']}")
-        others = [value for _, value in Figures.from_json(mix["figures"]).rows()]
-    cells = [(name, value, *others[n : n + 1]) for n, (name, value) in enumerate(rows)]
+    mix = view.proof.get("mix") or {}
+    try:
+        figures = Figures.from_json(view.proof["figures"])
+        others = Figures.from_json(mix["figures"]).rows() if mix else []
+    except (KeyError, TypeError):  # none, or those of another version
+        return None
+    columns = ("figure", "this file", *([f"llama.cpp's {mix['mix']}"] if mix else []))
+    beside = [[value] for _, value in others] or [[]] * len(figures.rows())
+    rows = [(name, value, *more) for (name, value), more in zip(figures.rows(), beside, strict=True)]
     says = [
-        f"By llama.cpp on {figures['windows']:,} windows of test text, as llama-perplexity defines them; ± is a "
-        "standard error over windows."
+        f"By llama.cpp on {figures.windows:,} windows of test text, as llama-perplexity defines them; ± is a standard "
+        "error over windows."
     ]
-    return Section("figures", "All figures", says, table=Table(tuple(columns), cells), half=True)
+    return Section("figures", "All figures", says, table=Table(columns, rows), half=True)
 
 
 def simple_mixes(view: RunView) -> Section | None:

@@ -70,7 +70,7 @@ def type_map(view: RunView) -> Section | None:
     trace |= {"customdata": names, "text": names}
     trace["hovertemplate"] = "layer %{x}, %{y}<br>%{text}, %{z} bits per weight<extra></extra>"
     if len(layers) <= MOST_LABELLED:
-        trace |= {"texttemplate": "%{text}", "textfont": {"size": 11}}
+        trace |= {"texttemplate": "%{text}", "textfont": {"size": 12, "weight": 600}}
     outside = ", ".join(f"{one.kind} {one.type_name}" for one in tensors if one.layer is None)
     says = [
         "The type that each tensor got: the stronger the colour, the more bits."
@@ -142,9 +142,10 @@ def types_by_kind(view: RunView) -> Section | None:
         "xaxis": {"tickformat": ".0%", "title": {"text": "share of the kind's tensors"}, "range": [0, 1]},
         "yaxis": {"showgrid": False},
         "bargap": 0.25,
+        "showlegend": True,
         "uniformtext": {"minsize": 9, "mode": "hide"},
     }
-    figure = Figure("Shares of types by kind of tensor", traces, layout, 70 + 34 * len(kinds))
+    figure = Figure("Shares of types by kind of tensor", traces, layout, 100 + 34 * len(kinds))
     table = Table(("kind", "bits, mean over tensors", *types), rows)
     says = ["Which types the tensors of each kind got, over all layers: the stronger the colour, the more bits."]
     return Section("kinds", "Bits by kind", says, figure, table, half=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from bitgenome.common import layout
+from bitgenome.common.errors import expecting
 from bitgenome.common.files import atomic_write_text
 from bitgenome.report.course import convergence, cost, healing
 from bitgenome.report.gains import gains
@@ -24,7 +25,7 @@ def page_of(view: RunView) -> Page:
     """Return the page of a run; sections of which the run holds nothing are left out."""
     doing, progress = state(view)
     budget = view.best.get("budget_bytes") or view.status.budget_bytes
-    within = f" within {megabytes(budget)}" if budget else ""
+    within = f" within {megabytes(budget)}".replace(" MB", "\u00a0MB") if budget else ""
     strategy = view.config.get("search", {}).get("strategy", "")
     file = view.best.get("gguf")
     return Page(
@@ -39,6 +40,14 @@ def page_of(view: RunView) -> Page:
     )
 
 
+def page_from(source: RunSource, finished: bool = False) -> Page:
+    """Return the page of what a run's files hold now; see RunSource.read. Raises UserError if they are damaged."""
+    view = source.read(finished)
+    remedy = f"bitgenome resume {source.location} writes them again"
+    with expecting("the figures of a run", f"{source.location}/{layout.BEST}", remedy):
+        return page_of(view)
+
+
 def write_report(location: str | Path, finished: bool = False) -> str:
     """Write the report of the run at a path or URL into its directory, and return where it lies.
 
@@ -46,7 +55,7 @@ def write_report(location: str | Path, finished: bool = False) -> str:
     its files are damaged, and StorageError if the report cannot be written.
     """
     source = RunSource(location)
-    html = render(page_of(source.read(finished)))
+    html = render(page_from(source, finished))
     if is_url(source.location):
         open_folder(source.location).write(layout.REPORT, html.encode())
     else:

@@ -6,7 +6,7 @@ from typing import Any
 from bitgenome.report.names import plain
 
 KL = "KL, nats per token"
-ROOM = 1.2  # of the longest bar and its text
+ROOM = 1.35  # of the longest bar and its text
 BITS = ["--few", "--some", "--many"]
 LOSS = ["--cool", "--warm", "--hot"]
 

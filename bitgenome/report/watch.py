@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from bitgenome.common.errors import UserError
 from bitgenome.report.page import Page, fresh, render
-from bitgenome.report.run_page import page_of
+from bitgenome.report.run_page import page_from
 from bitgenome.report.source import RunSource
 
 HOST = "127.0.0.1"
@@ -23,11 +23,11 @@ def server_of(location: str, port: int) -> ThreadingHTTPServer:
     Raises UserError if there is no run, its files are damaged, or the port is taken.
     """
     source, lock = RunSource(location), threading.Lock()
-    page_of(source.read())  # what is damaged is said before anything is served
+    page_from(source)  # what is damaged is said before anything is served
 
     def page() -> Page:
         with lock:  # a source reads on from where it was
-            return page_of(source.read())
+            return page_from(source)
 
     return serving({"/": lambda: render(page(), FRESH), FRESH: lambda: fresh(page())}, port)
 
@@ -38,7 +38,7 @@ def serving(answers: dict[str, Callable[[], str]], port: int) -> ThreadingHTTPSe
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """Answer one request."""
-            if self.headers.get("Host", "").rpartition(":")[0] not in NAMES:
+            if self.headers.get("Host", "").partition(":")[0] not in NAMES:
                 self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
                 return
             if self.path not in answers:

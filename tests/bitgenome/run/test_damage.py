@@ -20,6 +20,7 @@ MADE = ("parquet", "groups.json", "manifest.json", "parts.jsonl", "seconds.json"
 READERS = {
     "status": ("run.json", "evaluations.jsonl", "generations.jsonl", "best.json"),
     "export": ("run.json", "best.json", "manifest.json"),
+    "report": ("run.json", "evaluations.jsonl", "generations.jsonl", "best.json", "sensitivity.parquet"),
     "verify": ("run.json", "best.json", "windows.safetensors", ".gguf"),
 }
 
