@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from bitgenome.cli.batch import batch
+from bitgenome.cli.compare import compare
 from bitgenome.cli.convert import convert
 from bitgenome.cli.doctor import doctor
 from bitgenome.cli.front import export, front
@@ -217,6 +218,7 @@ app.command()(export)
 app.command()(front)
 app.command()(publish)
 app.command()(convert)
+app.command()(compare)
 app.command()(batch)
 app.command()(submit)
 app.command()(logs)

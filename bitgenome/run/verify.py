@@ -71,7 +71,7 @@ def verify_file(file: Path | str | None, location: Path | str) -> Proof:
         plan = plan_of_run(directory)
         directory.record.pin("model", plan.folder.digest)
         plan = quantized_plan(plan, directory)
-        with _refusals(local):
+        with refusals(local):
             if result and local.name == result.gguf:
                 check_shipped(local, result, plan, directory)
             how = plan.config.evaluation
@@ -90,17 +90,17 @@ def verify_beside(
     models = [read_model(path) for path in (base, file)]
     for model in models:
         _check_fits(model, models[0], window)
-    content = _text(text, CHARACTERS * tokens)
-    with _refusals(base):
-        windows, bos = _windows(base, content, window, tokens)
-    with _refusals(file):
-        if not np.array_equal(_windows(file, content, window, tokens)[0], windows):
+    content = held_out_text(text, CHARACTERS * tokens)
+    with refusals(base):
+        windows, bos = windows_of(base, content, window, tokens)
+    with refusals(file):
+        if not np.array_equal(windows_of(file, content, window, tokens)[0], windows):
             raise UserError(f"expected the tokens of {base} from the tokenizer of {file}, found others")
     unscored = int(bos) if every_position else window // 2
     with (
-        _refusals(base),
+        refusals(base),
         outputs_of(base, windows) as expected,
-        _refusals(file),
+        refusals(file),
         outputs_of(file, windows) as found,
     ):
         figures = figures_of(found, expected, windows, unscored, followed=not every_position)
@@ -120,7 +120,7 @@ def _check_fits(model: GgufModel, base: GgufModel, window: int) -> None:
         raise UserError(f"expected windows of at most the context of {model.path}, {longest:,}, found {window:,}")
 
 
-def _text(path: Path | None, characters: int) -> str:
+def held_out_text(path: Path | None, characters: int) -> str:
     """Return as much of the text at ``path``, or of held-out modules of Python's library. Raises UserError."""
     if path is None:
         held_out = load_held_out(Path(__file__).parents[2] / SourceConfig(source="stdlib").splits)
@@ -134,13 +134,14 @@ def _text(path: Path | None, characters: int) -> str:
         return decode_text(path.read_bytes(), path)  # which says what is wrong
 
 
-def _windows(file: Path, text: str, window: int, tokens: int) -> tuple[np.ndarray, bool]:
+def windows_of(file: Path, text: str, window: int, tokens: int) -> tuple[np.ndarray, bool]:
+    """Return windows of ``text`` by the tokenizer of ``file``, as ``text_windows`` does."""
     with LlamaCppRuntime(file, window) as runtime:
         return text_windows(runtime, text, window, tokens)
 
 
 @contextmanager
-def _refusals(file: Path) -> Iterator[None]:
+def refusals(file: Path) -> Iterator[None]:
     """Turn what is raised of a file that is damaged, that llama.cpp refuses, or that predicts NaN, into UserError."""
     try:
         yield

@@ -25,7 +25,7 @@ DEFAULTS = {
     "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "Q8_0": "Q8_0",
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's own
-LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")  # of blocks of 32: worse than others of their size
+LEGACY = ("Q2_K_S", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")  # older, and beaten by others of their size
 VERY_SMALL = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
 WIDE_GQA = 4  # query heads per key head from which attn_v gets more bits, as it is small
 EIGHT = 8  # experts of the models that some rules are for

@@ -72,7 +72,7 @@ class MixFile(FileLayout):
 
 
 def mixes_by_size(original: GgufModel) -> list[MixFile]:
-    """Return llama.cpp's mixes of a model in floats, smallest first, without the older types that none would choose.
+    """Return llama.cpp's mixes of a model in floats, smallest first, without those that others of their size beat.
 
     Raises ValueError for an architecture whose rules are not known.
     """
