@@ -100,16 +100,27 @@ class Server:
         if self._connection is None:
             raise LlamaCppError("the runtime is not running: use it in a with statement")
         try:
-            self._connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-            response = self._connection.getresponse()
-            answer = response.read()
+            try:
+                status, answer = self._answer(route, body)
+            except (ConnectionError, http.client.BadStatusLine):
+                if self._process.poll() is not None:
+                    raise
+                self._connection.close()  # llama.cpp drops what is idle for 5 s; the next request connects anew
+                status, answer = self._answer(route, body)
         except TimeoutError:
             raise LlamaCppError(f"llama.cpp gave no answer to {route} within {self.timeout_seconds:g} s") from None
         except (OSError, http.client.HTTPException):
             raise LlamaCppError(f"llama.cpp gave no answer to {route}: {self._end()}") from None
-        if response.status != http.HTTPStatus.OK:
+        if status != http.HTTPStatus.OK:
             raise LlamaCppError(f"llama.cpp refused {route}: {answer.decode(errors='replace')[:LAST_WORDS]}")
         return json.loads(answer)
+
+    def _answer(self, route: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Return the status and the content of what the process answers to one request."""
+        assert self._connection is not None
+        self._connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+        response = self._connection.getresponse()
+        return response.status, response.read()
 
     @property
     def peak_bytes(self) -> int | None:

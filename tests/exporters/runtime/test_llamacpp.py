@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +52,15 @@ def test_a_file_on_which_llamacpp_aborts_is_one_sentence(
 ) -> None:
     with pytest.raises(LlamaCppError, match=r"cannot load .*: it died by SIGABRT, saying: llama-vocab.cpp:\d+: GGML"):
         run(with_equal_tokens(sound, tmp_path / "equal.gguf"))
+
+
+def test_a_connection_that_llamacpp_has_dropped_is_made_anew(sound: Path) -> None:
+    """It drops one that is idle for 5 s, as between two windows of a large model on a busy machine."""
+    with LlamaCppRuntime(sound, 8, threads=1) as runtime:
+        states = runtime.hidden_states(ONE)
+        assert runtime._connection is not None
+        runtime._connection.sock.shutdown(socket.SHUT_RDWR)
+        assert np.array_equal(runtime.hidden_states(ONE), states)
 
 
 def test_a_death_between_two_requests_is_one_sentence(sound: Path) -> None:
