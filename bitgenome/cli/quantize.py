@@ -16,11 +16,13 @@ from bitgenome.common.files import atomic_write_text, replacing
 if TYPE_CHECKING:  # imported when a command is called
     from bitgenome.config.run import RunConfig
     from bitgenome.quantize.begin import Beginning
+    from bitgenome.quantize.request import Request
     from bitgenome.quantize.size import WantedSize
 
 SIZES, DEVICE = "Size: one of these", "For a device"
 TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 SECONDS = {"s": 1, "min": 60, "h": 3600}
+STANDARD_OUTPUT = Path("-")
 BITS_BY_DEFAULT = 4.5  # of `init`, where no size is given
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a GGUF file", show_default=False)]
@@ -93,34 +95,15 @@ def add_quantize(app: typer.Typer, execute: Callable[["RunConfig"], None]) -> No
 
         bitgenome quantize my-finetune/ --device-memory 16GiB --context 65536 --kv q8_0
         """
-        from bitgenome.common import layout  # noqa: PLC0415 - here and below: imported when called
-        from bitgenome.config.run import load_config  # noqa: PLC0415
-        from bitgenome.quantize.begin import Request, begin, kept_settings  # noqa: PLC0415
-        from bitgenome.storage.run_result import RunResult  # noqa: PLC0415
+        from bitgenome.quantize.request import Request  # noqa: PLC0415 - here and below: imported when called
 
-        check_output(output)
+        size_wanted = wanted_size(size, bits, like, device_memory, context, kv, mmproj, margin)
         request = Request(
-            model, wanted_size(size, bits, like, device_memory, context, kv, mmproj, margin), seconds_in(time), text,
-            strategy, name, storage, template, converter, overrides=tuple(overrides or ()),
+            model, size_wanted, seconds_in(time), text, strategy, name, storage, template, converter,
+            overrides=tuple(overrides or ()),
         )  # fmt: skip
-        command = f"bitgenome quantize {shlex.join(request.words)}"
-        if kept := kept_settings(request, command):
-            console.print(f"going on with the settings of {kept}", soft_wrap=True)
-            config = load_config(kept)
-        else:
-            found = begin(request)
-            show(found)
-            config = found.config
-            directory = config.storage_path / config.name
-            directory.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(directory / layout.SETTINGS, as_yaml(found, command))
-            console.print(f"settings  {directory / layout.SETTINGS}", soft_wrap=True)
-        execute(config)
-        if output is not None:
-            result = RunResult.read(config.storage_path / config.name)
-            assert result is not None, "execute has written it"
-            copy(config.storage_path / config.name / result.gguf, output)
-            console.print(f"wrote {output}", soft_wrap=True)
+        check_output(output)
+        make_file(request, output, execute)
 
     @app.command()
     def init(
@@ -155,31 +138,72 @@ def add_quantize(app: typer.Typer, execute: Callable[["RunConfig"], None]) -> No
 
         bitgenome plan run.yaml; bitgenome run run.yaml
         """
-        from bitgenome.quantize.begin import Request, begin  # noqa: PLC0415
+        from bitgenome.quantize.request import Request  # noqa: PLC0415
 
         if all(given is None for given in (size, bits, like, device_memory)):
             bits = BITS_BY_DEFAULT
-        printed = output == Path("-")
-        if not printed:
-            check_output(output)
-        if output and output.exists():
-            raise UserError(f"expected no file at {output}, found one: it may hold settings of yours")
-        place = output.absolute().parent if output and not printed else Path.cwd()
+        place = output.absolute().parent if output and output != STANDARD_OUTPUT else Path.cwd()
+        size_wanted = wanted_size(size, bits, like, device_memory, context, kv, mmproj, margin)
         request = Request(
-            model, wanted_size(size, bits, like, device_memory, context, kv, mmproj, margin), seconds_in(time), text,
-            strategy, name, storage, template, converter, place, tuple(overrides or ()),
+            model, size_wanted, seconds_in(time), text, strategy, name, storage, template, converter, place,
+            tuple(overrides or ()),
         )  # fmt: skip
+        write_settings(request, output)
+
+
+def make_file(request: "Request", output: Path | None, execute: Callable[["RunConfig"], None]) -> None:
+    """Do the whole run that ``request`` asks for, or go on with it, and copy its file to ``output``."""
+    from bitgenome.common import layout  # noqa: PLC0415
+    from bitgenome.config.run import load_config  # noqa: PLC0415
+    from bitgenome.quantize.begin import begin  # noqa: PLC0415
+    from bitgenome.quantize.request import kept_settings  # noqa: PLC0415
+    from bitgenome.storage.run_directory import RunDirectory  # noqa: PLC0415
+    from bitgenome.storage.run_result import RunResult  # noqa: PLC0415
+
+    command = f"bitgenome quantize {shlex.join(request.words)}"
+    if kept := kept_settings(request, command):
+        console.print(f"going on with the settings of {kept}", soft_wrap=True)
+        config = load_config(kept)
+    else:
         found = begin(request)
-        content = as_yaml(found, f"bitgenome init {shlex.join(request.words)}")
-        if printed:
-            typer.echo(content, nl=False)
-            return
-        path = output or Path(f"{found.config.name}.yaml")
-        if path.exists():
-            raise UserError(f"expected no file at {path}, found one: it may hold settings of yours")
-        atomic_write_text(path, content)
         show(found)
-        console.print(f"wrote {path}; next: bitgenome plan {path}, bitgenome run {path}", soft_wrap=True)
+        config = found.config
+        RunDirectory.find(config)  # another run of that name is refused, and keeps its settings
+        directory = config.storage_path / config.name
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(directory / layout.SETTINGS, as_yaml(found, command))
+        console.print(f"settings  {directory / layout.SETTINGS}", soft_wrap=True)
+    execute(config)
+    if output is not None:
+        result = RunResult.read(config.storage_path / config.name)
+        assert result is not None, "execute has written it"
+        copy(config.storage_path / config.name / result.gguf, output)
+        console.print(f"wrote {output}", soft_wrap=True)
+
+
+def write_settings(request: "Request", output: Path | None) -> None:
+    """Write the settings that ``request`` asks for to ``output``, which must not be there yet, or show them."""
+    from bitgenome.quantize.begin import begin  # noqa: PLC0415
+
+    if output != STANDARD_OUTPUT:
+        check_output(output)
+        check_new(output)
+    found = begin(request)
+    content = as_yaml(found, f"bitgenome init {shlex.join(request.words)}")
+    if output == STANDARD_OUTPUT:
+        typer.echo(content, nl=False)
+        return
+    path = output or Path(f"{found.config.name}.yaml")
+    check_new(path)
+    atomic_write_text(path, content)
+    show(found)
+    console.print(f"wrote {path}; next: bitgenome plan {path}, bitgenome run {path}", soft_wrap=True)
+
+
+def check_new(path: Path | None) -> None:
+    """Raise UserError if there is a file at ``path``."""
+    if path is not None and path.exists():
+        raise UserError(f"expected no file at {path}, found one: it may hold settings of yours")
 
 
 def wanted_size(

@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitgenome.common import layout
 from bitgenome.config.file import apply_override
 from bitgenome.config.run import RunConfig, absolute_model, absolute_paths, parse_config
-from bitgenome.plan.forecast import duration, rates_here, too_large, workers_here
+from bitgenome.plan.forecast import rates_here, too_large, workers_here
 from bitgenome.plan.plan import Plan, free_space, make_plan
 from bitgenome.plan.template import file_layout
 from bitgenome.plan.text import ready_windows
 from bitgenome.quantize.effort import EFFORTS, RECOMMENDED, Chosen, Effort, choose, merged
 from bitgenome.quantize.machine import cpus_for_memory, with_workers
-from bitgenome.quantize.size import Sized, WantedSize, wanted_budget
+from bitgenome.quantize.notes import GIVEN_LEVELS, USUAL_LEVELS, WIDE_LEVELS, effort_notes, levels_note
+from bitgenome.quantize.request import Request
+from bitgenome.quantize.size import Sized, wanted_budget
 from bitgenome.quantize.template import needed_template
 from bitgenome.quantize.text import fitting_tokens, text_settings
 from bitgenome.storage.opened import open_model
@@ -24,45 +25,11 @@ from evaluators.model.folder import ModelFolder
 from exporters.files.file_layout import FileLayout
 from search.budget import parse_size
 from search.types import SearchSpace
+from workers.storage.folders import is_url
 
 UNNAMED = re.compile(r"[^A-Za-z0-9._-]+")  # what may not stand in the name of a run
 LONGEST_NAME = 160  # characters; the file system's own limit is 255
 PLACEHOLDER = {"bits_per_weight": 4.5}  # a budget, until the size is known
-USUAL_LEVELS = "fine"
-WIDE_LEVELS = "all"  # for files smaller than those of the usual levels
-GIVEN_LEVELS = "given"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks for."""
-
-    model: str
-    size: WantedSize
-    seconds: float  # that the run may take
-    text: Path | None = None
-    strategy: str | None = None
-    name: str | None = None
-    storage: str = "runs"
-    template: Path | None = None
-    converter: Path | None = None
-    template_place: Path | None = None  # folder for a template that has to be made
-    overrides: tuple[str, ...] = ()  # such as search.generations=20, after everything else
-
-    @property
-    def words(self) -> list[str]:
-        """The request as words of a command line: two that differ in nothing that matters are the same."""
-        size, device = self.size, self.size.device
-        options = {
-            "--size": size.size, "--bits": size.bits, "--like": size.like, "--device-memory": device and device.memory,
-            "--context": device and device.context, "--kv": device and device.kv, "--mmproj": device and device.mmproj,
-            "--margin": device and device.margin, "--text": self.text, "--strategy": self.strategy,
-            "--time": f"{self.seconds:g}s", "--name": self.name, "--storage": self.storage, "--template": self.template,
-        }  # fmt: skip
-        words = [self.model]
-        for option, value in options.items():
-            words += [] if value is None else [option, str(value)]
-        return words + [word for override in self.overrides for word in ("--set", override)]
 
 
 @dataclass(frozen=True)
@@ -104,20 +71,11 @@ def begin(request: Request) -> Beginning:
     return Beginning(settings, config, tuple(notes))
 
 
-def kept_settings(request: Request, command: str) -> Path | None:
-    """Return the settings of the run that this very ``command`` has begun, if there is one."""
-    for file in sorted(Path(request.storage).glob(f"*/{layout.SETTINGS}")):
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            if next(lines, "").strip() == f"# {command}":
-                return file
-    return None
-
-
 def settled(request: Request) -> _Base:
     """Return what is decided by model, size and text alone."""
     given = overrides_alone(request.overrides)
     settings: dict[str, Any] = {
-        "storage_path": str(Path(request.storage).absolute()) if "://" not in request.storage else request.storage,
+        "storage_path": str(Path(request.storage).absolute()) if not is_url(request.storage) else request.storage,
         "name": "unnamed",
         "model": absolute_model(str(Path(request.model).expanduser()) if request.model[:1] == "~" else request.model),
         "budget": PLACEHOLDER,
@@ -176,15 +134,6 @@ def bytes_of(budget: Mapping[str, Any], space: SearchSpace) -> int:
     return int(budget["bits_per_weight"] * space.weights / 8)
 
 
-def levels_note(levels: str, config: RunConfig) -> str:
-    """Return in words which types tensors may take."""
-    if levels == GIVEN_LEVELS:
-        return f"{', '.join(config.levels)}, as set"
-    if levels == WIDE_LEVELS:
-        return "all, codebook types (IQ2_XXS, ...) too, as the size is below what K types reach"
-    return "fine: Q2_K to Q8_0, fast on every device; --set levels=all loses less, and its bank takes 3 times as long"
-
-
 def configured(request: Request, base: _Base, effort: Effort) -> RunConfig:
     """Return the configuration with the text and the search of ``effort``, and the user's own settings."""
     return configuration(settings_of(request, base, effort))
@@ -235,26 +184,6 @@ def fitted(request: Request, base: _Base, chosen: Chosen, plan: Plan) -> tuple[d
     listed = ", ".join(f"{count:,} for {split}" for split, count in shorter.items())
     few = f"; {RECOMMENDED:,} or more for calibration are better" if tokens["calibration"] < RECOMMENDED else ""
     return settings, [("tokens", f"no more in {request.text} than {listed}{few}")]
-
-
-def effort_notes(chosen: Chosen, plan: Plan, seconds: float) -> list[tuple[str, str]]:
-    """Return in words the text, the search and the workers of ``chosen``, and what the run will take."""
-    config, tokens = chosen.config, chosen.config.text.tokens
-    search = config.search
-    genomes = f", {search.generations} generations of {search.population}" if search.strategy != "exact" else ""
-    cores = plan.config.workers.cpus_per_worker
-    limit = duration(seconds)
-    fits = f"the most that is forecast to end within {limit} (--time)"
-    if chosen.seconds > seconds:
-        fits = f"nothing is forecast to end within {limit} (--time), this soonest"
-    disk = sum(stage.disk for stage in chosen.stages)
-    return [
-        ("effort", f"{chosen.effort.name}: {fits}"),
-        ("tokens", f"{tokens.calibration:,} to calibrate, {tokens.search:,} to search, {tokens.test:,} to test"),
-        ("search", f"{search.strategy}{genomes}; sensitivities by {config.sensitivity.measure}"),
-        ("workers", f"{workers_here(plan)}, {cores} {'core' if cores == 1 else 'cores'} each"),
-        ("forecast", f"{duration(chosen.seconds)}, {disk / 1e9:.2f} GB of disk (bitgenome plan shows every stage)"),
-    ]
 
 
 def run_name(model: str, suffix: str) -> str:

@@ -33,6 +33,9 @@ def test_one_command_makes_a_file_and_leaves_the_settings_it_goes_on_with(tmp_pa
     settings = run / layout.SETTINGS
     assert settings.read_text().startswith(f"# bitgenome quantize {model} --bits 8")
     assert load_config(settings) == RunDirectory.open(run).config
+    kept = settings.read_text()
+    assert_one_sentence(call_here(*command, "--set", "text.seed=1"), "differs in text.seed: choose another name")
+    assert settings.read_text() == kept
     (run / result.gguf).unlink()  # the same command goes on, with the settings that are there
     again = call_here(*command)
     assert again.returncode == 0 and f"going on with the settings of {settings}" in again.stdout

@@ -13,9 +13,10 @@ from bitgenome.common import layout
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig, load_config
 from bitgenome.plan.plan import Plan, free_space
-from bitgenome.quantize.begin import Beginning, Request, begin
+from bitgenome.quantize.begin import Beginning, begin
 from bitgenome.quantize.commented import commented_yaml
 from bitgenome.quantize.effort import EFFORTS
+from bitgenome.quantize.request import Request
 from bitgenome.quantize.size import WantedSize
 from bitgenome.quantize.text import text_settings
 from evaluators.model.folder import ModelFolder
