@@ -50,7 +50,7 @@ def test_another_size_is_a_run_beside_the_first_proved_healed_and_the_same_again
         (("--size", "much"), "much"),
         (("--size", "3MB", "--bits", "3"), "found 2"),
         (("--heal",), "expected a size"),
-        (("--like", "IQ1_S"), "for --like"),
+        (("--like", "Q9"), "for --like"),
         (("--bits", "8", "--set", "text.window=32"), "text.window"),
         (("--bits", "8", "--name", "little"), "the run itself"),
         (("--bits", "8", "-o", "/nowhere/x.gguf"), "/nowhere"),
