@@ -5,9 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bitgenome.api.run import Run
+from bitgenome.api.run import Run, console_of
 from bitgenome.config.file import apply_override
 from bitgenome.config.run import RunConfig, absolute_paths, parse_config
 from bitgenome.config.run import load_config as load_file
@@ -47,5 +45,5 @@ def run(config: RunConfig, *, progress: bool = True) -> Run:
     """
     from bitgenome.run.pipeline import run as run_pipeline  # noqa: PLC0415 - starts torch
 
-    run_pipeline(config, Console(stderr=True) if progress else Console(quiet=True, force_terminal=False))
+    run_pipeline(config, console_of(progress))
     return Run.open(f"{config.storage_root}/{config.name}")

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
+from rich.console import Console
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError, expecting
@@ -133,6 +134,39 @@ class Run:
 
         return export_again(self.location, shards)
 
+    def sizes(self) -> pd.DataFrame:
+        """Return what every size of the file would give, as ``bitgenome front`` does: a row for each, smallest first.
+
+        ``kl`` is on test text before healing; where ``measured`` is False it is predicted. Raises UserError if the run
+        is not finished.
+        """
+        from bitgenome.front.sizes import Size, front_of  # noqa: PLC0415 - starts torch
+
+        return pd.DataFrame(front_of(self.location).sizes, columns=[field.name for field in fields(Size)])
+
+    def with_budget(
+        self,
+        *,
+        size: str | None = None,
+        bits: float | None = None,
+        like: str | None = None,
+        heal: bool = False,
+        overrides: Sequence[str] = (),
+        progress: bool = True,
+    ) -> "Run":
+        """Return a run beside this one with the best file of another size: no new search, the bank's bytes.
+
+        One is given of ``size`` ("4.5GB"), ``bits`` per weight and ``like``, a mix of llama.cpp's ("Q4_K_M"); ``heal``
+        tunes norms and biases anew. Raises UserError.
+        """
+        from bitgenome.front.budgets import export_budget  # noqa: PLC0415 - starts torch
+        from bitgenome.quantize.size import WantedSize  # noqa: PLC0415
+
+        wanted = WantedSize(size, bits, like)
+        wanted.check()
+        outcome = export_budget(self.location, wanted, console_of(progress), heal=heal, overrides=overrides)
+        return Run(str(outcome.run))
+
     def to_optuna(self, path: str | Path, objectives: Sequence[str] = ("loss",)) -> list[str]:
         """Write the evaluations as trials into a journal file of Optuna's, and return the names of its studies.
 
@@ -177,3 +211,8 @@ class Run:
             frame = pd.concat([frame, pd.DataFrame(named, index=frame.index)], axis=1)
         frame.index.name = "number"
         return frame
+
+
+def console_of(progress: bool) -> Console:
+    """Return a console for progress on standard error, or one that shows nothing."""
+    return Console(stderr=True) if progress else Console(quiet=True, force_terminal=False)

@@ -58,6 +58,16 @@ def test_a_front_has_every_evaluation_that_none_beats_and_no_other(run: bitgenom
             assert better or row.genome in front.genome.tolist()
 
 
+def test_other_sizes_are_listed_and_made_beside_the_run(run: bitgenome.Run) -> None:
+    sizes = run.sizes()
+    assert sizes.file_bytes.is_monotonic_increasing and sizes.measured.any()
+    smaller = run.with_budget(bits=7.0, progress=False)
+    assert smaller.best.bits_per_weight <= 7.0 < run.best.bits_per_weight
+    assert Path(smaller.location).parent == Path(run.location).parent
+    with pytest.raises(bitgenome.UserError, match="expected one size"):
+        run.with_budget()
+
+
 @pytest.mark.parametrize("objectives", [("loss",), ("kl", "file_bytes")])
 def test_optuna_loads_the_journal_with_equal_values_and_parameters(
     run: bitgenome.Run, tmp_path: Path, objectives: tuple[str, ...]
