@@ -13,6 +13,7 @@ from rich.console import Console
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError, expecting
 from bitgenome.config.run import RunConfig
+from bitgenome.observe.progress import tracker
 from bitgenome.observe.run_status import RunReader, RunStatus
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_files import RunFiles, run_files
@@ -166,6 +167,28 @@ class Run:
         wanted.check()
         outcome = export_budget(self.location, wanted, console_of(progress), heal=heal, overrides=overrides)
         return Run(str(outcome.run))
+
+    def compare(
+        self,
+        *others: str | Path,
+        mixes: Sequence[str] = (),
+        prompts: Sequence[str] = (),
+        max_tokens: int = 64,
+        skip_original: bool = False,
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """Return a row for the original, llama.cpp's own files, ``others`` (runs and GGUF files) and this run's file.
+
+        All are run by llama.cpp: size, load time, tokens per second, memory, ``answers`` to ``prompts``, and
+        ``figures.NAME.value`` with its standard error beside. ``mixes`` ("Q4_K_M") are by default those around the
+        run's size; ``skip_original`` does not run the original. As ``bitgenome compare``. Raises UserError.
+        """
+        from bitgenome.compare.compare import Wanted, compare  # noqa: PLC0415 - starts torch
+
+        wanted = Wanted(prompts=prompts, max_tokens=max_tokens, skip_original=skip_original, mixes=mixes)
+        named = [self.location, *map(str, others)]
+        found = compare(named, wanted, self.location.rpartition("/")[0], tracker(console_of(progress)))
+        return pd.json_normalize(found.to_json()["files"])
 
     def to_optuna(self, path: str | Path, objectives: Sequence[str] = ("loss",)) -> list[str]:
         """Write the evaluations as trials into a journal file of Optuna's, and return the names of its studies.

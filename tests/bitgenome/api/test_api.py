@@ -68,6 +68,13 @@ def test_other_sizes_are_listed_and_made_beside_the_run(run: bitgenome.Run) -> N
         run.with_budget()
 
 
+def test_a_comparison_is_a_frame_with_a_row_for_every_file(run: bitgenome.Run) -> None:
+    frame = run.compare(mixes=["Q8_0"], max_tokens=2, skip_original=True, progress=False).set_index("kind")
+    assert sorted(frame.index) == ["llama.cpp", "ours"]
+    assert frame.file_bytes["ours"] == run.best.file_bytes
+    assert frame["figures.mean_kl.value"]["ours"] == pytest.approx(run.best.test_kl, rel=0.01)
+
+
 @pytest.mark.parametrize("objectives", [("loss",), ("kl", "file_bytes")])
 def test_optuna_loads_the_journal_with_equal_values_and_parameters(
     run: bitgenome.Run, tmp_path: Path, objectives: tuple[str, ...]
