@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.limits import OutOfTimeError, time_limit
 from bitgenome.common import replay
 from bitgenome.common.devices import best_device, device_name, release_memory
-from quantizers.formats.grids import GRIDS
+from quantizers.formats.grids import GRIDS, round_to_grid, safe_inverse
 from quantizers.formats.table import FORMATS, K_LEVELS
 from quantizers.rounding import kernels
 from quantizers.rounding.scale_search import fit
@@ -41,7 +41,7 @@ SIX = tuple(K_LEVELS.values())
 OTHER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_XS", "IQ4_NL")
 PATHS: dict[str, set[str]] = {
     "plain": set(), "recorded": {"recorded"}, "panels": {"panels"}, "searches": {"searches"},
-    "all": {"recorded", "panels", "searches"},
+    "recorded panels": {"recorded", "panels"}, "all": {"recorded", "panels", "searches"},
 }  # fmt: skip
 # Input groups of a block of Llama-3.1-8B: columns, and the rows of the tensors that read them.
 GROUPS = {
@@ -203,27 +203,34 @@ def processes(path: str, columns: int, rows: int, counts: Sequence[int], note: N
         note({f"{count}": {"seconds": span, "seconds a group": span / count}})
 
 
-def compiled(columns: int, rows: int, formats: Sequence[str], note: Note) -> None:
-    """Whether torch.compile makes the scale search as fast without code of ours."""
-    choose("plain")
+def fits(columns: int, rows: int, formats: Sequence[str], note: Note) -> None:
+    """The error of scales that Triton's search finds against torch's, in all and by row, with its standard error."""
     weights, H = subject(columns, (rows,))
-    x, w = weights["t0"].T.contiguous(), H.diagonal()[:, None].contiguous()
+    x, w = weights["t0"].T.contiguous(), (H.diagonal() / H.diagonal().mean())[:, None].contiguous()
     for name in formats:
         grid = GRIDS[name]
-        blocks = grid.blocks(x), grid.blocks(w)
-        found: Figures = {}
-        for kind, function in (
-            ("eager", partial(fit, grid)),
-            ("compiled", torch.compile(partial(fit, grid), dynamic=False)),
-        ):
-            for turn in ("first", "second", "third"):
-                synchronize()
-                started = time.perf_counter()
-                scales = function(*blocks)
-                synchronize()
-                found[f"{kind} {turn}"] = time.perf_counter() - started
-            found[f"{kind} d"] = float(scales.d.double().abs().sum())
-            note({name: dict(found)})
+        given = grid.blocks(x), grid.blocks(w)
+        errors, seconds = [], []
+        for path in ("plain", "searches"):
+            choose(path)
+            fit(grid, *given)
+            synchronize()
+            started = time.perf_counter()
+            scales = fit(grid, *given)
+            synchronize()
+            seconds.append(time.perf_counter() - started)
+            choose("plain")
+            step, offset = scales.step, scales.offset
+            decoded = round_to_grid(grid, given[0], offset, safe_inverse(step)) * step - offset
+            errors.append(((decoded - given[0]).double().square() * given[1]).sum((0, 1, 2)))
+        ratio = errors[1] / errors[0] - 1
+        error = float(ratio.std() / len(ratio) ** 0.5)
+        found = {
+            "all": float(errors[1].sum() / errors[0].sum() - 1),
+            "mean of rows": float(ratio.mean()),
+            "error": error,
+        }
+        note({name: found | {"seconds": seconds}})
 
 
 class Report:
@@ -292,15 +299,15 @@ def main() -> None:
         mixed, side, rows = (512, (64, 32)), 512, 64
         GROUPS.update(dict.fromkeys(GROUPS, (512, (64,))))
     parts: dict[str, tuple[float, Callable[[Note], None]]] = {
-        "all types": (75, partial(equality, *mixed, (*SIX, *OTHER), tuple(PATHS))),
-        "o at six levels": (60, partial(equality, *GROUPS["o"], SIX, ("plain", "recorded", "all"))),
+        "fits": (20, partial(fits, side, rows, (*SIX, *OTHER))),
+        "all types": (60, partial(equality, *mixed, (*SIX, *OTHER), tuple(PATHS))),
+        "o at six levels": (60, partial(equality, *GROUPS["o"], SIX, ("plain", "recorded", "recorded panels", "all"))),
+        "codebooks": (50, partial(equality, side, (rows,), ("IQ2_XXS", "IQ3_S"), ("plain", "recorded"))),
         "block, all": (80, partial(block, "all", tuple(GROUPS))),
+        "block, recorded": (60, partial(block, "recorded", tuple(GROUPS))),
         "kernels": (30, partial(profiled, "all", side, rows, SIX)),
         "processes, plain": (50, partial(processes, "plain", side, rows, (1, 4))),
-        "codebooks": (50, partial(equality, side, (rows,), ("IQ2_XXS", "IQ3_S"), ("plain", "recorded"))),
         "processes, all": (50, partial(processes, "all", side, rows, (1, 4))),
-        "block, recorded": (50, partial(block, "recorded", ("o", "down"))),
-        "compiled": (60, partial(compiled, side, rows, ("Q4_K", "Q6_K"))),
     }
     for name, (limit, run) in parts.items():
         if not args.only or name in args.only:

@@ -73,7 +73,7 @@ class Recordings:
     """Keeps recordings by function, fixed arguments and shapes; they share the memory of their temporaries."""
 
     def __init__(self) -> None:
-        self.enabled = False  # until measured
+        self.enabled = True
         self.pool: Any = None  # a handle of torch
         self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 

@@ -26,6 +26,7 @@ from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_group import InputGroup
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
+from quantizers.rounding.kernels import ENABLED
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.sparsegpt import STACK_BYTES, Compensated, compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
@@ -79,7 +80,7 @@ def bank_digest(
     """
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
-    where = [] if device == "cpu" else [device, ACCELERATOR_CHUNK, STACK_BYTES]
+    where = [] if device == "cpu" else [device, ACCELERATOR_CHUNK, STACK_BYTES, *sorted(ENABLED)]
     where += [imatrix] if imatrix else []
     return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance, *where)
 

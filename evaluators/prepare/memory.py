@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bitgenome.common.devices import compute_type
+from bitgenome.common.replay import MOST_BYTES, records
 from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
 from evaluators.prepare.calibration import CHUNK_TOKENS
 from evaluators.prepare.writing import BATCH
-from quantizers.formats.table import QuantFormat
+from quantizers.formats.table import SUPER_BLOCK, QuantFormat
 from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
 from quantizers.rounding.sparsegpt import batch_rows
 
@@ -21,6 +22,7 @@ FIXED_BYTES = 40 << 20  # of matrix libraries, and what allocators keep between 
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
 PLAIN_COPIES = 8  # of the weights that are rounded at once: reordered, integers, decoded, errors times the Hessian
 BATCH_COPIES = 5  # of a batch of rows in one format: weights, errors, integers, scales, and what descent computes
+RECORDED_BYTES = 40  # of a weight of a super-block in one format: copies of what recorded kernels read and write
 LOGIT_BYTES = 40  # of a logit where tokens are drawn: masked copies, their softmax, and its sums in float64
 CACHE_COPIES = 2  # of all keys and values; measured: 308 MiB for the embedded model, of which libraries are some 50
 KEYS_AND_VALUES = ("k_proj.weight", "v_proj.weight")
@@ -87,10 +89,24 @@ def bank_memory(
     """Return what quantizing the largest input group takes; ``formats`` are by Hugging Face name."""
     groups = [names for names in input_groups(shape) if any(name in formats for name in names)]
     found = StageMemory()
+    alike: dict[tuple[int, int], int] = {}  # recorded once for each number of rows and formats
     for names in groups:
         searched = [name for name in names if name in formats]
         found = larger(found, group_memory(shape, searched, formats, device, compensation))
+        rows, levels = batch_of(shape, searched, formats, device)
+        alike[rows, levels] = rows * levels * SUPER_BLOCK * RECORDED_BYTES
+    if records(device):
+        return StageMemory({**found.device, "recorded kernels": min(MOST_BYTES, sum(alike.values()))}, found.host)
     return found
+
+
+def batch_of(
+    shape: ModelShape, names: Sequence[str], formats: Mapping[str, Sequence[QuantFormat]], device: torch.device
+) -> tuple[int, int]:
+    """Return the rows of a batch of the tensors ``names``, and the formats of each."""
+    levels = max(len(formats[name]) for name in names)
+    rows = sum(shape.tensors[name][0] for name in names)
+    return min(rows, batch_rows(shape.tensors[names[0]][1], levels, device)), levels
 
 
 def group_memory(
@@ -106,8 +122,7 @@ def group_memory(
     rows in all formats or, rounded plainly, of one tensor. Without compensation there is only the last.
     """
     C = shape.tensors[names[0]][1]
-    levels = max(len(formats[name]) for name in names)
-    rows = min(sum(shape.tensors[name][0] for name in names), batch_rows(C, levels, device))
+    rows, levels = batch_of(shape, names, formats, device)
     packed = sum(fmt.tensor_bytes(shape.tensors[name]) for name in names for fmt in formats[name])
     batch = rows * levels * C * FLOAT_BYTES * BATCH_COPIES
     at_once = ROUNDED_WEIGHTS if device.type == "cpu" else ACCELERATOR_WEIGHTS

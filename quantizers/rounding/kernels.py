@@ -12,7 +12,7 @@ from quantizers.formats.grids import GRIDS
 log = logging.getLogger(__name__)
 
 PANEL = 32  # columns that are rounded one after another, before their errors reach the others
-ENABLED: set[str] = set()  # until measured
+ENABLED = {"panels", "searches"}  # the kernels that may be used
 
 
 def panel_kernels(like: Tensor) -> ModuleType | None:

@@ -29,7 +29,7 @@ def _nearest(x, low, high, table, HAS_TABLE: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit
 def _round_kernel(  # type: ignore[no-untyped-def]
-    W, stride, U, stride_u, step, inverse, offset, stride_s, integers, errors, stride_o, table, low, high, rows,
+    W, stride, U, stride_u, next_u, step, inverse, offset, stride_s, integers, errors, stride_o, table, low, high, rows,
     PANEL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -42,8 +42,8 @@ def _round_kernel(  # type: ignore[no-untyped-def]
         shift = tl.load(offset + group, there, 0.0)
         w = tl.sum(tl.where(columns[:, None] == j, panel, 0.0), 0)
         q = _nearest((w + shift) * tl.load(inverse + group, there, 0.0), low, high, table, HAS_TABLE)
-        error = tl.div_rn(q * scale - shift - w, -tl.load(U + j * stride_u + j))
-        later = tl.load(U + j * stride_u + columns, columns > j, 0.0)
+        error = tl.div_rn(q * scale - shift - w, -tl.load(U + j * (stride_u + next_u)))
+        later = tl.load(U + j * stride_u + columns * next_u, columns > j, 0.0)
         panel = panel - later[:, None] * error[None, :]
         tl.store(integers + j * stride_o + n, q.to(tl.int8), there)
         tl.store(errors + j * stride_o + n, error, there)
@@ -51,7 +51,7 @@ def _round_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _descend_kernel(  # type: ignore[no-untyped-def]
-    G, H, stride_h, q, step, inverse, change, stride, table, low, high, rows,
+    G, H, stride_h, next_h, q, step, inverse, change, stride, table, low, high, rows,
     PANEL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -63,10 +63,10 @@ def _descend_kernel(  # type: ignore[no-untyped-def]
         here = j * stride + n
         old = tl.load(q + here, there, 0.0)
         g = tl.sum(tl.where(columns[:, None] == j, panel, 0.0), 0)
-        wanted = tl.div_rn(g * tl.load(inverse + group, there, 0.0), tl.load(H + j * stride_h + j)) + old
+        wanted = tl.div_rn(g * tl.load(inverse + group, there, 0.0), tl.load(H + j * (stride_h + next_h))) + old
         new = _nearest(wanted, low, high, table, HAS_TABLE)
         moved = (new - old) * tl.load(step + group, there, 0.0)
-        later = tl.load(H + j * stride_h + columns, columns > j, 0.0)
+        later = tl.load(H + j * stride_h + columns * next_h, columns > j, 0.0)
         panel = panel - later[:, None] * moved[None, :]
         tl.store(q + here, new, there)
         tl.store(change + here, moved, there)
@@ -77,13 +77,13 @@ def round_panel(
 ) -> None:
     """Write ``integers`` int8 and ``errors`` / U_jj, (PANEL, N) each, for W (PANEL, N), which stays as it is.
 
-    ``scales`` are step, its inverse and offset, a row for each ``width`` columns. U (PANEL, PANEL) has contiguous rows.
+    ``scales`` are step, its inverse and offset, a row for each ``width`` columns. U is (PANEL, PANEL).
     """
     step, inverse, offset = scales
     N = W.shape[1]
     table = W if grid.levels is None else nearest_level(grid.levels, W.device)
     _round_kernel[(triton.cdiv(N, ROWS),)](
-        W, W.stride(0), U, U.stride(0), step, inverse, offset, step.stride(0), integers, errors, errors.stride(0),
+        W, W.stride(0), U, *U.stride(), step, inverse, offset, step.stride(0), integers, errors, errors.stride(0),
         table, float(grid.low), float(grid.high), N,
         PANEL=len(W), WIDTH=width, BLOCK=ROWS, HAS_TABLE=grid.levels is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -94,12 +94,12 @@ def descend_panel(
 ) -> None:
     """Update ``q`` (PANEL, N) in place, and write ``change``, that of the decoded weights, for G (PANEL, N).
 
-    ``scales`` are step and inverse, a row for each ``width`` columns. H (PANEL, PANEL) has contiguous rows.
+    ``scales`` are step and inverse, a row for each ``width`` columns. H is (PANEL, PANEL).
     """
     step, inverse = scales
     N = G.shape[1]
     table = G if grid.levels is None else nearest_level(grid.levels, G.device)
     _descend_kernel[(triton.cdiv(N, ROWS),)](
-        G, H, H.stride(0), q, step, inverse, change, G.stride(0), table, float(grid.low), float(grid.high), N,
+        G, H, *H.stride(), q, step, inverse, change, G.stride(0), table, float(grid.low), float(grid.high), N,
         PANEL=len(G), WIDTH=width, BLOCK=ROWS, HAS_TABLE=grid.levels is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip

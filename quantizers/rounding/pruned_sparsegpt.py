@@ -18,7 +18,7 @@ from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend, descend_kept
 from quantizers.rounding.nearest import check_weights, pad_rows, quantize, row_ranges
 from quantizers.rounding.pruning_masks import ColumnMasks, prune_columns
-from quantizers.rounding.sparsegpt import Compensated, better_rows, conditional_importance
+from quantizers.rounding.sparsegpt import Compensated, better_rows, conditional_importance, row_power
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
 from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
@@ -63,11 +63,12 @@ def prune_and_compensate(
             pruned |= {(name, fmt.name): (quantize(fmt, dense), kept) for fmt in floats}
     results: dict[str, dict[str, Compensated]] = {name: {} for name in weights}
     for name, W in weights.items():
+        power = row_power(W.float(), H)
         for fmt in formats[name]:
             data, kept = pruned[name, fmt.name]
             parts = [encode_pruned(fmt, W[rows].float() * kept[rows], H.diagonal()) for rows in row_ranges(W)]
             plain = torch.cat(parts)
-            results[name][fmt.name] = better_rows(fmt, W.float(), plain, data, H)
+            results[name][fmt.name] = better_rows(fmt, W.float(), plain, data, H, power)
     return results
 
 

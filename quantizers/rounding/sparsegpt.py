@@ -73,13 +73,15 @@ def compensate(
         if settings.compensation
         else {}
     )
-    return {
-        name: {
-            fmt.name: better_rows(fmt, W.float(), quantize(fmt, W.float(), plain), compensated.get((name, fmt.name)), H)
-            for fmt in formats[name]
-        }
-        for name, W in weights.items()
-    }
+    found: dict[str, dict[str, Compensated]] = {}
+    for name, W in weights.items():
+        W, levels = W.float(), {}  # noqa: PLW2901
+        power = row_power(W, H)
+        for fmt in formats[name]:
+            data = compensated.get((name, fmt.name))
+            levels[fmt.name] = better_rows(fmt, W, quantize(fmt, W, plain), data, H, power)
+        found[name] = levels
+    return found
 
 
 def conditional_importance(U: Tensor, H: Tensor) -> Tensor:
@@ -219,25 +221,31 @@ def _segments(weights: Mapping[str, Tensor], members: Members) -> Iterator[Segme
         start = stop
 
 
-def better_rows(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> Compensated:
+def better_rows(
+    fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor, power: float
+) -> Compensated:
     """Return, row by row, the plain or compensated bytes uint8 (rows, row_bytes), whichever has the lower error.
 
-    W (rows, columns) are the original weights, H is (columns, columns); compensated None takes the plain bytes.
+    W (rows, columns) are the original weights and ``power`` their ``row_power``, H is (columns, columns); compensated
+    None takes the plain bytes.
     """
     H = H.float()
     found = [
         _better(fmt, W[rows], plain[rows], None if compensated is None else compensated[rows], H)
         for rows in row_ranges(W)
     ]
-    data, errors, powers = (torch.cat(parts) for parts in zip(*found, strict=True))
-    error, power = float(errors.sum()), float(powers.sum())
+    data, errors = (torch.cat(parts) for parts in zip(*found, strict=True))
+    error = float(errors.sum())
     return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
 
 
-def _better(
-    fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the better bytes uint8 (rows, row_bytes), their errors and those of zeroing W, float64 (rows,) each."""
+def row_power(W: Tensor, H: Tensor) -> float:
+    """Return the error of zeroing W (rows, columns), tr(W H W^T)."""
+    return float(torch.cat([row_errors(W[rows], H) for rows in row_ranges(W)]).sum())
+
+
+def _better(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the better bytes uint8 (rows, row_bytes) and their errors, float64 (rows,)."""
     data = plain
     errors = row_errors(W - dequantize(fmt, data), H)
     if compensated is not None:
@@ -245,7 +253,7 @@ def _better(
         better = compensated_errors < errors
         data = torch.where(better[:, None], compensated, data)
         errors = torch.where(better, compensated_errors, errors)
-    return data, errors, row_errors(W, H)
+    return data, errors
 
 
 def row_errors(dW: Tensor, H: Tensor) -> Tensor:

@@ -4,10 +4,18 @@ from math import isfinite
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks import device_stages as stages
+from bitgenome.common import replay
 from bitgenome.common.devices import best_device
+from quantizers.formats.codebooks import CODEBOOK_GRIDS
+from quantizers.formats.table import FORMATS
+from quantizers.rounding import kernels
+from quantizers.rounding.sparsegpt import compensate
+from tests.quantizers.weights import correlated_hessian, heavy_tailed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +53,26 @@ def test_codebook_types_are_built(subject: stages.Subject) -> None:
     files = list((subject.folder / "codebooks").glob("*.safetensors"))
     assert files
     assert all(set(load_file(file)) == set(subject.codebooks) for file in files)
+
+
+def test_recorded_kernels_round_as_those_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = best_device()
+    names = [name for name, fmt in FORMATS.items() if not fmt.is_float and name not in CODEBOOK_GRIDS]
+    W, H = heavy_tailed(96, 1024).to(device), correlated_hessian(1024).to(device)
+
+    def rounded(*, enabled: bool, kernels_of: set[str]) -> dict[str, Tensor]:
+        recordings = replay.Recordings()
+        recordings.enabled = enabled
+        monkeypatch.setattr(replay, "_RECORDINGS", recordings)
+        monkeypatch.setattr(kernels, "ENABLED", kernels_of)
+        found = compensate({"w": W}, {"w": [FORMATS[name] for name in names]}, H)["w"]
+        assert recordings.enabled == enabled
+        return {name: level.packed.data for name, level in found.items()}
+
+    for kernels_of in (set(), {"panels"}, kernels.ENABLED):
+        expected = rounded(enabled=False, kernels_of=kernels_of)
+        found = rounded(enabled=True, kernels_of=kernels_of)
+        assert [name for name in names if not torch.equal(found[name], expected[name])] == []
 
 
 def test_sensitivities_and_healing_give_finite_figures(subject: stages.Subject) -> None:

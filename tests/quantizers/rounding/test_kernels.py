@@ -49,7 +49,7 @@ def test_a_panel_of_the_column_loop_gets_torchs_integers(grid: Grid, use: Callab
     generator = torch.Generator().manual_seed(0)
     W, U = torch.randn(PANEL, N, generator=generator), torch.randn(PANEL, PANEL, generator=generator).triu()
     W[:, 5], W[:, 6] = 0, 1e6 * W[:, 6]
-    U += 4 * torch.eye(PANEL)
+    U = (U + 4 * torch.eye(PANEL)).T.contiguous().T  # as the factor comes, columns first
     steps = _Steps([(grid, 0, N)], W)
     steps.step, steps.inverse, steps.offset = steps_of(grid, len(steps.step))
     use("panels")
