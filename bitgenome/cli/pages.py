@@ -31,4 +31,4 @@ def watch(
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            console.print("ended; the run goes on")
+            console.print("ended; this page alone: a run goes on")

@@ -62,7 +62,7 @@ def at_this_size(view: RunView) -> Section | None:
         return None
     rows = sorted(rows, key=lambda row: row["kl"])
     names, values = [plain(row["name"]).replace(" = ", " =<br>") for row in rows], [row["kl"] for row in rows]
-    colors = ["--blue" if is_ours(row["name"]) else "--faint" for row in rows]
+    colors = ["--blue" if is_ours(row["name"]) else "--grey" for row in rows]
     lines = sum(1 + row["name"].count(" = ") for row in rows)
     figure = Figure(
         "KL of the mixes of this size",

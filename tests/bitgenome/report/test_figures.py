@@ -1,6 +1,7 @@
 """What a report says and draws, by figures worked out by hand."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from bitgenome.report.course import MOST_POINTS, best_so_far, thinned
 from bitgenome.report.gains import against_mix, against_simple, compared
 from bitgenome.report.leaderboard import Standing, ranks
 from bitgenome.report.levels import short_names
-from bitgenome.report.page import as_json
+from bitgenome.report.page import TEMPLATES, as_json
 from bitgenome.report.source import Scored
 
 
@@ -79,3 +80,27 @@ def test_kinds_are_named_by_the_shortest_ending_that_is_their_own() -> None:
 def test_figures_are_strict_json_that_no_script_element_ends_in() -> None:
     text = as_json({"</script>": [float("nan"), 0.12345678]})
     assert "<" not in text and json.loads(text) == {"</script>": [None, 0.123457]}
+
+
+def test_words_and_data_stand_out_from_the_page_light_and_dark() -> None:
+    style = (TEMPLATES / "page.css").read_text()
+    light, dark, wished = (
+        dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in style.split(" color-scheme: ")[1:4]
+    )
+    assert dark == wished and light.keys() == dark.keys()  # the dark page is chosen by the system, or by its button
+    for colors in (light, dark):
+        assert min(contrast(colors[name], colors["page"]) for name in ("text", "soft", "link")) >= 4.5
+        data = ("blue", "orange", "green", "red", "purple", "grey")
+        assert min(contrast(colors[name], colors["page"]) for name in data) >= 3
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two colours, by the Web Content Accessibility Guidelines 2.2."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
