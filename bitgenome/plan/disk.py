@@ -3,6 +3,7 @@
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.seconds import input_groups
 from evaluators.model.sizes import ModelShape
+from exporters.runtime.nearest import mix_wanted
 
 FLOAT_BYTES = 4
 KEPT_HESSIANS = 2 << 30  # bytes up to which Hessians stay: another set of levels then needs no calibration
@@ -57,10 +58,12 @@ def bank_bytes(plan: Plan) -> int:
 
 
 def own_bytes(plan: Plan) -> int:
-    """Return the bytes of the run's own directory: the file, tokens and evaluations."""
+    """Return the bytes of the run's own directory: the file, tokens and evaluations, and for a while llama.cpp's."""
     tokens = plan.config.text.tokens
     text = tokens.calibration + tokens.search + tokens.validation + tokens.test
-    return plan.budget.file_bytes + WINDOW_COPIES * ID_BYTES * text + EVALUATION_BYTES * plan.search_evaluations
+    beside = mix_wanted(plan.config.llamacpp_mix, plan.space.weights)
+    mix = FLOAT_BYTES * plan.space.weights + plan.budget.file_bytes if beside else 0  # while the file is proved
+    return plan.budget.file_bytes + mix + WINDOW_COPIES * ID_BYTES * text + EVALUATION_BYTES * plan.search_evaluations
 
 
 def disk_bytes(plan: Plan) -> dict[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
+from bitgenome.common.cpus import usable_cpus
 from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
@@ -17,6 +18,7 @@ from evaluators.model.sizes import ModelShape, block_of
 from evaluators.prepare.memory import input_groups as groups_of
 from evaluators.prepare.writing import BATCH, batches
 from evaluators.probes.rates import Rates, Rounding
+from exporters.runtime.nearest import SECONDS_A_WEIGHT, mix_wanted
 
 CLUSTER_SECONDS = 6.0  # for a local cluster and its first worker to be there (2 cores; 4 to 12 measured)
 RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tokens
@@ -171,7 +173,11 @@ class Work:
         passes = 3 if self.plan.config.evaluation.activations == "q8" else 2
         runtime = 2 * self.plan.space.weights * tokens / self.rates.host_flops
         compared = 3 * tokens * self.rates.head
-        return self.passes(passes, tokens, exact=True) + compared + runtime + RUNTIME_SECONDS
+        mix = 0.0
+        if mix_wanted(self.plan.config.llamacpp_mix, self.plan.space.weights):  # llama.cpp's own file of that size
+            quantized = SECONDS_A_WEIGHT * self.plan.space.weights / usable_cpus()
+            mix = quantized + runtime + tokens * self.rates.head + RUNTIME_SECONDS / 2
+        return self.passes(passes, tokens, exact=True) + compared + runtime + RUNTIME_SECONDS + mix
 
     def export(self) -> float:
         """Return the seconds of writing the file and reading it back."""

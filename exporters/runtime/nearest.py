@@ -1,6 +1,7 @@
 """Makes llama.cpp's own file that is nearest in size to a run's, so that a run ends in an outside measure."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,13 @@ from exporters.runtime.original import original_of
 log = logging.getLogger(__name__)
 
 MOST_WEIGHTS = 250_000_000  # up to which auto makes it: a minute on two cores, for the slowest types
+SECONDS_A_WEIGHT = 4e-7  # of one core: 1e-7 for K types with importance, up to 8e-7 for codebook types (measured)
+SCRATCH = ".mix-"
+
+
+def mix_wanted(wanted: str, weights: int) -> bool:
+    """Return whether the setting ``wanted`` (on, off, auto) asks for a mix of a model of so many ``weights``."""
+    return wanted == "on" or (wanted == "auto" and weights <= MOST_WEIGHTS)
 
 
 @contextmanager
@@ -27,10 +35,12 @@ def nearest_mix(
     or auto for more than MOST_WEIGHTS weights, and, with a warning, for a model of which llama.cpp's rules are not
     known. ``layout`` is what the files of the model ``source`` hold.
     """
-    if wanted == "off" or (wanted == "auto" and weights > MOST_WEIGHTS):
+    for stale in imatrix.parent.glob(f"{SCRATCH}*"):  # left by a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    if not mix_wanted(wanted, weights):
         yield None
         return
-    with TemporaryDirectory(dir=imatrix.parent, prefix=".mix-") as scratch:
+    with TemporaryDirectory(dir=imatrix.parent, prefix=SCRATCH) as scratch:
         try:
             original = original_of(source, layout, Path(scratch) / "original.gguf")
             mix = min(mixes_by_size(original), key=lambda mix: (abs(mix.size - size), -mix.size))

@@ -1,18 +1,20 @@
 """llama.cpp's own mixes and recipes, in small tables worked out by hand from its rules."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks.float_gguf import export_float
 from evaluators.model.folder import ModelFolder
+from exporters.files.gguf_reader import read_gguf
+from exporters.files.imatrix import read_imatrix, write_imatrix
 from exporters.files.mixes import DEFAULTS, MixModel, mix_name, mix_types
 from exporters.files.recipe import recipe_command, recipe_lines
 from exporters.opening.source import read_model
 from exporters.runtime.mix_file import MixFile
+from exporters.runtime.original import write_original
 from quantizers.formats.table import FORMATS
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -96,15 +98,20 @@ def test_an_unknown_mix_is_refused_and_names_are_taken_as_llama_quantize_takes_t
 
 @pytest.mark.long
 @pytest.mark.skipif("LLAMA_CPP_BIN" not in os.environ, reason="needs llama-quantize, in $LLAMA_CPP_BIN")
-def test_every_mix_is_the_file_of_llama_quantize(embedded: ModelFolder, tmp_path: Path) -> None:
-    export_float(embedded, tmp_path / "f16.gguf", "F16")
-    original = read_model(tmp_path / "f16.gguf")
-    for mix in DEFAULTS:
-        ours = MixFile(original, mix)
-        command = [f"{os.environ['LLAMA_CPP_BIN']}/llama-quantize", "--dry-run", str(original.path), mix]
-        said = subprocess.run(command, check=True, capture_output=True, text=True)
-        found = re.findall(r"\] +(\S+) +- \[.*?-> .*\((\w+)\)", said.stderr + said.stdout)
-        assert {name: kind.name.lower() for name, kind in ours.types.items()} == {n: k.lower() for n, k in found}, mix
+@pytest.mark.parametrize("mix", DEFAULTS)
+def test_a_mix_is_the_file_of_llama_quantize_byte_for_byte(mix: str, embedded: ModelFolder, tmp_path: Path) -> None:
+    original, imatrix = tmp_path / "original.gguf", tmp_path / "imatrix.gguf"
+    write_original(embedded, original)
+    model = read_model(original)
+    random = np.random.default_rng(0)
+    importance = {n: random.random(t.shape[-1], np.float32) for n, t in model.tensors.items() if len(t.shape) > 1}
+    write_imatrix(imatrix, importance, 256, 256, "random")
+    command = [f"{os.environ['LLAMA_CPP_BIN']}/llama-quantize", "--imatrix", str(imatrix), str(original)]
+    subprocess.run([*command, str(tmp_path / "theirs.gguf"), mix], check=True, capture_output=True)
+    MixFile(model, mix).write(tmp_path / "ours.gguf", read_imatrix(imatrix))
+    ours, theirs = read_gguf(tmp_path / "ours.gguf"), read_gguf(tmp_path / "theirs.gguf")
+    assert {n: t.type_name for n, t in ours.tensors.items()} == {n: t.type_name for n, t in theirs.tensors.items()}
+    assert [name for name in ours.tensors if not np.array_equal(ours.read(name), theirs.read(name))] == []
 
 
 def test_recipe_lines_name_every_tensor_and_nothing_else() -> None:
