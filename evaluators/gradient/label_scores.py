@@ -20,24 +20,33 @@ from evaluators.data.windows import scored
 from evaluators.engine.divergence import chunk_positions
 from evaluators.healing.tuner import micro_batches, repeatable_attention
 from evaluators.model.block_model import BlockModel
+from evaluators.model.experts import ExpertLinear
 
 
 @dataclass(frozen=True)
 class LinearUse:
     """One use of a linear layer's weight W (rows, columns): y = W x at P positions.
 
-    ``inputs`` holds x (P, columns), ``scores`` the gradient s (P, rows) of the labels' log-likelihood at y.
+    ``inputs`` holds x (P, columns), ``scores`` the gradient s (P, rows) of the labels' log-likelihood at y. Those of
+    an expert are the positions ``reads`` (P,) that chose it, among all N ``of`` the text.
     """
 
     name: str
     inputs: Tensor
     scores: Tensor
+    reads: Tensor | None = None
+    of: int = 0
 
     def projections(self, delta: Tensor) -> Tensor:
-        """Return s' delta x (P,), how ``delta`` (rows, columns) changes the labels' log-likelihood to first order."""
+        """Return s' delta x (N,), how ``delta`` (rows, columns) changes the labels' log-likelihood to first order.
+
+        It is zero at positions that do not read the weight; N is P where all do.
+        """
         if delta.shape[0] <= delta.shape[1]:
-            return (self.inputs @ delta.T).mul_(self.scores).sum(-1)
-        return (self.scores @ delta).mul_(self.inputs).sum(-1)
+            found = (self.inputs @ delta.T).mul_(self.scores).sum(-1)
+        else:
+            found = (self.scores @ delta).mul_(self.inputs).sum(-1)
+        return found if self.reads is None else found.new_zeros(self.of).index_copy_(0, self.reads, found)
 
     def kronecker(self, delta: Tensor) -> Tensor:
         """Return the scalar P tr(S delta A delta'), S = E[s s'], A = E[x x'] (Martens and Grosse 2015, one layer)."""
@@ -176,31 +185,39 @@ def _head_use(model: BlockModel, final: Tensor, uniform: Tensor, counted: Tensor
 def _block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:
     """Return the scores (n, T, D) at a block's input, given those at its output, and the uses of its linear layers."""
     below = []
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
     for rows in micro_batches(torch.arange(len(inputs), device=inputs.device), inputs.shape[1]):
         start = inputs[rows].requires_grad_(True)
         with recorded_linears(model, block) as recorded, repeatable_attention(model.device):
             end = model.run_block(block, start)
-            outputs = [output for _, output in recorded.values()]
+            outputs = [output for _, output, _ in recorded.values()]
             first, *at_outputs = torch.autograd.grad(end, [start, *outputs], scores[rows])
         below.append(first)
-        for (name, (x, _)), s in zip(recorded.items(), at_outputs, strict=True):
-            parts.setdefault(name, []).append((x.detach().flatten(0, 1), s.flatten(0, 1)))
-    uses = [
-        LinearUse(name, torch.cat([x for x, _ in found]), torch.cat([s for _, s in found]))
-        for name, found in parts.items()
-    ]
+        for (name, (x, _, reads)), s in zip(recorded.items(), at_outputs, strict=True):
+            at = None if reads is None else reads + rows[0] * inputs.shape[1]
+            parts.setdefault(name, []).append((x.detach().flatten(0, -2), s.flatten(0, -2), at))
+    uses = [_joined(name, found, inputs.shape[0] * inputs.shape[1]) for name, found in parts.items()]
     return torch.cat(below), uses
 
 
+def _joined(name: str, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], positions: int) -> LinearUse:
+    """Return the use of a weight by all micro-batches of a text of so many ``positions``."""
+    inputs, scores, reads = zip(*parts, strict=True)
+    some = [part for part in reads if part is not None]
+    return LinearUse(name, torch.cat(inputs), torch.cat(scores), torch.cat(some) if some else None, positions)
+
+
 @contextmanager
-def recorded_linears(model: BlockModel, block: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Yield a dict that forward passes inside fill with (input, output) of the block's linear layers by weight name."""
-    recorded: dict[str, tuple[Tensor, Tensor]] = {}
+def recorded_linears(model: BlockModel, block: int) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor | None]]]:
+    """Yield a dict that a forward pass inside fills with (input, output) of the block's linear layers by weight name.
+
+    The third of an expert's are the positions that chose it.
+    """
+    recorded: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def record(name: str) -> Callable[[nn.Module, Sequence[Tensor], Tensor], None]:
         def hook(module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
-            recorded[name] = (inputs[0], output)
+            recorded[name] = (inputs[0], output, module.reads if isinstance(module, ExpertLinear) else None)
 
         return hook
 

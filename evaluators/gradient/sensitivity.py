@@ -102,7 +102,10 @@ class GradientEvaluator:
                 delta = self.bank.weights(use.name, fmt, full.shape[1], full.device) - full
                 sums[index][choice] = sums[index][choice] + estimator.add(use, delta)
         window = ids.shape[1]
-        return [[float(estimator.total(torch.as_tensor(found), window)) for found in choices] for choices in sums]
+        return [  # experts that no position chose have no sum
+            [float(estimator.total(found, window)) if isinstance(found, Tensor) else found for found in choices]
+            for choices in sums
+        ]
 
 
 @dataclass(frozen=True)

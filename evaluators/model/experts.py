@@ -40,6 +40,8 @@ class ExpertLinear(nn.Linear):
     Matrix libraries sum in another order where there are few rows, so on a CPU all products have ROW_TILE of them.
     """
 
+    reads: Tensor | None = None  # positions (n,) among all N of what it is given next
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (n, rows) for inputs (n, columns)."""
         if x.device.type != "cpu":
@@ -82,6 +84,8 @@ class Experts(nn.ModuleList):
                 continue
             rows, places = torch.where(chosen == index)
             expert, x = self[index], hidden[rows]
+            for linear in expert.children():
+                linear.reads = rows
             gate = expert.gate_proj(x) if hasattr(expert, "gate_proj") else None
             output = expert.down_proj(self._gate(gate, expert.up_proj(x)))
             total.index_add_(0, rows, (output * weights[rows, places, None]).to(total.dtype))

@@ -18,7 +18,6 @@ from evaluators.healing.distillation import DistillationLoss
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.head import Head
-from evaluators.model.outline import text_config
 from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, Rounding
 from evaluators.probes.rounding import decode_seconds, hessian_seconds, rounding_seconds
@@ -108,7 +107,6 @@ def block_seconds(
     Times that are not wanted are 0.
     """
     windows = max(1, BLOCK_TOKENS // window)
-    hidden = torch.randn(windows, window, text_config(folder.path).hidden_size, device=device)
     positions = windows * window
 
     def model_in(dtype: torch.dtype) -> BlockModel:
@@ -118,6 +116,7 @@ def block_seconds(
         return model
 
     model = model_in(torch.float32)
+    hidden = torch.randn(windows, window, model.state_width, device=device)
     with torch.inference_mode():
         plain = seconds_of(lambda: model.run_block(0, hidden), device) / positions
     back = backward_seconds(model, hidden) / positions if gradient else 0.0
