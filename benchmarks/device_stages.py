@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bitgenome.common.devices import best_device
 from bitgenome.common.errors import UserError
+from bitgenome.plan.template import multiplied
 from evaluators.data.stdlib import SPLITS, load_held_out, read_modules
 from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference
@@ -67,7 +68,7 @@ class Subject:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.windows = self.folder / "windows.safetensors"
         model = ModelFolder(self.model)
-        self.shapes = {name: shape for name, shape in model.shapes.items() if len(shape) == 2}
+        self.shapes = {name: model.shapes[name] for name in sorted(multiplied(model))}
         self.floats = tuple(name for name, shape in model.shapes.items() if len(shape) == 1)
         self.layers = int(model.config["num_hidden_layers"])
         self.space = SearchSpace.per_tensor(self.shapes, self.levels, 0)
