@@ -95,6 +95,7 @@ def export_size(location: str, wanted: "WantedSize", heal: bool, name: str | Non
     """Make and show the file of another size, and return its path."""
     from bitgenome.cli.tables import show_outcome  # noqa: PLC0415
     from bitgenome.front.budgets import export_budget  # noqa: PLC0415
+    from workers.storage.folders import is_url  # noqa: PLC0415
 
     try:
         outcome = export_budget(location, wanted, console, heal=heal, name=name, overrides=overrides)
@@ -102,6 +103,8 @@ def export_size(location: str, wanted: "WantedSize", heal: bool, name: str | Non
         errors.print("interrupted; nothing is lost: the same command goes on", soft_wrap=True)
         raise typer.Exit(130) from None
     show_outcome(outcome, console)
+    if is_url(location):
+        console.print(f"stored  {location.rpartition('/')[0]}/{outcome.run.name}", soft_wrap=True, highlight=False)
     return outcome.gguf
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -209,9 +210,14 @@ def exports_of(run: RunDirectory) -> list[Path]:
     if run.mirror:
         return []
     records = sorted(run.path.resolve().parent.glob(f"*/{layout.RECORD}"))
-    own = run.record.get("digests")
     found = ((file.parent, json_object(file.read_bytes())) for file in records)
-    return [path for path, r in found if r.get(PARENT) == run.path.resolve().name and r.get("digests") == own]
+    return [path for path, r in found if r.get(PARENT) == run.path.resolve().name and same_text(r, run.record)]
+
+
+def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two records are of runs of one model and text."""
+    first, second = one.get("digests", {}), other.get("digests", {})
+    return all(first.get(key) == second.get(key) for key in ("model", "text"))
 
 
 def note_on(run: Path) -> str:

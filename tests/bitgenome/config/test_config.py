@@ -10,6 +10,7 @@ from bitgenome.common.errors import UserError
 from bitgenome.config.file import load_yaml
 from bitgenome.config.run import load_config, parse_config
 from bitgenome.plan.plan import make_plan
+from bitgenome.plan.seeds import check_seeds
 from search.strategies.settings import GeneticSettings
 from tests.bitgenome.conftest import Runs
 from tests.conftest import REPOSITORY
@@ -23,6 +24,7 @@ def test_every_configuration_in_the_repository_can_be_planned(path: Path, monkey
     monkeypatch.chdir(REPOSITORY)
     plan = make_plan(load_config(path))
     assert plan.space.file_bytes(plan.space.smallest()) <= plan.budget.file_bytes
+    check_seeds(plan)
 
 
 def test_overrides_are_yaml_and_replace_the_kind_of_budget(runs: Runs) -> None:
