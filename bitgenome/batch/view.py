@@ -45,7 +45,7 @@ class BatchView:
         done = sum(state.stage is Stage.FINISHED for state in self.states)
         table = Table(title=f"{done} of {len(self.states)} runs finished", title_justify="left")
         for column in ("run", "state", "generation", "best loss", "evaluations", "left"):
-            table.add_column(column, justify="left" if column in ("run", "state") else "right")
+            table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
         for state in self.states:
             generation, loss, genomes, left = figures(state)
             doing = f"{state.stage}, {state.doing}" if state.doing not in ("", "search") else str(state.stage)

@@ -31,7 +31,7 @@ def prune(
     free = [artefact for artefact in found if not artefact.runs]
     table = Table(box=SIMPLE_HEAD)
     for column in ("artefact", "size", "written", "needed by"):
-        table.add_column(column, justify="right" if column == "size" else "left")
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for one in sorted(found, key=lambda artefact: bool(artefact.runs)):
         more = f" and {len(one.runs) - SHOWN_RUNS} more" if len(one.runs) > SHOWN_RUNS else ""
         needed = ", ".join(one.runs[:SHOWN_RUNS]) + more if one.runs else "none"

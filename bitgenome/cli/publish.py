@@ -106,7 +106,7 @@ def show_files(files: dict[str, Path | bytes], there: set[str]) -> None:
 
     table = Table()
     for column in ("file", "size", *([""] if there else [])):
-        table.add_column(column, justify="right" if column == "size" else "left")
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for name, file in files.items():
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
         table.add_row(name, megabytes(size), *(["replaces the one there"] if name in there else []))

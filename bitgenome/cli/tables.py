@@ -27,7 +27,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     """Show the closing table of a run."""
     table = Table(title="Held-out test text, simulated from the packed bytes", title_justify="left")
     for column in ("genome", "size", "bits/weight", "KL", "perplexity"):
-        table.add_column(column, justify="left" if column == "genome" else "right")
+        table.add_column(column, justify="left" if column == "genome" else "right", overflow="fold")
     for row in sorted(outcome.rows, key=lambda r: (r.file_bytes, -r.kl)):
         style = "bold" if row.name.startswith(("searched", "healed")) else ""
         figures = (
@@ -94,7 +94,7 @@ def show_proof(proof: Proof, console: Console) -> None:
     console.print(title, style="italic")
     table = Table()
     for column in ("", "KL", "perplexity"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     table.add_row("full precision", "", perplexity_text(proof.full_perplexity))
     table.add_row("simulated", f"{proof.simulated_kl:.5f}", perplexity_text(proof.simulated_perplexity))
     if proof.eight_bit_alone_kl is not None:

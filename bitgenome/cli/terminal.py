@@ -5,6 +5,7 @@ import re
 import textwrap
 from dataclasses import asdict, is_dataclass
 from math import isfinite
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +81,8 @@ def jsonable(found: Any) -> Any:
         return {str(key): jsonable(value) for key, value in found.items()}
     if isinstance(found, list | tuple | set | frozenset):
         return [jsonable(value) for value in found]
-    if isinstance(found, float):
-        return found if isfinite(found) else None
-    return found if found is None or isinstance(found, bool | int | str) else str(found)
+    if isinstance(found, Integral) and not isinstance(found, bool):  # numpy's too
+        return int(found)
+    if isinstance(found, Real) and not isinstance(found, bool):
+        return float(found) if isfinite(found) else None
+    return found if found is None or isinstance(found, bool | str) else str(found)

@@ -113,7 +113,7 @@ def show_results(results: Sequence[MethodResult], path: Path, console: Console) 
         title_justify="left",
     )
     for name in ("method", "bits", "stored", "KL", "perplexity", "reconstruction", "zeros"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for result in results:
         table.add_row(*cells(result)[:-1])
     console.print(table)
@@ -125,7 +125,7 @@ def show_allocation(statistics: AllocationStatistics, console: Console) -> None:
     table = Table(title=f"{statistics.method}: {statistics.average_bits:.3f} bits on average", title_justify="left")
     levels = list(statistics.channels)
     for name in ("layer", "bits", *(f"{bits} bits" for bits in levels), "importance"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+        table.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
     for layer in statistics.layers:
         total = sum(layer.channels.values())
         shares = [f"{layer.channels.get(b, 0)} ({100 * layer.channels.get(b, 0) / total:.0f} %)" for b in levels]

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from bitgenome.cli.tables import against_mix, show_use
-from bitgenome.cli.terminal import say
+from bitgenome.cli.terminal import jsonable, say
 from bitgenome.cli.wording import lead_on_validation
 from bitgenome.report.names import legend, plain
 from bitgenome.run.outcome import validation_record
@@ -54,6 +54,15 @@ def test_every_word_of_the_table_is_explained_once_and_no_other() -> None:
     told = [word for word, _ in legend(map(plain, names))]
     assert told == ["searched", "exact", "lagrangian", "greedy", "uniform, filled", "uniform", "kl", "reconstruction"]
     assert [word for word, _ in legend(["searched", "uniform W3"])] == ["searched", "uniform"]
+
+
+def test_what_json_does_not_have_is_null_and_numpys_numbers_are_numbers() -> None:
+    found = {1: (np.float32(0.5), np.int64(3), inf, True), "path": Path("a/b"), "whole": Estimate(0.5, inf, 1)}
+    assert jsonable(found) == {
+        "1": [0.5, 3, None, True],
+        "path": "a/b",
+        "whole": {"mean": 0.5, "standard_error": None, "windows": 1},
+    }
 
 
 def test_a_number_and_its_unit_are_on_one_line() -> None:
