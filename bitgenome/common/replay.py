@@ -97,6 +97,7 @@ class Recordings:
                 self._kept.clear()
                 return function(*fixed, *(t.contiguous() for t in tensors))
             self._kept[key] = found
+            self._kept.move_to_end(key)
             self._shrink()
         self._kept.move_to_end(key)
         return found.run(tensors)

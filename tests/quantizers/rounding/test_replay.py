@@ -67,3 +67,30 @@ def test_codewords_are_found_without_waiting(
     assert torch.equal(found.packed.data, eager.packed.data)
     assert (found.packed.data == expected.packed.data).float().mean() > 0.99
     assert found.error == pytest.approx(expected.error, rel=1e-4)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(recorded: replay.Recordings, caplog: pytest.LogCaptureFixture) -> None:
+    def doubled(x: Tensor) -> list[Tensor]:
+        return [2 * x if x.sum().item() > 0 else x]
+
+    for value in (1.0, 2.0, 3.0):
+        (found,) = replay.replayed(doubled, (), (torch.full((2, 2), value),))
+        assert torch.equal(found, torch.full((2, 2), 2 * value))
+    assert not recorded.enabled
+    assert "one by one" in caplog.text
+
+
+def test_recordings_keep_within_their_bytes(recorded: replay.Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_BYTES", 3000)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+
+    def negative(x: Tensor) -> list[Tensor]:
+        return [-x]
+
+    for _ in range(3):
+        for size in (10, 20, 30):  # 400, 1600 and 3600 bytes, and as much again of results
+            x = torch.full((size, size), float(size))
+            (found,) = replay.replayed(negative, (), (x,))
+            assert torch.equal(found, -x)
+    kept = [r for r in recorded._kept.values() if r is not None]
+    assert [tuple(r.inputs[0].shape) for r in kept] == [(30, 30)]
