@@ -10,7 +10,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +70,35 @@ def write_hollow(layout: FileLayout, types: Types, path: Path) -> None:
 def file_memory(path: Path, context: int, kv: str = "F16", mmproj: Path | None = None) -> ContextMemory:
     """Return what llama.cpp takes for the file at ``path`` beside its weights, as ``context_memory``."""
     wanted = {"path": str(path), "context": context, "kv": kv, "mmproj": str(mmproj) if mmproj else None}
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(PROBE)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, errors="replace", env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+    )  # fmt: skip
+    assert process.stdin is not None and process.stderr is not None
+    late = threading.Timer(TIMEOUT_S, process.kill)
+    late.start()
+    said = ""
     try:
-        ended = subprocess.run(
-            [sys.executable, "-P", str(PROBE)], input=json.dumps(wanted) + "\n", capture_output=True, text=True,
-            errors="replace", env={**os.environ, "GGML_NO_BACKTRACE": "1"}, timeout=TIMEOUT_S, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise LlamaCppError(f"llama.cpp did not say within {TIMEOUT_S:g} s what memory it takes") from None
-    return parse_memory(ended.stderr, mmproj is not None)
+        with process, suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(wanted) + "\n")
+            process.stdin.close()
+            said = _until_first_table(process.stderr)
+            process.kill()
+    finally:
+        late.cancel()
+    return parse_memory(said, mmproj is not None)
+
+
+def _until_first_table(lines: Iterable[str]) -> str:
+    """Return the lines to the end of the first table; what follows may take long, if the file does not fit here."""
+    said: list[str] = []
+    table = False
+    for line in lines:
+        said.append(line)
+        if table and not ROW.search(line):
+            break
+        table = table or TABLE in line
+    return "".join(said)
 
 
 def parse_memory(said: str, projected: bool = False) -> ContextMemory:
