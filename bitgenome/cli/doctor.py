@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,11 +114,11 @@ def packages() -> Iterator[Finding]:
     from packaging.specifiers import SpecifierSet  # noqa: PLC0415
 
     version = sys.version.partition(" ")[0]
-    asked = metadata.metadata("bitgenome")["Requires-Python"] or ""
+    asked, lines = asked_for()
     right = SpecifierSet(asked).contains(version)
     yield Finding("Python", "ok" if right else "broken", version, "" if right else f"install Python {asked}")
     wrong = 0
-    needed = [Requirement(line) for line in metadata.requires("bitgenome") or ()]
+    needed = [Requirement(line) for line in lines]
     plain = [need for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
     for need in plain:
         try:
@@ -131,6 +132,18 @@ def packages() -> Iterator[Finding]:
     own = metadata.version("bitgenome")
     yield Finding("packages", "broken" if wrong else "ok", f"bitgenome {own}, {len(plain) - wrong} of {len(plain)} as "
                   "asked for", "make setup installs them as tested" if wrong else "")  # fmt: skip
+
+
+def asked_for() -> tuple[str, list[str]]:
+    """Return the Python and the packages that this version asks for.
+
+    A checkout may be newer than what was installed of it: there pyproject.toml tells.
+    """
+    checkout = Path(__file__).parents[2] / "pyproject.toml"
+    if checkout.is_file():
+        project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], project["dependencies"]
+    return metadata.metadata("bitgenome")["Requires-Python"] or "", metadata.requires("bitgenome") or []
 
 
 def of_machine(found: dict[str, Any]) -> Iterator[Finding]:
