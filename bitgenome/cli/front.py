@@ -65,11 +65,15 @@ def export(
 
     bitgenome export mine --device-memory 8GiB --context 32768
     """
-    from bitgenome.run.export import export_again  # noqa: PLC0415 - here and below: imported when called
+    from bitgenome.config.export import shard_size  # noqa: PLC0415 - here and below: imported when called
+    from bitgenome.run.export import export_again, write_shards  # noqa: PLC0415
     from bitgenome.storage.run_names import run_location  # noqa: PLC0415
-    from exporters.files.splits import Shards, shard_path, shard_size, split_gguf  # noqa: PLC0415
+    from exporters.files.splits import Shards  # noqa: PLC0415
 
-    shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
+    try:
+        shards = Shards(shard_size(split_max_size) if split_max_size else None, split_max_tensors)
+    except ValueError as error:
+        raise UserError(f"--split-max-size: {error}") from None
     location = run_location(run, storage)
     check_output(output)
     if all(given is None for given in (size, bits, like, device_memory)):
@@ -82,10 +86,7 @@ def export(
         wanted = wanted_size(size, bits, like, device_memory, context, kv, mmproj, margin)
         gguf = export_size(location, wanted, heal, name, overrides or [])
         if shards.wanted:
-            split_gguf(gguf, shards)
-    if shards.wanted:
-        count = len(shards.of(gguf))
-        console.print(f"wrote {count} shards, of which {shard_path(gguf, 1, count).name} is the first", soft_wrap=True)
+            write_shards(gguf, shards)
     if output:
         copy(gguf, output)
         console.print(f"wrote {output}", soft_wrap=True)

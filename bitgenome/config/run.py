@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from bitgenome.common.section import Section
+from bitgenome.config.export import ExportConfig
 from bitgenome.config.file import parse_section, read_settings
 from bitgenome.config.paths import UserPath, UserPathOrName, expanded
 from bitgenome.config.quantization import QuantizationConfig
@@ -109,6 +110,7 @@ class RunConfig(StoredSection):
     )
     search: SearchSettings = Field(SearchSettings(), description="strategy, its settings, and the text it reads")
     healing: HealingSettings = Field(HealingSettings(), description="of norms and biases, after the search")
+    export: ExportConfig = Field(ExportConfig(), description="the file; never changes the result")
     llamacpp_mix: Literal["auto", "on", "off"] = Field(
         "auto",
         description="whether llama.cpp's own file of the nearest size is made and measured beside the run's; auto: for "
@@ -175,7 +177,8 @@ class RunConfig(StoredSection):
         digests of what it read there. Of the mixes that a search starts from their names count.
         """
         places: dict[str, Any] = dict.fromkeys(
-            ("workers", "storage_path", "storage_url", "name", "model", "template", "llamacpp_mix"), True
+            ("workers", "storage_path", "storage_url", "name", "model", "template", "export", "llamacpp_mix"),
+            True,
         )
         parts = {"evaluation": {"memory"}, "quantization": {"keep_hessians", "imatrix"}, "search": {"seeds"}}
         keys = self.model_dump(mode="json", exclude=places | parts) | {"text": self.text.result_keys()}

@@ -63,7 +63,9 @@ def own_bytes(plan: Plan) -> int:
     text = tokens.calibration + tokens.search + tokens.validation + tokens.test
     beside = mix_wanted(plan.config.llamacpp_mix, plan.space.weights)
     mix = FLOAT_BYTES * plan.space.weights + plan.budget.file_bytes if beside else 0  # while the file is proved
-    return plan.budget.file_bytes + mix + WINDOW_COPIES * ID_BYTES * text + EVALUATION_BYTES * plan.search_evaluations
+    copies = 1 if plan.config.export.split_max_size is None else 2  # the file, and its shards
+    files = copies * plan.budget.file_bytes + mix
+    return files + WINDOW_COPIES * ID_BYTES * text + EVALUATION_BYTES * plan.search_evaluations
 
 
 def disk_bytes(plan: Plan) -> dict[str, int]:

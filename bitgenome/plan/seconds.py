@@ -180,8 +180,9 @@ class Work:
         return self.passes(passes, tokens, exact=True) + compared + runtime + RUNTIME_SECONDS + mix
 
     def export(self) -> float:
-        """Return the seconds of writing the file and reading it back."""
-        return 2 * self.plan.budget.file_bytes / STREAM_BYTES
+        """Return the seconds of writing the file and reading it back, and of writing it in shards from it."""
+        passes = 2 if self.plan.config.export.split_max_size is None else 4
+        return passes * self.plan.budget.file_bytes / STREAM_BYTES
 
     def stages(self) -> Iterator[tuple[str, float]]:
         """Yield the stages of a run in order, named as in run.json, with their seconds."""

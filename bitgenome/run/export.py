@@ -1,6 +1,7 @@
 """Writes the GGUF file from the bank's bytes, and checks that it holds the bytes that were scored."""
 
 import json
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json, atomic_write_text
+from bitgenome.config.export import ExportConfig
 from bitgenome.plan.plan import Plan
 from bitgenome.run.gene_groups import plan_of_run
 from bitgenome.run.healing import Healing, shipped_healing
@@ -29,6 +31,8 @@ from exporters.files.splits import Shards, split_gguf
 from exporters.metadata.provenance import Provenance
 from quantizers.formats.table import QuantFormat
 from search.types import Evaluation
+
+log = logging.getLogger(__name__)
 
 MOST_NAME_BYTES = 240  # of a file's name; file systems take 255, and a temporary name is longer than the final one
 
@@ -92,10 +96,23 @@ def check_size(size: int, path: Path, plan: Plan, winner: Evaluation) -> None:
         raise UserError(f"expected {path} within the budget of {plan.budget.file_bytes:,} bytes, found {size:,}")
 
 
+def write_shards(path: Path, limits: Shards) -> list[Path]:
+    """Write the file at ``path`` in shards, too, and return their paths."""
+    shards = split_gguf(path, limits)
+    log.info("wrote it in %d shards, too, of which %s is the first", len(shards), shards[0].name)
+    return shards
+
+
+def wanted_shards(settings: ExportConfig, asked: Shards | None = None) -> Shards | None:
+    """Return the limits of the shards that were ``asked`` for, else those of the settings; None for no shards."""
+    limits = asked if asked and asked.wanted else Shards(settings.split_max_size)
+    return limits if limits.wanted else None
+
+
 def export_again(location: Path | str, shards: Shards | None = None) -> Path:
     """Write GGUF and recipe of a finished run from its record and bank, and return the file's path.
 
-    With limits in ``shards`` the file is also written in shards, beside it. ``location`` is the run's path or URL.
+    Limits in ``shards`` are taken instead of those of the run's settings. ``location`` is the run's path or URL.
     Raises UserError if the run is not finished, its bank is damaged, or the file is not right; an earlier file is then
     as it was.
     """
@@ -117,8 +134,8 @@ def export_again(location: Path | str, shards: Shards | None = None) -> Path:
             )
         path = export_winner(plan, bank, directory, winner, healing)
         record_file(directory.path, path)
-        if shards and shards.wanted:
-            split_gguf(path, shards)
+        if limits := wanted_shards(plan.config.export, shards):
+            write_shards(path, limits)
         return path
 
 

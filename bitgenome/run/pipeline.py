@@ -19,7 +19,7 @@ from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seeds import check_seeds
 from bitgenome.plan.text import keep_windows, ready_windows, windows_of_run
 from bitgenome.report.run_page import write_report
-from bitgenome.run.export import export_winner, shipped_file
+from bitgenome.run.export import export_winner, shipped_file, write_shards
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import decide_variant, heal
 from bitgenome.run.outcome import Outcome, comparison_rows, proved, save_outcome
@@ -120,6 +120,7 @@ def run_stages(
         export = partial(export_winner, plan, setup.bank, directory, winner, applied)
         gguf = tracked(track, "exporting", export)
         shipped = shipped_file(gguf)
+        loaded = next(iter(write_shards(gguf, plan.config.export)), gguf)
     outcome = Outcome(
         budget_bytes=plan.budget.file_bytes,
         winner=result.winner,
@@ -140,7 +141,7 @@ def run_stages(
         save_outcome(directory, outcome, plan)
     with directory.stage("proof"):
         how = plan.config.evaluation
-        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory, plan.file)
+        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory, plan.file, loaded)
         size, imatrix, wanted = gguf.stat().st_size, directory.path / layout.IMATRIX, plan.config.llamacpp_mix
         try:
             with nearest_mix(wanted, plan.space.weights, unscaled, plan.file, size, imatrix) as mix:

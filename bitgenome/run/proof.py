@@ -111,6 +111,7 @@ def prove(
     activations: str = "float",
     memory: int | None = None,
     layout: FileLayout | None = None,
+    loaded: Path | None = None,
     beside: tuple[str, Path] | None = None,
 ) -> Proof:
     """Measure a GGUF file of ``folder``'s model on the test windows (n, T) of ``text``, by simulation and by llama.cpp.
@@ -118,15 +119,16 @@ def prove(
     With ``activations`` q8 the simulation is repeated with 8-bit inputs. A warning says where llama.cpp makes other
     tokens of the text than the model. Weights are in memory one block at a time, and at the end the two heads;
     ``memory`` bounds the windows that go through a block at once, by default by what is free; ``layout``
-    is what the file holds, by default as built. ``beside`` is a mix of llama.cpp and its file of the model, which is
+    is what the file holds, by default as built. ``loaded`` is what llama.cpp is given instead of the file, the first of
+    its shards. ``beside`` is a mix of llama.cpp and its file of the model, which is
     measured by the same text. Raises ValueError for a damaged file, and LlamaCppError if llama.cpp cannot run it.
     """
     file, windows = PackedFile(path, folder, layout), text.windows["test"]
-    with LlamaCppRuntime(path, windows.shape[1]) as runtime:
+    with LlamaCppRuntime(loaded or path, windows.shape[1]) as runtime:
         from_runtime = runtime.hidden_states(windows)
         check_tokens(runtime, folder.path, text.sample)
     # before heads and hidden states, so that llama.cpp's memory is not beside theirs
-    with TextServer(path, CONTEXT) as server:
+    with TextServer(loaded or path, CONTEXT) as server:
         speed, sample = server.speed(), sample_of(server, text.sample)
     from_mix = None
     if beside is not None:

@@ -30,6 +30,8 @@ class PackedFile:
         self._tensors: dict[str, list[FileTensor]] = {}  # by Hugging Face name
         for tensor in self._layout.tensors:
             stored = self._contents.tensors.get(tensor.name)
+            if stored is None and "split.count" in self._contents.key_values:
+                raise ValueError(f"expected a whole file, found a shard without {tensor.name} in {path}")
             if stored is None:
                 raise ValueError(f"expected tensor {tensor.name} in {path}, found none")
             if stored.shape != tensor.shape:

@@ -11,20 +11,8 @@ from bitgenome.common.files import replacing
 from exporters.files.gguf_reader import GgufContents, StoredTensor, read_gguf
 from exporters.metadata.key_values import KeyValues
 from quantizers.formats.table import padded
-from search.budget import parse_size
 
 MOST_SHARDS = 65535  # as split.count is stored
-
-
-def shard_size(given: str) -> int:
-    """Return a size such as 4GB, or llama.cpp's 4G, in bytes. Raises UserError for what is no size above 0."""
-    try:
-        size = parse_size(f"{given}B" if given[-1:].upper() in ("M", "G") else given)
-    except ValueError as error:
-        raise UserError(f"--split-max-size: {error}") from None
-    if size <= 0:
-        raise UserError(f"expected --split-max-size above 0, found {given}")
-    return size
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:

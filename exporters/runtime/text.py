@@ -41,7 +41,7 @@ class TextServer(Server):
 
     def speed(self, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS, times: int = 1) -> Speed:
         """Return the speed of prompt and generation, the median of as many ``times``."""
-        vocabulary = self.contents.tensors["token_embd.weight"].shape[0]
+        vocabulary = len(self.contents.key_values["tokenizer.ggml.tokens"])  # also of the first of a file's shards
         prompt = [i % vocabulary for i in range(prompt_tokens)]  # the time does not depend on the ids
         request = {"prompt": prompt, "n_predict": new_tokens, "ignore_eos": True, **GREEDY}
         found = [self.ask("/completion", request)["timings"] for _ in range(times)]

@@ -7,6 +7,7 @@ import yaml
 
 from bitgenome.cli.plan_view import searched
 from bitgenome.common.errors import UserError
+from bitgenome.config.export import shard_size
 from bitgenome.config.file import load_yaml
 from bitgenome.config.run import load_config, parse_config
 from bitgenome.plan.plan import make_plan
@@ -63,7 +64,15 @@ def test_the_digest_ignores_where_a_run_is_computed(runs: Runs) -> None:
     path = runs.write("digest")
     digest = load_config(path).digest
     assert load_config(path, ["workers.count=7", "storage_path=elsewhere", "name=other"]).digest == digest
+    assert load_config(path, ["export.split_max_size=4G"]).digest == digest
     assert load_config(path, ["search.seed=1"]).digest != digest
+
+
+def test_a_size_of_shards_is_llama_cpps_or_ours() -> None:
+    assert shard_size("4G") == shard_size("4GB") == 4 * 10**9 and shard_size("300M") == 300 * 10**6
+    for given in ("many", "0"):
+        with pytest.raises(ValueError, match="size"):
+            shard_size(given)
 
 
 def test_defaults_of_the_search_are_those_of_the_genetic_strategy(runs: Runs) -> None:

@@ -11,8 +11,12 @@ from rich.console import Console
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
 from bitgenome.plan.plan import make_plan
+from bitgenome.run import proof
 from bitgenome.run.export import export_again
 from bitgenome.run.pipeline import run
+from exporters.files.gguf_reader import read_gguf
+from exporters.opening.source import read_model
+from exporters.runtime.llamacpp import LlamaCppRuntime
 from tests.conftest import REPOSITORY
 from tests.small_models import save_small_model
 
@@ -26,6 +30,7 @@ def write(path: Path, groups: dict[str, Any], **more: Any) -> Path:
         save_small_model(model, "qwen2")
     config = {
         "name": "tied",
+        "llamacpp_mix": "off",
         "model": str(model),
         "budget": {"compression_ratio": 0.5},
         "levels": ["W2", "W4", "W6"],
@@ -40,8 +45,19 @@ def write(path: Path, groups: dict[str, Any], **more: Any) -> Path:
     return file
 
 
-def test_a_run_with_genes_tied_by_mutual_information_has_its_exact_size(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, {"by": "mutual_information", "count": 5, "samples": 64}))
+def test_a_run_with_genes_tied_by_mutual_information_has_its_exact_size_and_its_shards_are_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_files: list[str | Path] = []
+
+    class Noted(LlamaCppRuntime):
+        def __init__(self, path: str | Path, *arguments: int) -> None:
+            run_files.append(path)
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr(proof, "LlamaCppRuntime", Noted)
+    groups = {"by": "mutual_information", "count": 5, "samples": 64}
+    config = load_config(write(tmp_path, groups, export={"split_max_size": "40KB"}))
     outcome = run(config, Console(quiet=True))
     assert len(outcome.winner.evaluation.genome) == 5
     assert outcome.gguf.stat().st_size == outcome.winner.evaluation.file_bytes <= outcome.budget_bytes
@@ -52,7 +68,11 @@ def test_a_run_with_genes_tied_by_mutual_information_has_its_exact_size(tmp_path
         assert len({best["formats"][name] for name, own in labels.items() if own == label}) == 1
     shipped = outcome.gguf.read_bytes()
     outcome.gguf.unlink()
-    assert export_again(outcome.run).read_bytes() == shipped
+    again = export_again(outcome.run)
+    shards = sorted(outcome.run.glob("*-of-*.gguf"))
+    assert again.read_bytes() == shipped and run_files == shards[:1]
+    model = read_model(shards[0])
+    assert set(model.parts[0].tensors) < set(model.tensors) == set(read_gguf(again).tensors)
 
 
 def test_a_run_under_five_dimensional_importance_and_prior_ends_in_a_file(tmp_path: Path) -> None:

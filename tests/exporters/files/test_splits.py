@@ -10,7 +10,8 @@ from bitgenome.common.errors import UserError
 from evaluators.model.folder import ModelFolder
 from exporters.files.gguf_reader import read_gguf
 from exporters.files.gguf_writer import export_gguf
-from exporters.files.splits import Shards, shard_size, split_gguf
+from exporters.files.packed_file import PackedFile
+from exporters.files.splits import Shards, split_gguf
 from exporters.metadata.tensor_names import quantizable_tensors
 from exporters.opening.source import read_model
 from exporters.runtime.llamacpp import LlamaCppRuntime
@@ -42,12 +43,7 @@ def test_the_shards_of_a_file_are_the_same_model(small_model: Callable[..., Mode
             states.append(runtime.hidden_states(windows))
     np.testing.assert_array_equal(*states)
     assert len(split_gguf(whole, Shards(max_tensors=5))) == -(-len(contents.tensors) // 5)
+    with pytest.raises(ValueError, match=r"found a shard without blk\.0\."):
+        PackedFile(shards[0], folder)
     with pytest.raises(UserError, match="found a shard"):
         split_gguf(shards[0], Shards(max_tensors=5))
-
-
-def test_a_size_of_shards_is_llama_cpps_or_ours() -> None:
-    assert shard_size("4G") == shard_size("4GB") == 4 * 10**9 and shard_size("300M") == 300 * 10**6
-    for given in ("many", "0"):
-        with pytest.raises(UserError, match="--split-max-size"):
-            shard_size(given)
