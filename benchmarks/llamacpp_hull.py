@@ -57,14 +57,15 @@ def their_files(reference: Outcome, config: RunConfig, directory: Path) -> dict[
     folder = make_plan(config).folder
     quantize = Path(os.environ["LLAMA_CPP_BIN"]) / "llama-quantize"
     text = TokenWindows.load(reference.run / layout.WINDOWS)
-    full = directory / "full.gguf"
-    export_float(folder, full)
+    full = config.template or directory / "full.gguf"
+    if config.template is None:
+        export_float(folder, full)
     proofs = {}
     for name in THEIRS:
         file = directory / f"{name}.gguf"
         command = [quantize, "--imatrix", reference.run / layout.IMATRIX, full, file, name, "2"]
         subprocess.run(command, check=True, capture_output=True)
-        proofs[name] = prove(file, folder, text)
+        proofs[name] = prove(file, folder, text, layout=make_plan(config).file)
         logging.info("%s: %s bytes, KL %.6f", name, f"{proofs[name].file_bytes:,}", proofs[name].runtime_kl)
     return proofs
 

@@ -120,7 +120,8 @@ def run_stages(
         export = partial(export_winner, plan, setup.bank, directory, winner, applied)
         gguf = tracked(track, "exporting", export)
         shipped = shipped_file(gguf)
-        loaded = next(iter(write_shards(gguf, plan.config.export)), gguf)
+        if shards := write_shards(gguf, plan.config.export):
+            log.info("wrote it in %d shards, too, of which %s is the first", len(shards), shards[0].name)
     outcome = Outcome(
         budget_bytes=plan.budget.file_bytes,
         winner=result.winner,
@@ -141,11 +142,11 @@ def run_stages(
         save_outcome(directory, outcome, plan)
     with directory.stage("proof"):
         how = plan.config.evaluation
-        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory, plan.file, loaded)
+        prove_file = partial(prove, gguf, plan.folder, windows, how.activations, how.memory, plan.file)
         size, imatrix, wanted = gguf.stat().st_size, directory.path / layout.IMATRIX, plan.config.llamacpp_mix
         try:
             with nearest_mix(wanted, plan.space.weights, unscaled, plan.file, size, imatrix) as mix:
-                proof = tracked(track, "proving", partial(prove_file, beside=mix))
+                proof = tracked(track, "proving", partial(prove_file, loaded=next(iter(shards), None), beside=mix))
         except (LlamaCppError, FloatingPointError) as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = replace(outcome, proof=proof, seconds=directory.record.seconds)
