@@ -19,7 +19,7 @@ from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seeds import check_seeds
 from bitgenome.plan.text import keep_windows, ready_windows, windows_of_run
 from bitgenome.report.run_page import write_report
-from bitgenome.run.export import export_winner, shipped_file, write_shards
+from bitgenome.run.export import export_winner, shipped_file, wanted_shards, write_shards
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import decide_variant, heal
 from bitgenome.run.outcome import Outcome, comparison_rows, proved, save_outcome
@@ -120,8 +120,8 @@ def run_stages(
         export = partial(export_winner, plan, setup.bank, directory, winner, applied)
         gguf = tracked(track, "exporting", export)
         shipped = shipped_file(gguf)
-        if shards := write_shards(gguf, plan.config.export):
-            log.info("wrote it in %d shards, too, of which %s is the first", len(shards), shards[0].name)
+        limits = wanted_shards(plan.config.export)
+        loaded = write_shards(gguf, limits)[0] if limits else None
     outcome = Outcome(
         budget_bytes=plan.budget.file_bytes,
         winner=result.winner,
@@ -146,7 +146,7 @@ def run_stages(
         size, imatrix, wanted = gguf.stat().st_size, directory.path / layout.IMATRIX, plan.config.llamacpp_mix
         try:
             with nearest_mix(wanted, plan.space.weights, unscaled, plan.file, size, imatrix) as mix:
-                proof = tracked(track, "proving", partial(prove_file, loaded=next(iter(shards), None), beside=mix))
+                proof = tracked(track, "proving", partial(prove_file, loaded=loaded, beside=mix))
         except (LlamaCppError, FloatingPointError) as error:
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = replace(outcome, proof=proof, seconds=directory.record.seconds)
