@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from bitgenome.cli.quantize import (
+    CONTEXT,
     Bits,
     Context,
     DeviceMemory,
@@ -35,7 +36,7 @@ def export(
     bits: Bits = None,
     like: Like = None,
     device_memory: DeviceMemory = None,
-    context: Context = 4096,
+    context: Context = CONTEXT,
     kv: Kv = "f16",
     mmproj: Mmproj = None,
     margin: Margin = "1GiB",

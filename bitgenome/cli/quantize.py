@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,7 @@ TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 STANDARD_OUTPUT = Path("-")
 BITS_BY_DEFAULT = 4.5  # of `init`, where no size is given
+CONTEXT = 4096  # tokens, where a device's memory is given without any
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder or id, or a GGUF file", show_default=False)]
 Size = Annotated[str | None, typer.Option(help="Of the file: 4.5GB (10^9 bytes), 4GiB (2^30)", rich_help_panel=SIZES)]
@@ -67,7 +69,7 @@ def add_quantize(app: typer.Typer, execute: Callable[["RunConfig"], None]) -> No
         bits: Bits = None,
         like: Like = None,
         device_memory: DeviceMemory = None,
-        context: Context = 4096,
+        context: Context = CONTEXT,
         kv: Kv = "f16",
         mmproj: Mmproj = None,
         margin: Margin = "1GiB",
@@ -112,7 +114,7 @@ def add_quantize(app: typer.Typer, execute: Callable[["RunConfig"], None]) -> No
         bits: Bits = None,
         like: Like = None,
         device_memory: DeviceMemory = None,
-        context: Context = 4096,
+        context: Context = CONTEXT,
         kv: Kv = "f16",
         mmproj: Mmproj = None,
         margin: Margin = "1GiB",
@@ -213,7 +215,13 @@ def wanted_size(
     """Return the size that the options name. Raises UserError unless they name one."""
     from bitgenome.quantize.size import Device, WantedSize  # noqa: PLC0415
 
-    device = Device(memory, context, kv, mmproj, margin) if memory is not None else None
+    given = Device("", context, kv, mmproj, margin)
+    if memory is None and given != Device("", CONTEXT):
+        raise UserError(
+            "expected --device-memory beside --context, --kv, --mmproj or --margin, which say what else lies there, "
+            "found none"
+        )
+    device = replace(given, memory=memory) if memory is not None else None
     wanted = WantedSize(size, bits, like, device)
     wanted.check()
     return wanted

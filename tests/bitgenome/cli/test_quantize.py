@@ -48,6 +48,7 @@ def test_one_command_makes_a_file_and_leaves_the_settings_it_goes_on_with(tmp_pa
         (["quantize", EMBEDDED], "expected one size"),
         (["quantize", EMBEDDED, "--size", "4.5"], "'4.5' has no unit"),
         (["quantize", EMBEDDED, "--device-memory", "1GiB", "--context", "9"], "on a device of 1GiB"),
+        (["quantize", EMBEDDED, "--size", "2.6MB", "--kv", "q8_0"], "expected --device-memory beside"),
         (["quantize", EMBEDDED, "--bits", "4", "-o", "none/x.gguf"], "none"),
         (["init", EMBEDDED, "--time", "soon"], "--time"),
         (["init", EMBEDDED, "-o", EMBEDDED / "config.json"], "config.json"),
