@@ -38,7 +38,7 @@ from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare import bank as banks
 from evaluators.prepare import scaling
-from evaluators.prepare.input_group import group_file, mean_squares
+from evaluators.prepare.input_group import group_file, mean_squares, positions_of
 from evaluators.prepare.tensor_importance import MeasureImportance, gene_importance
 from exporters.files.imatrix import write_imatrix
 from search.allocation.sensitivity import SensitivityTable
@@ -85,13 +85,14 @@ def save_imatrix(plan: Plan, windows: TokenWindows, groups: Sequence[Path], path
     ``groups`` are the calibration files of the input groups. The head is left out, as llama-imatrix leaves it out.
     """
     squares = {tensor: group for group in groups for tensor in banks.group_tensors(group)}
-    importance = {}
+    importance, counts = {}, {}
     for tensor in plan.file.searched:
         sources = tensor.gather.names if tensor.gather else ()
         if tensor.name.startswith("blk.") and all(name in squares for name in sources):
             importance[tensor.name] = np.stack([mean_squares(squares[name]).numpy() for name in sources])
+            counts[tensor.name] = [positions_of(squares[name]) for name in sources]
     text = windows.windows["calibration"]
-    write_imatrix(path, importance, tokens=text.size, window=text.shape[1], dataset=plan.config.text.names)
+    write_imatrix(path, importance, text.size, text.shape[1], plan.config.text.names, counts)
 
 
 def scale_channels(

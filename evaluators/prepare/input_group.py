@@ -16,17 +16,21 @@ class InputGroup:
     """Holds the names of the tensors (rows, columns) that multiply one input, and what was measured of that input.
 
     ``hessian`` is (columns, columns), ``statistics`` are the moments (columns,) of each feature. ``name`` is the first
-    tensor's without ".weight".
+    tensor's without ".weight". ``count`` is how many positions chose the expert that reads the input, None for what
+    all read.
     """
 
     name: str
     tensors: tuple[str, ...]
     hessian: Tensor
     statistics: InputStatistics
+    count: int | None = None
 
     def save(self, path: Path) -> None:
         """Write the group atomically as a safetensors file, in float32."""
         metadata = {"name": self.name, "tensors": "\n".join(self.tensors)}
+        if self.count is not None:
+            metadata["count"] = str(self.count)
         members = {"hessian": self.hessian, **self.statistics.tensors()}
         with replacing(path) as temporary:  # without a copy in memory: the Hessian may take gigabytes
             save_file({key: t.float().cpu().contiguous() for key, t in members.items()}, temporary, metadata)
@@ -38,7 +42,8 @@ class InputGroup:
             metadata = file.metadata()
             statistics = InputStatistics(**{f.name: file.get_tensor(f.name) for f in fields(InputStatistics)})
             tensors = tuple(metadata["tensors"].split("\n"))
-            return cls(metadata["name"], tensors, file.get_tensor("hessian"), statistics)
+            count = int(metadata["count"]) if "count" in metadata else None
+            return cls(metadata["name"], tensors, file.get_tensor("hessian"), statistics, count)
 
 
 def group_file(directory: Path, name: str) -> Path:
@@ -51,6 +56,13 @@ def mean_squares(path: Path) -> Tensor:
     with safe_open(path, framework="pt") as file:
         values: Tensor = file.get_tensor("mean_square")
     return values
+
+
+def positions_of(path: Path) -> int | None:
+    """Return how many positions chose the expert that reads an input group, from its file; None for what all read."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return int(metadata["count"]) if "count" in metadata else None
 
 
 def group_readable(path: Path) -> bool:

@@ -129,7 +129,7 @@ class InputRecorder:
             H = shrunk(own.hessian if own else None, mean, strength)
             H *= (count + 1) / (total + experts)  # never 0: then nothing would be known of the input
             names = [f"{mixture}{expert}.{reader}" for reader in readers]
-            yield _group(names, H, own.statistics() if own else pooled)
+            yield _group(names, H, own.statistics() if own else pooled, count)
 
 
 def warn_of_few(name: str, counts: Sequence[int], strength: float) -> None:
@@ -143,8 +143,8 @@ def warn_of_few(name: str, counts: Sequence[int], strength: float) -> None:
         )  # fmt: skip
 
 
-def _group(members: list[str], H: Tensor, statistics: InputStatistics) -> InputGroup:
+def _group(members: list[str], H: Tensor, statistics: InputStatistics, count: int | None = None) -> InputGroup:
     if not statistics.mean_square.any():
         for name in members:
             log.warning("the input of %s is always zero: all of its columns are rounded alike", name)
-    return InputGroup(members[0].removesuffix(".weight"), tuple(members), H, statistics)
+    return InputGroup(members[0].removesuffix(".weight"), tuple(members), H, statistics, count)

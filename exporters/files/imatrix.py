@@ -4,7 +4,7 @@ Format: GGUF as written by llama-imatrix (tools/imatrix/imatrix.cpp), with sums 
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -20,11 +20,19 @@ INTEGER = struct.Struct("<i")
 LONGEST_NAME = 1 << 12  # bytes; a file of something else would have longer ones
 
 
-def write_imatrix(path: Path, importance: Mapping[str, np.ndarray], tokens: int, window: int, dataset: str) -> None:
+def write_imatrix(
+    path: Path,
+    importance: Mapping[str, np.ndarray],
+    tokens: int,
+    window: int,
+    dataset: str,
+    counts: Mapping[str, Sequence[int | None]] | None = None,
+) -> None:
     """Write ``importance``, the mean squares (columns,) or (matrices, columns) by GGUF tensor name, to ``path``.
 
-    They were measured on ``tokens`` tokens of ``dataset`` in windows of ``window`` tokens. Each matrix of a stack, such
-    as an expert's, counts them all: its squares are means over those that reached it.
+    They were measured on ``tokens`` tokens of ``dataset`` in windows of ``window`` tokens. ``counts`` says which of the
+    matrices of a stack, such as experts, only some positions have reached: at least 1 is written, as llama-quantize
+    takes no squares that nothing has reached, and those of such an expert are the mean over its layer.
     """
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -33,8 +41,10 @@ def write_imatrix(path: Path, importance: Mapping[str, np.ndarray], tokens: int,
     writer.add_uint32("imatrix.chunk_size", window)
     for name, squares in importance.items():
         matrices = np.atleast_2d(squares.astype(np.float32))
-        writer.add_tensor(f"{name}.in_sum2", matrices * tokens)
-        writer.add_tensor(f"{name}.counts", np.full((len(matrices), 1), tokens, dtype=np.float32))
+        given = (counts or {}).get(name) or [None] * len(matrices)
+        reached = np.array([[tokens if n is None else max(1, n)] for n in given], dtype=np.float32)
+        writer.add_tensor(f"{name}.in_sum2", matrices * reached)
+        writer.add_tensor(f"{name}.counts", reached)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -94,4 +94,8 @@ def test_a_trained_mixture_is_searched_and_llama_cpp_computes_what_was_searched(
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
     assert len({types[f"blk.{layer}.ffn_{kind}_exps.weight"] for layer in range(3) for kind in ("up", "down")}) > 1
     assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "runs/mixture/imatrix.gguf").tensors}
+    chosen = stored["blk.0.ffn_up_exps.weight.counts"].ravel()
+    assert len(chosen) == 8 and 2 * 2048 <= chosen.sum() < 2 * 2048 + 8  # two experts a position, at least 1 written
+    assert stored["blk.0.attn_q.weight.counts"].ravel().tolist() == [2048]
     assert len(best["winner"]["genome"]) == 1 + 3 * 7  # a gene ties the experts of a layer and kind
