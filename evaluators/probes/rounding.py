@@ -74,6 +74,7 @@ def column_and_weight(
 ) -> tuple[float, float]:
     """Return the seconds for a column and for a weight, at all levels of ``kind``, of a batch of rows."""
     few, many = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
+    many = many * MOST_COLUMNS // kind.columns  # as many weights of narrow ones, or they are lost in the clock's noise
     formats: dict[str, Sequence[QuantFormat]] = {"probe": [FORMATS[name] for name in kind.formats]}
 
     def work(W: Tensor) -> None:
