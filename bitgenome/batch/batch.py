@@ -26,8 +26,10 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json, atomic_write_text
 from bitgenome.config.storage import NAME
 from bitgenome.plan.text import keep_windows
+from bitgenome.report.run_page import write_report
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import mirrored
+from bitgenome.storage.run_files import run_files
 from bitgenome.storage.worker_limit import withdraw_limit
 from workers.cluster.shared_cluster import SharedCluster
 from workers.storage.folders import open_folder
@@ -77,6 +79,9 @@ def run_batch(runs: Sequence[BatchRun], order: BatchOrder, console: Console) -> 
         wait_for_orphans(path)
         for run in runs:
             withdraw_limit(run.directory, order.name)  # left by a killed process of this batch
+        for state in states:
+            if state.stage is Stage.FINISHED:
+                complete(state.run)
         view = BatchView(states, console)
 
         def changed(state: RunState) -> None:
@@ -129,6 +134,16 @@ def begin(runs: Sequence[BatchRun], path: Path, location: str, resume: bool) -> 
             "--resume, or give this one another --name"
         )
     return states
+
+
+def complete(run: BatchRun) -> None:
+    """Write the report of a finished run that was killed before it could; one that cannot be written is a warning."""
+    if run_files(run.location).size(layout.REPORT):
+        return
+    try:
+        write_report(run.location, finished=True)
+    except UserError as error:
+        log.warning("no report was written of %s: %s", run.name, error)
 
 
 def make_directory(runs: Sequence[BatchRun], path: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from bitgenome.batch.batch import BatchOrder, begin, run_batch
+from bitgenome.batch.batch import BatchOrder, begin, complete, run_batch
 from bitgenome.batch.children import is_child
 from bitgenome.batch.config import load_batch
 from bitgenome.common import layout
@@ -96,8 +96,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 
 def proved(storage: Path) -> list[Path]:
-    """The directories of runs that are finished: best.json is written before the proof, and again after it."""
-    return [file.parent for file in storage.glob("*/best.json") if json.loads(file.read_text())["proof"]]
+    """The directories of runs with everything written: best.json before the proof and after it, then the report."""
+    runs = [file.parent for file in storage.glob("*/best.json") if json.loads(file.read_text())["proof"]]
+    return [run for run in runs if (run / layout.REPORT).is_file()]
 
 
 def bad_model(folder: Path) -> Path:
@@ -176,6 +177,19 @@ def test_the_page_links_the_report_of_every_run_and_loads_nothing(story: Story) 
         assert (story.path.parent / name / "report.html").is_file()
     assert '<a href="../bad/">bad</a>' in page and "not finite" in page
     assert "src=" not in page.partition('<script type="application/json"')[0]
+
+
+def test_a_finished_run_without_its_report_gets_it(story: Story) -> None:
+    """As after a kill between best.json and the report."""
+    page = story.runs.storage / story.names[0] / layout.REPORT
+    page.unlink()
+    files = [story.runs.storage / name for name in ("matrix.yaml", "bad.yaml")]
+    (run,) = (run for run in load_batch(files) if run.name == story.names[0])
+    assert run.finished
+    complete(run)
+    written = page.stat()
+    complete(run)
+    assert "<html" in page.read_text() and page.stat().st_mtime_ns == written.st_mtime_ns
 
 
 def test_no_token_is_written_down(story: Story) -> None:
