@@ -70,8 +70,7 @@ def show_use(gguf: Path, sample: Sample | None, console: Console) -> None:
         console.print(f"        {program} -m {shlex.quote(str(gguf))}", soft_wrap=True)
     if sample:
         goes = "answers" if sample.chat else "goes on"
-        said = f"To {one_line(sample.prompt)!r} it {goes}: {one_line(sample.answer)!r}"
-        console.print(said, soft_wrap=True, markup=False)
+        say(console, f"To {one_line(sample.prompt)!r} it {goes}: {one_line(sample.answer)!r}")
 
 
 def one_line(text: str) -> str:

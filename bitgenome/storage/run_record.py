@@ -36,6 +36,7 @@ class RunRecord(UserDict[str, Any]):
         super().__init__(values)
         self.file = file
         self.before_write: Callable[[], None] = lambda: None
+        self._repeated: set[str] = set()  # stages of a finished run that this attempt has not repeated yet
 
     @classmethod
     def begin(cls, file: Path, config: RunConfig) -> "RunRecord":
@@ -90,14 +91,21 @@ class RunRecord(UserDict[str, Any]):
         self.save()
 
     def end_stage(self, stage: str, seconds: float) -> None:
-        """Save that ``stage`` took ``seconds`` in this attempt, added to those of earlier ones."""
+        """Save that ``stage`` took ``seconds`` in this attempt, added to those of earlier ones.
+
+        Of a run that was finished before, what is done again takes the place of what it took then.
+        """
         stages = self["stages"]
+        if stage in self._repeated:
+            self._repeated.remove(stage)
+            stages[stage] = 0.0
         stages[stage] = round(stages.get(stage, 0.0) + seconds, 2)
         self.save()
 
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Record how this attempt ends: finished, failed or stopped. A process that is killed records nothing."""
+        self._repeated = set(self["stages"]) if self.get("ended") == "finished" else set()
         for key in ("ended", "error"):
             self.pop(key, None)
         try:
@@ -113,5 +121,5 @@ class RunRecord(UserDict[str, Any]):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds spent by stage, over all attempts."""
+        """Seconds spent by stage, over all attempts until the run was finished; of a later one, what it did again."""
         return dict(self["stages"])

@@ -92,12 +92,13 @@ def test_a_file_is_held_against_llama_cpps_own_of_the_nearest_size() -> None:
     )
 
 
-def test_a_sample_can_do_nothing_to_the_terminal() -> None:
-    out = Console(file=StringIO(), width=80)
+def test_a_sample_can_do_nothing_to_the_terminal_and_is_broken_into_its_lines() -> None:
+    out = Console(file=StringIO(), width=44)
     show_use(Path("my runs/f.gguf"), Sample("Why?", "[red]be\x1b[2Jcause\n  so[/red]", chat=True), out)
     assert isinstance(out.file, StringIO)
     assert out.file.getvalue().splitlines()[1:] == [
         "        llama-cli -m 'my runs/f.gguf'",
         "        llama-server -m 'my runs/f.gguf'",
-        "To 'Why?' it answers: '[red]be[2Jcause so[/red]'",
+        "To 'Why?' it answers: '[red]be[2Jcause",
+        "so[/red]'",
     ]
