@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
+from bitgenome.common.c_output import silent_c_stdout
 from search.allocation.moves import Moves
 from search.allocation.repair import Repair
 from search.allocation.sensitivity import SensitivityTable
@@ -126,13 +127,16 @@ def _solve(
     room = (budget.file_bytes - moves.fixed_bytes - int((moves.size - steps)[moves.offset].sum())) // unit
     pairs = len(moves.gene)
     one_choice = csr_array((np.ones(pairs), (moves.gene, np.arange(pairs))), shape=(len(space.genes), pairs))
-    return milp(
-        moves.loss / loss_unit,
-        integrality=np.ones(pairs, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_choice, 1, 1),
-            LinearConstraint((steps // unit).astype(np.float64)[None, :], -np.inf, room),
-        ],
-        options={"time_limit": time_limit, "node_limit": node_limit, "mip_rel_gap": OPTIMAL_GAP / 10},
-    )
+    # HiGHS 1.12 prints a line, whatever its options, where a solution that it found breaks a constraint of the
+    # original by rounding (https://github.com/ERGO-Code/HiGHS/issues/2783)
+    with silent_c_stdout():
+        return milp(
+            moves.loss / loss_unit,
+            integrality=np.ones(pairs, dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_choice, 1, 1),
+                LinearConstraint((steps // unit).astype(np.float64)[None, :], -np.inf, room),
+            ],
+            options={"time_limit": time_limit, "node_limit": node_limit, "mip_rel_gap": OPTIMAL_GAP / 10},
+        )

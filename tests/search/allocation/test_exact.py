@@ -1,5 +1,6 @@
 """Solvers against brute force."""
 
+import ctypes
 import logging
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_a_solver_stopped_by_its_limit_says_so_and_is_no_worse_than_lagrangian(
     assert table.predict(solution.genome) <= table.predict(lagrangian(space, budget, table))
     assert solution.gap > 0
     assert "gap" in caplog.text
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    space = transformer_space(2)
+    for seed in (1, 2):  # HiGHS 1.12 finds a solution of them that rounding makes infeasible, and prints a line
+        exact(space, middle_budget(space, 0.5), random_table(space, seed))
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""
 
 
 def test_tiny_losses_do_not_drown_in_the_solvers_tolerances() -> None:
