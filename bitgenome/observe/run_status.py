@@ -8,7 +8,7 @@ no run writes makes the state ``damaged``, with a sentence on it.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,15 +74,17 @@ class Lines:
 class RunReader:
     """Reads the run directory at a path or URL repeatedly, each time only what was appended.
 
-    Raises UserError if there is no run, and StorageError if storage cannot be read.
+    ``learn`` is given every evaluation as it is read; the ``files`` are as of the last reading. Raises UserError if
+    there is no run, and StorageError if storage cannot be read.
     """
 
-    def __init__(self, location: str | Path):
+    def __init__(self, location: str | Path, learn: Callable[[Mapping[str, Any]], None] | None = None):
         self.location = str(location).rstrip("/")
-        self._files = run_files(location)
-        if not self._files.size(layout.RECORD) and not has_run(self.location):
+        self.files = run_files(location)
+        self._also = learn
+        if not self.files.size(layout.RECORD) and not has_run(self.location):
             raise UserError(f"expected a run directory with {layout.RECORD}, found none at {location}")
-        self._lines = Lines(self._files, layout.EVALUATIONS)
+        self._lines = Lines(self.files, layout.EVALUATIONS)
         self._genomes: set[tuple[int, ...]] = set()
         self._best: dict[tuple[int, int], dict[str, Any]] = {}  # by tokens and draw of the search text
         self._text = (-1, 0)  # tokens and draw of the longest text, of equally long ones the last read
@@ -97,7 +99,7 @@ class RunReader:
 
         ``running`` tells that the caller watches the run's process and knows that it runs; otherwise its lease is read.
         """
-        self._files.look()
+        self.files.look()
         try:
             with expecting("figures", self.location, f"bitgenome resume {self.location} tells more"):
                 return self._read(running)
@@ -109,7 +111,7 @@ class RunReader:
     def _read(self, running: bool) -> RunStatus:
         """Return the present state. Raises UserError for a file that no run writes."""
         with self._expecting("a run record", layout.RECORD):
-            record = record_in(self._files.content(layout.RECORD), self._source(layout.RECORD))
+            record = record_in(self.files.content(layout.RECORD), self._source(layout.RECORD))
             state = "running" if running else self._state(record)
             seconds = self._seconds(record, state)
             stage = record.get("stage") or {}
@@ -117,21 +119,23 @@ class RunReader:
         with self._expecting("evaluations", layout.EVALUATIONS):
             for evaluation in self._lines.new():
                 self._learn(evaluation)
+                if self._also:
+                    self._also(evaluation)
             best = self._best.get(self._text, {})
         healed = False
-        if state == "finished" and self._files.size(layout.BEST):
+        if state == "finished" and self.files.size(layout.BEST):
             resume = f"bitgenome resume {self.location} writes it again"
             with expecting("the result of a run", self._source(layout.BEST), resume):
-                result = json.loads(self._files.content(layout.BEST))
+                result = json.loads(self.files.content(layout.BEST))
                 best = dict(result["winner"])
                 healing = result.get("healing") or {}
                 if healed := bool(healing.get("applied")):
                     best["kl"] = healing[best["split"]]["after"]["kl"]
         with self._expecting("generations", layout.GENERATIONS):
-            generations = self._files.tail(layout.GENERATIONS)
+            generations = self.files.tail(layout.GENERATIONS)
             last = json.loads(generations[-1])["generation"] if generations else 0
         size, weights = best.get("file_bytes"), record.get("weights")
-        events = self._files.tail(layout.EVENTS)
+        events = self.files.tail(layout.EVENTS)
         return RunStatus(
             name=self.name,
             path=self.location,
@@ -178,9 +182,9 @@ class RunReader:
         """Return running, finished, failed or stopped."""
         if is_owned(self._lease_place(record)):
             return "running"
-        if (ended := record.get("ended")) or not self._files.size(layout.BEST):
+        if (ended := record.get("ended")) or not self.files.size(layout.BEST):
             return str(ended or "stopped")
-        return "finished" if self._files.record(layout.BEST).get("proof") else "stopped"
+        return "finished" if self.files.record(layout.BEST).get("proof") else "stopped"
 
     def _lease_place(self, record: Mapping[str, Any]) -> str:
         """Return the path or URL where the run's driver holds its lease: of a mirror, the URL."""

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError, expecting
-from bitgenome.observe.run_status import Lines, RunReader, RunStatus
-from bitgenome.storage.run_files import RunFiles, run_files
+from bitgenome.observe.run_status import RunReader, RunStatus
 from bitgenome.storage.run_result import RunResult
 
 MEASURES = ("kl", "gradient", "around_base")  # of sensitivity, in nats per token; only one was measured
@@ -90,20 +89,16 @@ class RunSource:
 
     def __init__(self, location: str | Path):
         self.location = str(location).rstrip("/")
-        self._reader = RunReader(self.location)
-        self._files: RunFiles = run_files(self.location)
-        self._lines = Lines(self._files, layout.EVALUATIONS)
+        self._reader = RunReader(self.location, self._learn)
+        self._files = self._reader.files
         self._scored: dict[int, list[Scored]] = {}  # by tokens of the text
         self._tested: list[Measured] = []
 
     def read(self, finished: bool = False) -> RunView:
         """Return what is there now. ``finished``: the caller is the run's driver, and all is written."""
-        self._files.look()
         status = self._reader.read(running=finished)  # a driver's own lease is not asked for
         if status.state == "damaged":
             raise UserError(status.error or f"expected a run in {self.location}, found another")
-        with expecting("evaluations", f"{self.location}/{layout.EVALUATIONS}", "resume the run"):
-            self._learn()
         tokens = max(self._scored, default=0)
         content = self._files.content(layout.BEST)
         source, record = f"{self.location}/{layout.BEST}", self._files.record(layout.RECORD)
@@ -119,14 +114,13 @@ class RunSource:
             sensitivities=sensitivities_in(self._files.content(layout.SENSITIVITY), self.location),
         )
 
-    def _learn(self) -> None:
-        """Take in the evaluations that came since."""
-        for one in self._lines.new():
-            if one["split"] == "search" and one["tokens"] and one["loss"] is not None:
-                scored = Scored(float(one["loss"]), int(one.get("draw", 0)), int(one["file_bytes"]))
-                self._scored.setdefault(int(one["tokens"]), []).append(scored)
-            if one["split"] == "test" and one["kl"] is not None:
-                self._tested.append(Measured(one["file_bytes"], one["kl"], tuple(one.get("window_kl", ()))))
+    def _learn(self, one: Mapping[str, Any]) -> None:
+        """Take in an evaluation that came since the last reading."""
+        if one["split"] == "search" and one["tokens"] and one["loss"] is not None:
+            scored = Scored(float(one["loss"]), int(one.get("draw", 0)), int(one["file_bytes"]))
+            self._scored.setdefault(int(one["tokens"]), []).append(scored)
+        if one["split"] == "test" and one["kl"] is not None:
+            self._tested.append(Measured(one["file_bytes"], one["kl"], tuple(one.get("window_kl", ()))))
 
     def _generations(self) -> tuple[Mapping[str, Any], ...]:
         lines = self._files.content(layout.GENERATIONS).split(b"\n")[:-1]  # the last may be incomplete

@@ -21,8 +21,10 @@ from bitgenome.cli.status import duration
 from bitgenome.common import layout
 from bitgenome.config.run import load_config
 from bitgenome.observe.run_status import RunReader
+from bitgenome.report.source import RunSource
 from bitgenome.storage.lease import is_owned
 from bitgenome.storage.run_directory import RunDirectory
+from bitgenome.storage.run_files import LocalRunFiles
 from tests.bitgenome.cli.test_bad_input import refusal
 from tests.bitgenome.conftest import Finished, Runs
 from tests.conftest import REPOSITORY
@@ -102,6 +104,25 @@ def test_progress_grows_with_the_files_and_half_written_lines_wait_for_their_end
     append(log, evaluation(7, 0.75))
     (run.path / "generations.jsonl").write_text('{"generation": 2}\n{"generation": 3, "genom')
     assert reader.read().generation == 2
+
+
+def test_a_report_reads_every_evaluation_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+    lines = LocalRunFiles.lines
+
+    def spied(files: LocalRunFiles, name: str, start: int = 0) -> Iterator[bytes]:
+        for line in lines(files, name, start):
+            if name == layout.EVALUATIONS:
+                read.append(line)
+            yield line
+
+    monkeypatch.setattr(LocalRunFiles, "lines", spied)
+    log, source = run.path / "evaluations.jsonl", RunSource(run.path)
+    append(log, evaluation(0, 0.5), evaluation(1, 0.25), evaluation(2, 0.1, split="test"))
+    view = source.read()
+    assert ([one.loss for one in view.scored], len(view.tested), view.status.evaluations) == ([0.5, 0.25], 1, 2)
+    append(log, evaluation(3, 0.125))
+    assert (len(source.read().scored), len(read)) == (3, 4)
 
 
 @pytest.mark.parametrize("name", ["evaluations.jsonl", "generations.jsonl", "best.json", "run.json"])
