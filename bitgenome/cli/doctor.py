@@ -37,10 +37,12 @@ PROBES = {
     "Ray": "import ray; found = {'version': ray.__version__}",
     "llama.cpp": "import xllamacpp; found = {'devices': [str(d['name']) for d in xllamacpp.get_device_info()]}",
 }
-START_RAY = (
-    "import ray; ray.init(address='local', include_dashboard=False, log_to_driver=False); "
-    "found = {'cores': ray.cluster_resources().get('CPU', 0)}; ray.shutdown()"
+START_RAY = (  # as a run does
+    "from workers.cluster.open_pool import join_cluster; from workers.cluster.settings import WorkerSettings; "
+    "address = join_cluster(WorkerSettings()); import ray; "
+    "found = {'address': address, 'cores': ray.cluster_resources().get('CPU', 0)}; ray.shutdown()"
 )
+WITHOUT_RAY = "workers.ray: off runs without it"
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,20 @@ class Finding:
 
 def doctor(
     storage: Storage = RUNS,
-    start_ray: Annotated[bool, typer.Option("--start-ray", help="Also start a local Ray, some 20 seconds")] = False,
+    start_ray: Annotated[
+        bool, typer.Option("--start-ray", help="Also start Ray, or join that of RAY_ADDRESS; some 20 seconds")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check versions, devices, quotas, Ray, llama.cpp and disk; exit code 1 if something is broken that runs need."""
-    found = list(findings(storage, start_ray))
+    found = []
+    for finding in findings(storage, start_ray):
+        found.append(finding)
+        if not as_json:
+            show(finding)
     broken = [finding.what for finding in found if finding.state == "broken"]
     if as_json:
         print_json({"broken": broken, "findings": found})
-    else:
-        for finding in found:
-            show(finding)
     if broken:
         raise typer.Exit(1)
 
@@ -80,17 +85,22 @@ def show(finding: Finding) -> None:
 
 
 def findings(storage: str, start_ray: bool = False) -> Iterator[Finding]:
-    """Yield what is found of everything that a run needs or can use; ``storage`` is a folder or URL of runs."""
+    """Yield what is found of everything that a run needs or can use, what takes longest last.
+
+    ``storage`` is a folder or URL of runs.
+    """
     yield from packages()
-    probes = PROBES | ({"Ray starts": START_RAY} if start_ray else {})
+    probes = PROBES | ({"start": START_RAY} if start_ray else {})
     with ThreadPoolExecutor(2) as pool:
-        tried = dict(zip(probes, pool.map(probe, probes.values()), strict=True))
-    yield from of_machine(tried["torch"])
-    yield from of_ray(tried)
-    yield of_runtime(tried["llama.cpp"])
-    yield of_storage(storage)
-    yield of_folder("temporary folder", Path(tempfile.gettempdir()), "name another one with TMPDIR")
-    yield from of_extras(None if "error" in tried["torch"] else converter())
+        tried = {name: pool.submit(probe, code) for name, code in probes.items()}
+        yield from of_machine(tried["torch"].result())
+        yield from of_ray(tried["Ray"].result())
+        yield of_runtime(tried["llama.cpp"].result())
+        yield of_storage(storage)
+        yield of_folder("temporary folder", Path(tempfile.gettempdir()), "name another one with TMPDIR")
+        yield from of_extras(None if "error" in tried["torch"].result() else converter())
+        if start_ray:
+            yield of_started(tried["start"].result())
 
 
 def probe(code: str) -> dict[str, Any]:
@@ -166,14 +176,13 @@ def of_machine(found: dict[str, Any]) -> Iterator[Finding]:
                   "counted", "close something, or raise the container's limit" if least else "")  # fmt: skip
 
 
-def of_ray(tried: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    """Yield whether Ray loads, where it would join, whether its memory and folder will do, and whether it starts."""
-    without = "workers.ray: off runs without it"
-    if error := tried["Ray"].get("error"):
-        yield Finding("Ray", "broken", error, f"make setup; {without}")
+def of_ray(found: dict[str, Any]) -> Iterator[Finding]:
+    """Yield whether Ray loads, where it would join, and whether its memory and folder will do."""
+    if error := found.get("error"):
+        yield Finding("Ray", "broken", error, f"make setup; {WITHOUT_RAY}")
         return
     address = os.environ.get("RAY_ADDRESS")
-    yield Finding("Ray", "ok", f"{tried['Ray']['version']}, " + (f"joins {address}" if address else "starts its own"))
+    yield Finding("Ray", "ok", f"{found['version']}, " + (f"joins {address}" if address else "starts its own"))
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < SMALL_SHARED_BYTES:
         yield Finding("shared memory", "note", f"/dev/shm has {size >> 20} MiB: Ray keeps its objects in slower files",
@@ -182,10 +191,15 @@ def of_ray(tried: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     if len(folder) > LONGEST_TEMPORARY:
         yield Finding("Ray's folder", "note", f"{folder} is too long for the names of its sockets",
                       "name a shorter one with RAY_TMPDIR")  # fmt: skip
-    if started := tried.get("Ray starts"):
-        error = started.get("error")
-        found = error or f"a local one with {started['cores']:.0f} cores"
-        yield Finding("Ray starts", "broken" if error else "ok", found, without if error else "")
+
+
+def of_started(found: dict[str, Any]) -> Finding:
+    """Return whether a run's Ray starts or, where RAY_ADDRESS names one, can be joined."""
+    if error := found.get("error"):
+        return Finding("Ray starts", "broken", error, WITHOUT_RAY)
+    own = found["address"] == "local"
+    place = "one of its own" if own else f"that at {found['address']} was joined"
+    return Finding("Ray starts", "ok", f"{place}, {found['cores']:.0f} cores")
 
 
 def of_runtime(found: dict[str, Any]) -> Finding:
