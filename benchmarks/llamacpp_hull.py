@@ -66,7 +66,7 @@ def their_files(reference: Outcome, config: RunConfig, directory: Path) -> dict[
         command = [quantize, "--imatrix", reference.run / layout.IMATRIX, full, file, name, "2"]
         subprocess.run(command, check=True, capture_output=True)
         proofs[name] = prove(file, folder, text, layout=make_plan(config).file)
-        logging.info("%s: %s bytes, KL %.6f", name, f"{proofs[name].file_bytes:,}", proofs[name].runtime_kl)
+        logging.info("%s: %s bytes, KL %.6f", name, f"{proofs[name].file_bytes:,}", proofs[name].figures.mean_kl.value)
     return proofs
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     directory = config.storage_path / "llamacpp"
     directory.mkdir(exist_ok=True)
     theirs = their_files(next(iter(ours.values())), config, directory)
-    hull = lower_hull([(p.file_bytes, p.runtime_kl) for p in theirs.values()])
+    hull = lower_hull([(p.file_bytes, p.figures.mean_kl.value) for p in theirs.values()])
     weights = make_plan(config).space.weights
     table = Table(title="KL by llama.cpp on held-out text", title_justify="left")
     for column in ("file", "bytes", "bits per weight", "KL", "perplexity", "KL over hull"):
@@ -96,15 +96,15 @@ def main() -> None:
     named = [(name, p) for name, p in theirs.items()] + [(f"ours at {bits:g}", o.proof) for bits, o in ours.items()]
     records = []
     for name, p in sorted(named, key=lambda item: item[1].file_bytes):
-        ratio = p.runtime_kl / hull_at(hull, p.file_bytes)
+        ratio = p.figures.mean_kl.value / hull_at(hull, p.file_bytes)
         records.append({"file": name, "ratio": ratio, **p.to_json()})
         bits = 8 * p.file_bytes / weights
         table.add_row(
             name,
             f"{p.file_bytes:,}",
             f"{bits:.3f}",
-            f"{p.runtime_kl:.6f}",
-            f"{p.runtime_perplexity:.4f}",
+            f"{p.figures.mean_kl.value:.6f}",
+            f"{p.figures.perplexity.value:.4f}",
             f"{ratio:.3f}",
         )
     console.print(table)

@@ -9,6 +9,7 @@ a search whose budget is exactly that file's size. Both files run in llama.cpp o
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,12 @@ from exporters.opening.source import read_model
 from exporters.runtime.mix_file import MixFile
 from exporters.runtime.original import write_original
 
+CELLS: tuple[Callable[[Proof], str], ...] = (
+    lambda p: f"{p.file_bytes:,}",
+    lambda p: f"{p.figures.mean_kl.value:.5f}",
+    lambda p: f"{p.figures.perplexity.value:.3f}",
+)
+
 
 @dataclass(frozen=True)
 class Duel:
@@ -39,7 +46,7 @@ class Duel:
     @property
     def ratio(self) -> float:
         """KL of our file over that of the mix, both by llama.cpp."""
-        return self.ours.runtime_kl / self.theirs.runtime_kl
+        return self.ours.figures.mean_kl.value / self.theirs.figures.mean_kl.value
 
 
 def export_mix(folder: ModelFolder, mix: str, imatrix: Path, path: Path) -> int:
@@ -82,10 +89,8 @@ def main() -> None:
     for column in ("mix", "bytes", "KL", "ppl", "our bytes", "our KL", "our ppl", "KL ratio"):
         table.add_column(column, justify="right")
     for d in duels:
-        table.add_row(
-            d.mix, f"{d.theirs.file_bytes:,}", f"{d.theirs.runtime_kl:.5f}", f"{d.theirs.runtime_perplexity:.3f}",
-            f"{d.ours.file_bytes:,}", f"{d.ours.runtime_kl:.5f}", f"{d.ours.runtime_perplexity:.3f}", f"{d.ratio:.3f}",
-        )  # fmt: skip
+        cells = [f(file) for file in (d.theirs, d.ours) for f in CELLS]
+        table.add_row(d.mix, *cells, f"{d.ratio:.3f}")
     console.print(table)
     if args.json:
         records = [

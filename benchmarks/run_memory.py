@@ -174,7 +174,7 @@ def measure(path: Path, memory: int, limit: int, cgroup: str | None, compensatio
         "stages": outcome.seconds,
         "seconds": time.perf_counter() - started,
         "healing": outcome.healing.variant if outcome.healing else "off",
-        "runtime_kl": outcome.proof.runtime_kl,
+        "mean_kl": outcome.proof.figures.mean_kl.value,
         "simulated_to_runtime_kl": outcome.proof.simulated_to_runtime_kl,
     }
 

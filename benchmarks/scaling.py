@@ -147,9 +147,9 @@ def measure_activations(arguments: argparse.Namespace, console: Console) -> None
         table.add_column(column, justify="right")
     for p in rows:
         gaps = f"{p.simulated_to_runtime_kl:.2e}", f"{p.eight_bit_to_runtime_kl:.2e}"
-        table.add_row(f"{p.simulated_kl:.5f}", f"{p.eight_bit_kl:.5f}", f"{p.runtime_kl:.5f}", *gaps)
+        table.add_row(f"{p.simulated_kl:.5f}", f"{p.eight_bit_kl:.5f}", f"{p.figures.mean_kl.value:.5f}", *gaps)
     console.print(table)
-    runtime = [p.runtime_kl for p in rows]
+    runtime = [p.figures.mean_kl.value for p in rows]
     for name, values in (("float", [p.simulated_kl for p in rows]), ("8-bit", [p.eight_bit_kl for p in rows])):
         console.print(f"rank correlation of {name} with llama.cpp: {spearmanr(values, runtime).statistic:.4f}")
     console.print(f"seconds an evaluation, 8-bit over float: {sum(seconds[1][1:]) / sum(seconds[0][1:]):.3f}")

@@ -33,8 +33,8 @@ class RunError(RuntimeError):
 class Quantized:
     """Holds what a run proved, in nats a token: of the file in llama.cpp, and of its simulation with 8-bit inputs."""
 
-    runtime_kl: float  # full precision to llama.cpp
-    simulated_to_runtime_kl: float
+    mean_kl: float  # full precision to llama.cpp
+    eight_bit_to_runtime_kl: float
 
 
 def quantize(model: Path, template: Path, scratch: Path, bits: float) -> Quantized:
@@ -57,4 +57,4 @@ def quantize(model: Path, template: Path, scratch: Path, bits: float) -> Quantiz
     if done.returncode:
         raise RunError((done.stderr.strip().splitlines() or ["no word"])[-1][:SHOWN])
     proof = json.loads((scratch / "run" / "best.json").read_text(encoding="utf-8"))["proof"]
-    return Quantized(proof["runtime_kl"], proof["eight_bit_to_runtime_kl"])
+    return Quantized(proof["figures"]["mean_kl"]["value"], proof["eight_bit_to_runtime_kl"])

@@ -52,7 +52,7 @@ def measure(case: Case, folder: Path, result: Path, converter: Path, quantized: 
         if quantized:
             enter("run")
             done = quantize(folder, file, folder.with_name(f"{case.name}-run"), case.bits)
-            row |= {"runtime_kl": done.runtime_kl, "kl": done.simulated_to_runtime_kl}
+            row |= {"mean_kl": done.mean_kl, "kl": done.eight_bit_to_runtime_kl}
         enter("done")
     except Exception as error:  # whatever a library raises is this row's result
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

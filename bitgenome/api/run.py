@@ -98,7 +98,7 @@ class Run:
                 bits_per_weight=result.bits_per_weight,
                 validation_kl=healing["validation"]["after"]["kl"] if healed else result.evaluation.kl,
                 healed=healed,
-                test_kl=result.proof["runtime_kl"] if result.proof else None,
+                test_kl=result.proof["figures"]["mean_kl"]["value"] if result.proof else None,
                 figures=figures,
             )
 

@@ -27,11 +27,11 @@ COLUMNS = {  # of results.parquet and results.csv
     "budget_bytes": "Int64",
     "file_bytes": "Int64",
     "bits_per_weight": "Float64",
-    "kl": "Float64",  # nats per token on held-out text, simulated from the file's bytes
+    "simulated_kl": "Float64",  # nats per token on held-out text, simulated from the file's bytes
+    "simulated_perplexity": "Float64",
+    "mean_kl": "Float64",  # by llama.cpp, as the two below
     "perplexity": "Float64",
-    "full_perplexity": "Float64",
-    "runtime_kl": "Float64",  # the same by llama.cpp
-    "runtime_perplexity": "Float64",
+    "base_perplexity": "Float64",  # of the original
     "evaluations": "Int64",
     "seconds": "Float64",  # of all attempts, including waits for artefacts of other runs
     "strategy": "string",
@@ -48,7 +48,7 @@ def results_frame(states: Sequence[RunState], path: Path) -> pd.DataFrame:
     ``path`` is the batch's directory.
     """
     frame = pd.DataFrame([record(state, path) for state in states], columns=list(COLUMNS)).astype(COLUMNS)
-    return frame.sort_values(["model", "budget_bytes", "kl", "name"], na_position="last", ignore_index=True)
+    return frame.sort_values(["model", "budget_bytes", "simulated_kl", "name"], na_position="last", ignore_index=True)
 
 
 def record(state: RunState, path: Path) -> dict[str, Any]:
@@ -74,12 +74,12 @@ def figures_of(run: BatchRun) -> dict[str, Any]:
     files = run_files(run.location)
     best = files.record(layout.BEST)
     proof = best["proof"]
+    figures = proof["figures"]
     return {
         "file_bytes": proof["file_bytes"],
         "bits_per_weight": best["bits_per_weight"],
-        "kl": proof["simulated_kl"],
-        "perplexity": proof["simulated_perplexity"],
-        **{key: proof[key] for key in ("full_perplexity", "runtime_kl", "runtime_perplexity")},
+        **{key: proof[key] for key in ("simulated_kl", "simulated_perplexity")},
+        **{key: figures[key]["value"] for key in ("mean_kl", "perplexity", "base_perplexity")},
         "evaluations": sum(line.endswith(b"\n") for line in files.lines(layout.EVALUATIONS)),
         "seconds": round(sum(files.record(layout.RECORD)["stages"].values()), 1),
         "gguf": best["gguf"],
@@ -107,7 +107,8 @@ def summary(row: Mapping[Any, Any]) -> str:
     if row["stage"] != Stage.FINISHED:
         return ""
     return (
-        f"KL {row['kl']:.5f}, by llama.cpp {row['runtime_kl']:.5f}, perplexity {perplexity_text(row['perplexity'])}, "
+        f"KL by llama.cpp {row['mean_kl']:.5f}, simulated {row['simulated_kl']:.5f}, "
+        f"perplexity {perplexity_text(row['perplexity'])}, "
         f"{row['bits_per_weight']:.3f} bits per weight, {size(row['file_bytes'])}, {row['evaluations']} evaluations, "
         f"{row['seconds']:.0f} s"
     )
@@ -130,7 +131,7 @@ def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
         if row["stage"] != Stage.FINISHED:
             table.add_row(row["name"], str(row["stage"]), style="red" if row["stage"] == Stage.FAILED else "dim")
             continue
-        figures = (f"{row['bits_per_weight']:.3f}", f"{row['kl']:.5f}", f"{row['runtime_kl']:.5f}")
+        figures = (f"{row['bits_per_weight']:.3f}", f"{row['simulated_kl']:.5f}", f"{row['mean_kl']:.5f}")
         more = (perplexity_text(row["perplexity"]), str(row["evaluations"]), f"{row['seconds']:.0f}")
         table.add_row(row["name"], size(row["file_bytes"]).removesuffix(" MB"), *figures, *more)
     console.print(table)

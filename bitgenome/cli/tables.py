@@ -82,9 +82,10 @@ def against_mix(proof: Proof, mix: MixProof) -> str:
     """Return a sentence that holds a file against llama.cpp's own of the nearest size."""
     size = 100 * (proof.file_bytes / mix.file_bytes - 1)
     word = f"{abs(size):.1f} % {'larger' if size > 0 else 'smaller'} than" if round(size, 1) else "of the size of"
-    times = f"; its KL is {proof.runtime_kl / mix.kl:.2f} of that one's" if mix.kl > 0 else ""
-    theirs = f"{mix.mix} ({megabytes(mix.file_bytes)}, with the same importance matrix)"
-    return f"The file is {word} llama.cpp's {theirs}{times}"
+    ours, theirs = proof.figures.mean_kl.value, mix.figures.mean_kl.value
+    times = f"; its KL is {ours / theirs:.2f} of that one's" if theirs > 0 else ""
+    named = f"{mix.mix} ({megabytes(mix.file_bytes)}, with the same importance matrix)"
+    return f"The file is {word} llama.cpp's {named}{times}"
 
 
 def show_proof(proof: Proof, console: Console) -> None:
@@ -94,23 +95,23 @@ def show_proof(proof: Proof, console: Console) -> None:
     table = Table()
     for column in ("", "KL", "perplexity"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
-    table.add_row("full precision", "", perplexity_text(proof.full_perplexity))
+    f = proof.figures
+    table.add_row("full precision", "", perplexity_text(f.base_perplexity.value))
     table.add_row("simulated", f"{proof.simulated_kl:.5f}", perplexity_text(proof.simulated_perplexity))
     if proof.eight_bit_alone_kl is not None:
         table.add_row("8-bit inputs alone", f"{proof.eight_bit_alone_kl:.5f}", "")
     if proof.eight_bit_kl is not None:
         table.add_row("simulated, 8-bit inputs", f"{proof.eight_bit_kl:.5f}", "")
-    table.add_row("llama.cpp", f"{proof.runtime_kl:.5f}", perplexity_text(proof.runtime_perplexity), style="bold")
+    table.add_row("llama.cpp", *kl_and_perplexity(f), style="bold")
     if proof.mix:
         name = f"llama.cpp with its own {proof.mix.mix} file"
-        table.add_row(name, f"{proof.mix.kl:.5f}", perplexity_text(proof.mix.perplexity))
+        table.add_row(name, *kl_and_perplexity(proof.mix.figures))
     console.print(table)
     if proof.mix:
         say(console, against_mix(proof, proof.mix))
-    f = proof.figures
     say(
         console,
-        f"As llama-perplexity has it, 8-bit inputs of the head included: KL {f.mean_kl.text()}, median "
+        f"By llama.cpp, as llama-perplexity has it: KL {f.mean_kl.text()}, median "
         f"{f.median_kl.text()}, 99 % {f.kl_99.text()}; RMS of the change of the true token's probability "
         f"{f.rms_delta_p.text(100, 3, ' %')}",
     )
@@ -119,9 +120,14 @@ def show_proof(proof: Proof, console: Console) -> None:
     say(
         console,
         f"KL from simulation to llama.cpp {proof.simulated_to_runtime_kl:.2e}; same next token as full precision "
-        f"{100 * proof.top1_agreement:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "
+        f"{100 * f.same_top.value:.1f} %; {proof.prompt_tokens_per_second:.0f} prompt and "
         f"{proof.generated_tokens_per_second:.0f} generated tokens/s",
     )
+
+
+def kl_and_perplexity(figures: Figures) -> tuple[str, str]:
+    """Return both as cells of a table."""
+    return f"{figures.mean_kl.value:.5f}", perplexity_text(figures.perplexity.value)
 
 
 def show_figures(figures: Figures, console: Console) -> None:

@@ -54,18 +54,18 @@ def worth(facts: Facts) -> str:
         f"seen (text: {text}). KL is the divergence of the file's next-token distribution from the model's in "
         f"{facts.full_precision}, in nats per token.\n"
     ]
-    rows = [("full precision", "", "", perplexity_text(proof["full_perplexity"]))]
-    files = [("this file", facts.file_bytes, proof["runtime_kl"], proof["runtime_perplexity"])]
+    figures = Figures.from_json(proof["figures"])
+    rows = [("full precision", "", "", perplexity_text(figures.base_perplexity.value))]
+    files = [("this file", facts.file_bytes, figures)]
     if mix := proof.get("mix"):
-        files.append((f"llama.cpp's {mix['mix']}, same importance matrix", *(mix[k] for k in MIX_KEYS)))
-    rows += [(name, f"{size:,}", f"{kl:.5f}", perplexity_text(perplexity)) for name, size, kl, perplexity in files]
+        name = f"llama.cpp's {mix['mix']}, same importance matrix"
+        files.append((name, mix["file_bytes"], Figures.from_json(mix["figures"])))
+    rows += [
+        (name, f"{size:,}", f"{f.mean_kl.value:.5f}", perplexity_text(f.perplexity.value)) for name, size, f in files
+    ]
     lines.append(table(("", "bytes", "KL", "perplexity"), rows))
-    if figures := proof.get("figures"):
-        lines.append("\n" + table(("figure", "this file"), Figures.from_json(figures).rows()))
+    lines.append("\n" + table(("figure", "this file"), figures.rows()))
     return "\n".join(lines)
-
-
-MIX_KEYS = ("file_bytes", "kl", "perplexity")
 
 
 def recipe(facts: Facts) -> str:

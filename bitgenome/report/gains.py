@@ -25,12 +25,13 @@ def against_mix(proof: Mapping[str, Any]) -> str:
         return ""
     size = 100 * (proof["file_bytes"] / mix["file_bytes"] - 1)
     sized = f"{abs(size):.1f}\u00a0% {'larger' if size > 0 else 'smaller'}" if abs(size) >= 0.05 else "of the same size"
-    found: list[Any] = [((one.get("figures") or {}).get("mean_kl") or {}).get("standard_error") for one in (proof, mix)]
+    ours, theirs = (one["figures"]["mean_kl"] for one in (proof, mix))
+    found = [one["standard_error"] for one in (ours, theirs)]
     noise = None if None in found else hypot(*found)
-    kl = compared(proof["runtime_kl"], mix["kl"], noise)
+    kl = compared(ours["value"], theirs["value"], noise)
     return (
         f"By llama.cpp the file has {kl} llama.cpp's own {mix['mix']} "
-        f"({kl_text(proof['runtime_kl'])} against {kl_text(mix['kl'])}), and is {sized}."
+        f"({kl_text(ours['value'])} against {kl_text(theirs['value'])}), and is {sized}."
     )
 
 

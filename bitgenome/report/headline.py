@@ -27,25 +27,27 @@ def tiles(view: RunView) -> list[Tile]:
     if not proof:
         row = next((row for row in reversed(best["rows"][:2]) if is_ours(row["name"])), None)
         return [*found, Tile("KL, simulated", row["kl"], kl_text(row["kl"]), note="nats per token")] if row else found
-    figures, speed = proof.get("figures") or {}, proof["generated_tokens_per_second"]
-    ratio = proof["runtime_perplexity"] / proof["full_perplexity"]
+    figures, speed = proof["figures"], proof["generated_tokens_per_second"]
+    kl, perplexity, ratio, same = (
+        figures[name]["value"] for name in ("mean_kl", "perplexity", "perplexity_ratio", "same_top")
+    )
     found += [
         Tile(
             "KL by llama.cpp",
-            proof["runtime_kl"],
-            kl_text(proof["runtime_kl"]),
+            kl,
+            kl_text(kl),
             note=f"nats per token{_error(figures, 'mean_kl')}; simulated {kl_text(proof['simulated_kl'])}",
         ),
         Tile(
             "Perplexity by llama.cpp",
-            proof["runtime_perplexity"],
-            perplexity_text(proof["runtime_perplexity"]),
-            note=f"full precision {perplexity_text(proof['full_perplexity'])}, ratio {ratio:.4f}",
+            perplexity,
+            perplexity_text(perplexity),
+            note=f"full precision {perplexity_text(figures['base_perplexity']['value'])}, ratio {ratio:.4f}",
         ),
         Tile(
             "Same next token",
-            proof["top1_agreement"],
-            f"{100 * proof['top1_agreement']:.2f}",
+            same,
+            f"{100 * same:.2f}",
             "%",
             "as full precision" + _error(figures, "same_top", 100, 2, "\u00a0%"),
         ),

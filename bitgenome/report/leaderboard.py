@@ -13,14 +13,14 @@ from bitgenome.common.numbers import perplexity_text
 from bitgenome.report.gains import windows_of
 from bitgenome.report.names import CLEAR, is_ours, kl_text, level_of, megabytes
 from bitgenome.report.page import Figure, Link, Page, Section, Table, render
-from bitgenome.report.quality import LOG_KL
+from bitgenome.report.quality import LOG_KL, by_llamacpp
 from bitgenome.report.source import RunView
 from bitgenome.report.traces import points
 from search.loop.paired import Estimate
 
 COLORS = ("--blue", "--orange", "--green", "--purple", "--red")  # of budgets, in turn
 SYMBOLS = ("diamond", "circle", "triangle-up", "cross", "star")
-FIGURES = ("rank", "KL", "KL, llama.cpp", "perplexity", "bits/weight", "size")
+FIGURES = ("rank", "KL, simulated", "KL", "perplexity", "bits/weight", "size")
 COLUMNS = ("run", *FIGURES, "strategy", "seed", "evaluations", "seconds")
 FINISHED = "finished"  # the stage of a run with a result
 Run = Mapping[str, Any]  # a row of a batch's results
@@ -95,8 +95,8 @@ def leaderboard(frame: pd.DataFrame, name: str, standings: Mapping[str, Standing
         rows = [(link, run["stage"], why) for link, run, why in zip(links, others, sentences, strict=True)]
         sections.append(Section("rest", "Without a result", table=Table(("run", "state", "why"), rows, words=3)))
     says = [
-        f"{len(finished)} of {len(runs)} runs finished. KL (nats per token) and perplexity are those of the shipped "
-        "file on held-out test text, simulated from its bytes; beside them what llama.cpp computes of the same file."
+        f"{len(finished)} of {len(runs)} runs finished. KL (nats per token) and perplexity are what llama.cpp computes "
+        "of the shipped file on held-out test text. Runs are ranked by the KL that is simulated from the file's bytes."
     ]
     return render(Page(name, "Batch, by model and budget", sections, says=says))
 
@@ -113,7 +113,7 @@ def chart(model: str, runs: Sequence[Run], standings: Mapping[str, Standing], an
     """Return KL against size of a model's runs, beside one type for all tensors and llama.cpp's own files."""
     known = [standings.get(run["name"], Standing()) for run in runs]
     levels = sorted({level_of(row["name"]): row for one in known for row in one.levels}.items(), key=_bytes)
-    named = [{**one.mix, "name": f"llama.cpp's own {one.mix['mix']}"} for one in known if one.mix]
+    named = [{**by_llamacpp(one.mix), "name": f"llama.cpp's own {one.mix['mix']}"} for one in known if one.mix]
     mixes = list({mix["name"]: mix for mix in named}.values())
     baselines = [row for _, row in levels]
     traces = [
@@ -122,12 +122,13 @@ def chart(model: str, runs: Sequence[Run], standings: Mapping[str, Standing], an
     ]
     for n, (budget, within) in enumerate(grouped(runs, "budget_bytes").items()):
         color, symbol = COLORS[n % len(COLORS)], SYMBOLS[n % len(SYMBOLS)]
-        traces.append(points(f"within {megabytes(budget)}", within, color, symbol, size=10))
+        traces.append(points(f"within {megabytes(budget)}", list(map(simulated, within)), color, symbol, size=10))
     says = ["Down and to the left is better." + (" Squares are all tensors at one type, simulated." if levels else "")]
     layout = {"xaxis": {"title": {"text": "file, MB"}}, "yaxis": LOG_KL, "showlegend": True}
     label = f"KL against file size of {len(runs)} runs of {model}"
     figure = Figure(label, [one for one in traces if one["x"]], layout, 400)
-    rows = [(row["name"], megabytes(row["file_bytes"]), kl_text(row["kl"])) for row in (*baselines, *mixes, *runs)]
+    shown = (*baselines, *mixes, *map(simulated, runs))
+    rows = [(row["name"], megabytes(row["file_bytes"]), kl_text(row["kl"])) for row in shown]
     return Section(anchor, f"{model}: quality against size", says, figure, Table(("file", "size", "KL"), rows))
 
 
@@ -138,8 +139,8 @@ def table_of(heading: str, runs: Sequence[Run], standings: Mapping[str, Standing
         (
             Link(run["name"], address(run["run"], standings.get(run["name"], Standing()))),
             rank,
-            f"{run['kl']:.5f}",
-            f"{run['runtime_kl']:.5f}",
+            f"{run['simulated_kl']:.5f}",
+            f"{run['mean_kl']:.5f}",
             perplexity_text(run["perplexity"]),
             f"{run['bits_per_weight']:.3f}",
             megabytes(run["file_bytes"]),
@@ -150,7 +151,7 @@ def table_of(heading: str, runs: Sequence[Run], standings: Mapping[str, Standing
         )
         for run, rank in zip(runs, places, strict=True)
     ]
-    says = [f"Perplexity in full precision {perplexity_text(runs[0]['full_perplexity'])}."]
+    says = [f"Perplexity in full precision {perplexity_text(runs[0]['base_perplexity'])}."]
     if tied := sum(rank == "1=" for rank in places):
         says.append(
             f"{tied} runs share the first place: the test text does not tell them apart, by {CLEAR:.0f} standard "
@@ -158,6 +159,11 @@ def table_of(heading: str, runs: Sequence[Run], standings: Mapping[str, Standing
         )
     marked = frozenset(n for n, rank in enumerate(places) if rank in ("1", "1="))
     return Section(anchor, heading, says, table=Table(COLUMNS, rows, marked=marked))
+
+
+def simulated(run: Run) -> dict[str, Any]:
+    """Return a run as a row of the closing table has it."""
+    return {"name": run["name"], "file_bytes": run["file_bytes"], "kl": run["simulated_kl"]}
 
 
 def _bytes(item: tuple[Any, Mapping[str, Any]]) -> int:

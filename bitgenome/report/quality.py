@@ -88,25 +88,27 @@ def agreement(view: RunView) -> Section | None:
     proof = view.proof
     if not proof:
         return None
+    figures = proof["figures"]
+    kl, perplexity = (figures[name]["value"] for name in ("mean_kl", "perplexity"))
     known = [
-        ("simulated<br>from the file's bytes", "simulated_kl", proof["simulated_perplexity"], "--grey"),
-        ("simulated,<br>8-bit inputs", "eight_bit_kl", None, "--grey"),
-        ("llama.cpp", "runtime_kl", proof["runtime_perplexity"], "--blue"),
-        ("from simulation<br>to llama.cpp", "simulated_to_runtime_kl", None, "--orange"),
-        ("from 8-bit simulation<br>to llama.cpp", "eight_bit_to_runtime_kl", None, "--orange"),
+        ("simulated<br>from the file's bytes", proof["simulated_kl"], proof["simulated_perplexity"], "--grey"),
+        ("simulated,<br>8-bit inputs", proof.get("eight_bit_kl"), None, "--grey"),
+        ("llama.cpp", kl, perplexity, "--blue"),
+        ("from simulation<br>to llama.cpp", proof["simulated_to_runtime_kl"], None, "--orange"),
+        ("from 8-bit simulation<br>to llama.cpp", proof.get("eight_bit_to_runtime_kl"), None, "--orange"),
     ]
-    rows = [(name, proof[key], *more) for name, key, *more in known if proof.get(key) is not None]
+    rows = [row for row in known if row[1] is not None]
     values = [row[1] for row in rows]
     trace = bars([row[0] for row in rows], values, list(map(kl_text, values)), [row[3] for row in rows])
     figure = Figure("KL simulated and by llama.cpp", [trace], bars_layout(KL, values), 70 + 52 * len(rows))
     nearest = proof.get("eight_bit_to_runtime_kl") or proof["simulated_to_runtime_kl"]
-    share = f", {100 * nearest / proof['runtime_kl']:.1f}\u00a0% of the file's" if proof["runtime_kl"] > 0 else ""
+    share = f", {100 * nearest / kl:.1f}\u00a0% of the file's" if kl > 0 else ""
     says = [
         f"What was scored, and what llama.cpp computes of the same file, on {proof['tokens']:,} tokens of test text: "
         f"from the one to the other KL is {kl_text(nearest)}{share}."
     ]
     table = [
-        ("full precision", *figures_text(None, proof["full_perplexity"])),
+        ("full precision", *figures_text(None, figures["base_perplexity"]["value"])),
         *((name.replace("<br>", " "), *figures_text(kl, perplexity)) for name, kl, perplexity, _ in rows),
     ]
     return Section(
@@ -118,12 +120,18 @@ def runtime_points(proof: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     """Return name, figures, colour, symbol and its size of the files that llama.cpp has run."""
     if not proof:
         return []
-    ours = {"file_bytes": proof["file_bytes"], "kl": proof["runtime_kl"], "perplexity": proof["runtime_perplexity"]}
     mix = proof.get("mix")
     found: list[tuple[str, Mapping[str, Any], str, str, int]] = [
-        ("this file by llama.cpp", ours, "--orange", "star-open", 16)
+        ("this file by llama.cpp", by_llamacpp(proof), "--orange", "star-open", 16)
     ]
-    return [*found, (f"llama.cpp's own {mix['mix']}", mix, "--green", "triangle-up", 12)] if mix else found
+    return [*found, (f"llama.cpp's own {mix['mix']}", by_llamacpp(mix), "--green", "triangle-up", 12)] if mix else found
+
+
+def by_llamacpp(proved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return bytes, KL and perplexity of a proof, or of the mix beside it, as a row of the closing table has them."""
+    figures = proved["figures"]
+    row = {"kl": figures["mean_kl"]["value"], "perplexity": figures["perplexity"]["value"]}
+    return {"file_bytes": proved["file_bytes"], **row}
 
 
 def cells(view: RunView, row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -45,9 +45,7 @@ class MixProof:
 
     mix: str  # of llama.cpp, e.g. "Q3_K_M"
     file_bytes: int
-    kl: float  # full precision to llama.cpp
-    perplexity: float
-    figures: Figures
+    figures: Figures  # as those of the proof
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Proof:
-    """Holds the quality of a file on held-out text, as simulated from its own bytes and as llama.cpp runs it."""
+    """Holds the quality of a file on held-out text, as simulated from its own bytes and as llama.cpp runs it.
+
+    What llama.cpp makes of the file is in ``figures``, of its own logits: inputs of a quantized head are rounded to 8
+    bits there as all others are. KL from a simulation to llama.cpp is of the hidden states of both through the same
+    head in floats.
+    """
 
     file: str
     file_bytes: int
     tokens: int
-    full_perplexity: float
     simulated_kl: float  # nats per token, full precision to simulated
     simulated_perplexity: float
-    runtime_kl: float  # full precision to llama.cpp
-    runtime_perplexity: float
     simulated_to_runtime_kl: float
-    top1_agreement: float  # of llama.cpp with the full-precision model
     prompt_tokens_per_second: float
     generated_tokens_per_second: float
-    figures: Figures  # of llama.cpp beside the full-precision model, 8-bit inputs of its head included
-    eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, where the run was configured so
+    figures: Figures  # of llama.cpp beside the full-precision model
+    eight_bit_kl: float | None = None  # simulated with llama.cpp's 8-bit inputs, the head's too, where configured so
     eight_bit_to_runtime_kl: float | None = None
     eight_bit_alone_kl: float | None = None  # of 8-bit inputs with full-precision weights
     mix: MixProof | None = None  # of llama.cpp's own files the nearest in size, where it was made
@@ -158,34 +157,30 @@ def prove(
     alone_kl = None if alone is None else reference.compare(alone, full_head).kl
     if eight_bit_states is not None and eight_bit_input is not None:
         eight_bit_kl = reference.compare(eight_bit_input, head).kl
-        eight_bit = log_probs(eight_bit_states, head)  # llama.cpp's head is in floats too
+        eight_bit = log_probs(eight_bit_states, head)
     full_precision = log_probs(full_states, full_head)
     mix = None
     if beside is not None and from_mix is not None:
         mix = mix_proof(*beside, torch.from_numpy(from_mix).to(device), full_head, full_precision, text)
     ours, head_format = torch.from_numpy(from_runtime).to(device), formats.get(folder.head_tensor)
     found = compare(
-        log_probs(ours, head),
+        log_probs(ours, rounded(head, input_type(head_format)) if head_format else head),
         windows,
         len(head.weight),
         full_precision,
         log_probs(states, head),
         eight_bit,
         text.unscored,
-        quoted=log_probs(ours, rounded(head, input_type(head_format))) if head_format else None,
+        before_rounding=log_probs(ours, head),
     )
     assert found.reference is not None and found.reference.figures is not None and found.simulated is not None
     return Proof(
         file=path.name,
         file_bytes=path.stat().st_size,
         tokens=windows.size,
-        full_perplexity=found.reference.perplexity,
         simulated_kl=measured.kl,
         simulated_perplexity=measured.perplexity,
-        runtime_kl=found.reference.kl,
-        runtime_perplexity=found.perplexity,
         simulated_to_runtime_kl=found.simulated.kl,
-        top1_agreement=found.reference.top1_agreement,
         prompt_tokens_per_second=speed.prompt,
         generated_tokens_per_second=speed.generation,
         figures=found.reference.figures,
@@ -204,11 +199,10 @@ def mix_proof(mix: str, path: Path, states: Tensor, full_head: Head, full: LogPr
     """
     contents, windows = read_gguf(path), text.windows["test"]
     head = replace(full_head, weight=torch.from_numpy(contents.head()).to(states.device))
-    quoted = log_probs(states, rounded(head, head_input_type(contents.tensors)))
-    own = log_probs(states, head)
-    found = compare(own, windows, len(head.weight), full, unscored=text.unscored, quoted=quoted)
+    theirs = log_probs(states, rounded(head, head_input_type(contents.tensors)))
+    found = compare(theirs, windows, len(head.weight), full, unscored=text.unscored)
     assert found.reference is not None and found.reference.figures is not None
-    return MixProof(mix, path.stat().st_size, found.reference.kl, found.perplexity, found.reference.figures)
+    return MixProof(mix, path.stat().st_size, found.reference.figures)
 
 
 def sample_of(server: TextServer, text: str) -> Sample | None:

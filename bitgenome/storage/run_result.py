@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from bitgenome.common import layout
 from bitgenome.common.errors import UserError, expecting
@@ -21,9 +21,15 @@ class RunResult(BaseModel):
     bits_per_weight: float
     budget_bytes: int
     healing: dict[str, Any] | None = None
-    proof: dict[str, Any] | None = None  # None: llama.cpp has not run the file
+    proof: dict[str, Any] | None = None  # None: llama.cpp has not run the file, and ``resume`` proves it
     gguf_bytes: int | None = None  # None in runs of earlier versions
     gguf_sha256: str | None = None
+
+    @field_validator("proof")
+    @classmethod
+    def _of_this_version(cls, proof: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return a proof; None for one of an early version, which is without the figures that others read."""
+        return proof if proof and proof.get("figures") else None
 
     @property
     def evaluation(self) -> Evaluation:

@@ -33,7 +33,7 @@ class Comparison:
     kl: float
     top1_agreement: float  # share of positions whose most likely token is the same
     perplexity: float  # of the model itself
-    figures: Figures | None = None  # of what is quoted beside the model, which is the base; of the reference alone
+    figures: Figures | None = None  # of the runtime beside the model, which is the base; of the reference alone
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ def compare(
     eight_bit: LogProbs | None = None,
     unscored: int = 0,
     followed: bool = False,
-    quoted: LogProbs | None = None,
+    before_rounding: LogProbs | None = None,
 ) -> RuntimeFigures:
     """Return the figures of ``runtime`` on token ids ``windows`` (n, T), compared with each model that is given.
 
     ``vocabulary`` is V, which sets the size of a chunk. The first ``unscored`` positions of each window do not count,
-    nor does the last if only those count that are ``followed`` by a token of the window. ``quoted`` is what figures
-    beside the reference are of, the runtime by default.
+    nor does the last if only those count that are ``followed`` by a token of the window. ``before_rounding`` is what
+    the runtime's hidden states predict through the head in floats: simulated and eight_bit, whose heads are in floats
+    too, are held against that. By default it is the runtime.
 
     Raises FloatingPointError if log probabilities of the runtime are not finite.
     """
@@ -99,10 +100,10 @@ def compare(
         if not bool(torch.isfinite(ours).all()):
             raise FloatingPointError("llama.cpp's logits are not finite")
         sums["runtime"].add(ours, ours, next_ids)
-        other = None if quoted is None else quoted(start, stop)[rows]
+        floats = ours if before_rounding is None else before_rounding(start, stop)[rows]
         for name, model in models.items():
             if model is not None:
-                sums[name].add(model(start, stop)[rows], ours, next_ids, other)
+                sums[name].add(model(start, stop)[rows], ours if name == "reference" else floats, next_ids)
     return RuntimeFigures(
         sums["runtime"].comparison().perplexity,
         int(counted.sum()),
@@ -142,13 +143,8 @@ class _Sums:
         self._windows = windows
         self._each: list[torch.Tensor] | None = [] if each else None
 
-    def add(
-        self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor, quoted: torch.Tensor | None = None
-    ) -> None:
-        """Add a chunk: log probabilities ``model``, ``runtime`` (chunk, V); next tokens ``targets`` (chunk,) or -1.
-
-        What each position is, is that of ``quoted`` in place of the runtime, if it is given.
-        """
+    def add(self, model: torch.Tensor, runtime: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add a chunk: log probabilities ``model``, ``runtime`` (chunk, V); next tokens ``targets`` (chunk,) or -1."""
         followed, terms = targets >= 0, model.exp() * (model - runtime)
         agreed = model.argmax(-1) == runtime.argmax(-1)
         self.kl += float(terms.sum(dtype=torch.float64))
@@ -157,7 +153,7 @@ class _Sums:
         self.positions += len(targets)
         self.predicted += int(followed.sum())
         if self._each is not None:
-            self._each.append(_each_position(model, runtime if quoted is None else quoted, targets))
+            self._each.append(_each_position(model, runtime, targets))
 
     def comparison(self) -> Comparison:
         """Return the means of the sums."""

@@ -160,12 +160,15 @@ def test_the_table_has_all_runs_the_best_first_within_a_budget(story: Story) -> 
     assert sorted(finished.name) == sorted(story.names)
     assert sorted(finished.groupby("budget_bytes").size()) == [1, 2]
     for _, group in finished.groupby("budget_bytes"):
-        assert group.kl.is_monotonic_increasing
+        assert group.simulated_kl.is_monotonic_increasing
         assert (group.file_bytes <= group.budget_bytes).all()
-    assert pd.read_csv(story.path / "results.csv").kl.dropna().tolist() == pytest.approx(finished.kl.tolist())
+    written = pd.read_csv(story.path / "results.csv")
+    assert written.mean_kl.dropna().tolist() == pytest.approx(finished.mean_kl.tolist())
     for row in finished.to_dict("records"):
         best = story.runs.best(row["name"])
-        assert (row["kl"], row["runtime_kl"]) == (best["proof"]["simulated_kl"], best["proof"]["runtime_kl"])
+        proof = best["proof"]
+        kls = proof["simulated_kl"], proof["figures"]["mean_kl"]["value"]
+        assert (row["simulated_kl"], row["mean_kl"]) == kls
         assert row["evaluations"] == len(story.runs.evaluations(row["name"]))
         assert (story.path / row["run"] / row["gguf"]).is_file()
 
@@ -245,9 +248,9 @@ def test_a_batch_behind_a_url_is_known_to_another_machine(
     assert not list((tmp_path / "another disk").glob(f"*/{name}")), "and has nothing to do"
     (first,) = pd.read_parquet(next((tmp_path / "disk").glob("*/batch-far/results.parquet"))).to_dict("records")
     (second,) = again.to_dict("records")
-    assert first == second and first["kl"] > 0 and first["evaluations"] > 0
+    assert first == second and first["mean_kl"] > 0 and first["evaluations"] > 0
     remote = tmp_path / "nfs" / "batch-far"
-    assert pd.read_csv(remote / "results.csv").kl.tolist() == pytest.approx([first["kl"]])
+    assert pd.read_csv(remote / "results.csv").mean_kl.tolist() == pytest.approx([first["mean_kl"]])
     assert (remote / layout.LOGS / f"{name}.log").is_file() and (remote / "leaderboard.html").is_file()
     file.write_text(yaml.safe_dump({"base": base, "matrix": {**matrix, "search.strategy": ["exact", "genetic"]}}))
     with pytest.raises(UserError, match=f"expected a new batch, found {location} with 1 of 2 runs unfinished"):

@@ -98,7 +98,7 @@ def test_a_page_of_a_batch_without_any_result_names_what_failed_and_escapes_it(
     states: list[RunState], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frame = results_frame(states, tmp_path / "runs" / "batch-x")
-    assert list(frame.columns) == list(COLUMNS) and frame.kl.isna().all()
+    assert list(frame.columns) == list(COLUMNS) and frame.mean_kl.isna().all()
     page = leaderboard(frame, "x & y", {})
     assert "<h1>x &amp; y</h1>" in page and "expected &lt;b&gt;room&lt;/b&gt;" in page
     assert "0 of 3 runs finished" in page and '<a href="../stdlib-6m-s2/">' in page
@@ -108,9 +108,9 @@ def test_a_page_of_a_batch_without_any_result_names_what_failed_and_escapes_it(
 
 def test_the_page_keeps_the_order_of_the_rows_and_marks_the_first(states: list[RunState], tmp_path: Path) -> None:
     rows = results_frame(states, tmp_path).assign(stage=str(Stage.FINISHED), file_bytes=10, evaluations=1, seconds=1.0)
-    figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "full_perplexity": 8.0, "runtime_kl": 0.3, "gguf": "x"}
-    rows = rows.assign(**figures, kl=[0.3, 0.1, 0.2])
-    ordered = rows.sort_values("kl")
+    figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "base_perplexity": 8.0, "mean_kl": 0.3, "gguf": "x"}
+    rows = rows.assign(**figures, simulated_kl=[0.3, 0.1, 0.2])
+    ordered = rows.sort_values("simulated_kl")
     page = leaderboard(ordered, "x", {})
     places = [page.index(f">{name}</a>") for name in ordered.name]
     assert places == sorted(places) and page.count('class="marked"') == 1
@@ -125,7 +125,7 @@ def test_a_batch_may_not_be_named_out_of_its_storage(tmp_path: Path) -> None:
 
 def test_the_closing_table_fits_into_80_columns(states: list[RunState], tmp_path: Path) -> None:
     rows = results_frame(states, tmp_path).assign(stage=str(Stage.FINISHED), file_bytes=4_321_000_000, evaluations=1000)
-    figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "runtime_kl": 0.3, "kl": 0.3, "seconds": 36000.0}
+    figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "mean_kl": 0.3, "simulated_kl": 0.3, "seconds": 36000.0}
     out = StringIO()
     show_results(rows.assign(**figures), tmp_path, Console(file=out))
     table = out.getvalue().partition(" table  ")[0]

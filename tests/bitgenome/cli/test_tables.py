@@ -82,10 +82,12 @@ def test_the_error_of_a_single_window_is_no_number_in_json() -> None:
 
 
 def test_a_file_is_held_against_llama_cpps_own_of_the_nearest_size() -> None:
-    errors = PositionErrors(np.zeros((1, 1)), np.ones((1, 1), bool), np.zeros((1, 1)), np.zeros((1, 1)))
-    figures = Figures.of(errors)
-    mix = MixProof("Q3_K_M", 2_000_000, 0.2, 9.0, figures)
-    proof = Proof("f.gguf", 1_900_000, 8, 8.0, 0.1, 8.5, 0.1, 8.5, 0.0, 1.0, 1.0, 1.0, figures, mix=mix)
+    def figures(kl: float) -> Figures:
+        log_prob = np.zeros((1, 1))
+        return Figures.of(PositionErrors(np.full((1, 1), kl), np.ones((1, 1), bool), log_prob, log_prob))
+
+    mix = MixProof("Q3_K_M", 2_000_000, figures(0.2))
+    proof = Proof("f.gguf", 1_900_000, 8, 0.1, 8.5, 0.0, 1.0, 1.0, figures(0.1), mix=mix)
     assert against_mix(proof, mix) == (
         "The file is 5.0 % smaller than llama.cpp's Q3_K_M (2.000 MB, with the same importance matrix); its KL is 0.50 "
         "of that one's"

@@ -23,7 +23,7 @@ def test_the_nearest_mix_is_made_measured_and_removed(little: Path, tmp_path: Pa
     assert abs(found["file_bytes"] - best["gguf_bytes"]) == min(
         abs(size - best["gguf_bytes"]) for size in sizes.values()
     )
-    assert found["kl"] > 0 and found["figures"]["mean_kl"]["value"] == pytest.approx(found["kl"], rel=0.1)
+    assert set(found) == {"mix", "file_bytes", "figures"} and found["figures"]["mean_kl"]["value"] > 0
     assert best["proof"]["sample"]["answer"]
     with nearest_mix("on", 1, plan.folder, plan.file, sizes["Q6_K"], run / layout.IMATRIX) as made:
         assert made is not None and made[0] == "Q6_K"

@@ -56,8 +56,8 @@ def test_llamacpps_own_file_is_named_with_both_figures_and_sizes() -> None:
     def figures(kl: float) -> dict[str, Any]:
         return {"mean_kl": {"value": kl, "standard_error": 0.001}}
 
-    mix = {"mix": "Q3_K_M", "file_bytes": 1000, "kl": 0.1, "figures": figures(0.1)}
-    proof = {"file_bytes": 950, "runtime_kl": 0.05, "figures": figures(0.05), "mix": mix}
+    mix = {"mix": "Q3_K_M", "file_bytes": 1000, "figures": figures(0.1)}
+    proof = {"file_bytes": 950, "figures": figures(0.05), "mix": mix}
     assert against_mix(proof) == (
         "By llama.cpp the file has 50\u00a0% less KL than llama.cpp's own Q3_K_M (0.05000 against 0.10000), and is "
         "5.0\u00a0% smaller."

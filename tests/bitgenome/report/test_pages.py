@@ -84,7 +84,8 @@ def test_the_report_of_a_run_draws_every_figure_and_its_headline_is_that_of_best
     with opened(browser, (run / layout.REPORT).as_uri(), width, scheme) as page:
         told = page.eval_on_selector_all(".tiles data", "all => all.map(one => Number(one.value))")
         assert told == [
-            proof["file_bytes"], proof["runtime_kl"], proof["runtime_perplexity"], proof["top1_agreement"],
+            proof["file_bytes"],
+            *(proof["figures"][name]["value"] for name in ("mean_kl", "perplexity", "same_top")),
             proof["generated_tokens_per_second"],
         ]  # fmt: skip
         assert set(page.eval_on_selector_all("section", "all => all.map(one => one.id)")) == SECTIONS
@@ -135,8 +136,8 @@ def test_a_leaderboard_shows_ties_as_ties_and_leads_to_the_runs_pages(browser: A
         shutil.copytree(run, tmp_path / name)
         write_report(tmp_path / name)
         standings[name] = standing_of(RunSource(tmp_path / name).read(), report=True)
-        figures = {"kl": proof["simulated_kl"], "perplexity": proof["simulated_perplexity"], "bits_per_weight": 3.5}
-        figures |= {key: proof[key] for key in ("file_bytes", "full_perplexity", "runtime_kl", "runtime_perplexity")}
+        figures = {key: proof[key] for key in ("file_bytes", "simulated_kl")} | {"bits_per_weight": 3.5}
+        figures |= {key: proof["figures"][key]["value"] for key in ("mean_kl", "perplexity", "base_perplexity")}
         place = {
             "name": name,
             "stage": "finished",

@@ -27,4 +27,5 @@ def test_a_file_loses_at_least_forty_percent_less_than_llama_cpps_mix_of_its_siz
     assert done.returncode == 0, done.stderr
     proof = runs.best(f"against-{MIX}")["proof"]
     assert proof["file_bytes"] <= size
-    assert proof["runtime_kl"] <= MOST_OF_THEIR_KL * prove(theirs, folder, text).runtime_kl
+    their_kl = prove(theirs, folder, text).figures.mean_kl.value
+    assert proof["figures"]["mean_kl"]["value"] <= MOST_OF_THEIR_KL * their_kl

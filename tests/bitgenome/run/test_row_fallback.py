@@ -26,4 +26,5 @@ def test_a_llama_of_short_rows_is_searched_exported_and_proved(runs: Runs) -> No
     assert set(best["formats"].values()) <= {"Q4_0", "Q5_0", "Q8_0", "F16"}
     assert 0.995 * best["budget_bytes"] <= best["winner"]["file_bytes"] <= best["budget_bytes"]
     assert best["proof"]["simulated_to_runtime_kl"] <= 1e-3
-    assert best["proof"]["runtime_perplexity"] == pytest.approx(best["proof"]["simulated_perplexity"], rel=5e-3)
+    perplexity = best["proof"]["figures"]["perplexity"]["value"]
+    assert perplexity == pytest.approx(best["proof"]["simulated_perplexity"], rel=5e-3)

@@ -35,7 +35,6 @@ def test_verify_says_what_differs_wherever_a_byte_has_changed(little: Path) -> N
     file = shipped(little)
     measured = json.loads(call_here("verify", file, "--json").stdout)
     assert measured["figures"] == best(little)["proof"]["figures"]
-    assert measured["figures"]["mean_kl"]["value"] == pytest.approx(measured["runtime_kl"], rel=0.1)
     whole, tensor = file.read_bytes(), read_gguf(file).tensors["blk.1.ffn_up.weight"]
     for place, found in (
         (tensor.offset + 7, "tensor model.layers.1.mlp.up_proj.weight to differ"),
@@ -97,8 +96,9 @@ def test_what_was_searched_is_kept_when_llamacpp_dies_in_the_proof(
         assert call_here("export", little / "little").returncode == 0
         status = json.loads(call_here("status", little / "little", "--json").stdout)
         assert status["state"] == "failed" and died in status["error"]
+    best(little, proof={"runtime_kl": 0.1})  # of an early version, without figures
     assert call_here("resume", little / "little").returncode == 0
-    assert best(little)["proof"]["runtime_kl"] == proved["proof"]["runtime_kl"]
+    assert best(little)["proof"]["figures"] == proved["proof"]["figures"]
 
 
 def test_a_run_is_named_in_the_same_ways_by_all_commands(little: Path, monkeypatch: pytest.MonkeyPatch) -> None:

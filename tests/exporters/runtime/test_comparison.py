@@ -49,6 +49,22 @@ def test_figures_of_constant_models_are_those_worked_out_by_hand() -> None:
     assert figures.simulated.top1_agreement == 1.0
 
 
+def test_what_the_runtime_predicts_is_quoted_and_simulations_are_held_against_it_before_the_heads_rounding() -> None:
+    found = compare(
+        constant([0.5, 0.5]),
+        np.array([[0, 1, 0]]),
+        2,
+        reference=constant([0.75, 0.25]),
+        simulated=constant([0.25, 0.75]),
+        before_rounding=constant([0.25, 0.75]),
+    )
+    assert found.reference is not None and found.reference.figures is not None and found.simulated is not None
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert found.reference.kl == pytest.approx(kl) == pytest.approx(found.reference.figures.mean_kl.value)
+    assert found.perplexity == pytest.approx(2.0) == pytest.approx(found.reference.figures.perplexity.value)
+    assert found.simulated.kl == pytest.approx(0.0, abs=1e-9)
+
+
 def test_top1_agreement_counts_positions() -> None:
     runtime = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]]).log()
     reference = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.6, 0.4], [0.1, 0.9]]).log()
