@@ -1,13 +1,14 @@
 """Writes the results of a batch, one row per run, as Parquet, CSV, an HTML page and a table in the terminal."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from bitgenome.batch.config import BatchRun
@@ -115,12 +116,21 @@ def summary(row: Mapping[Any, Any]) -> str:
 
 
 def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
-    """Show the closing table of a batch."""
-    table = Table(
-        title="Held-out test text, by model and budget", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
+    """Show the closing table of a batch, with the columns for which there is room beside the names of all runs."""
+    left = list(SHOWN)
+    while widest(table := closing_table(frame, left), console) > console.width and len(left) > 1:
+        left.remove(next(column for column in LEAST_NEEDED if column in left))
+    console.print(table)
+    for what, file in (("table", layout.RESULTS_CSV), ("page", layout.LEADERBOARD)):
+        console.print(f"{what:>6}  {path / file}", soft_wrap=True)
+
+
+def closing_table(frame: pd.DataFrame, columns: Sequence[str]) -> Table:
+    """Return a table of all runs, those of a model and budget together, with ``columns`` of SHOWN."""
+    title = "Held-out test text, by model and budget; KL and perplexity by llama.cpp"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")
-    for column in ("MB", "bits", "KL", "llama.cpp", "perplexity", "tried", "s"):
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     last = None
     for row in frame.to_dict("records"):
@@ -128,12 +138,26 @@ def show_results(frame: pd.DataFrame, path: Path, console: Console) -> None:
         if last not in (None, group):
             table.add_section()
         last = group
-        if row["stage"] != Stage.FINISHED:
+        if row["stage"] == Stage.FINISHED:
+            table.add_row(row["name"], *(SHOWN[column](row) for column in columns))
+        else:
             table.add_row(row["name"], str(row["stage"]), style="red" if row["stage"] == Stage.FAILED else "dim")
-            continue
-        figures = (f"{row['bits_per_weight']:.3f}", f"{row['simulated_kl']:.5f}", f"{row['mean_kl']:.5f}")
-        more = (perplexity_text(row["perplexity"]), str(row["evaluations"]), f"{row['seconds']:.0f}")
-        table.add_row(row["name"], size(row["file_bytes"]).removesuffix(" MB"), *figures, *more)
-    console.print(table)
-    for what, file in (("table", layout.RESULTS_CSV), ("page", layout.LEADERBOARD)):
-        console.print(f"{what:>6}  {path / file}", soft_wrap=True)
+    return table
+
+
+def widest(table: Table, console: Console) -> int:
+    """Return the columns of a terminal that a table takes with nothing folded."""
+    return Measurement.get(console, console.options.update(width=UNBOUNDED), table).maximum
+
+
+UNBOUNDED = 10_000  # columns of a terminal
+SHOWN: dict[str, Callable[[Mapping[Any, Any]], str]] = {  # in the closing table, beside the name
+    "MB": lambda row: size(row["file_bytes"]).removesuffix(" MB"),
+    "bits": lambda row: f"{row['bits_per_weight']:.3f}",
+    "simulated": lambda row: f"{row['simulated_kl']:.5f}",
+    "KL": lambda row: f"{row['mean_kl']:.5f}",
+    "perplexity": lambda row: perplexity_text(row["perplexity"]),
+    "tried": lambda row: str(row["evaluations"]),
+    "s": lambda row: f"{row['seconds']:.0f}",
+}
+LEAST_NEEDED = ("s", "tried", "bits", "perplexity", "simulated", "KL")  # all of them are in results.csv

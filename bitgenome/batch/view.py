@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -43,12 +44,18 @@ class BatchView:
     def table(self) -> Table:
         """Return a table of all runs."""
         done = sum(state.stage is Stage.FINISHED for state in self.states)
-        table = Table(title=f"{done} of {len(self.states)} runs finished", title_justify="left")
-        for column in ("run", "state", "generation", "best loss", "evaluations", "left"):
-            table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+        title = f"{done} of {len(self.states)} runs finished"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in ("run", "state", "generation", "best loss", "tried", "left"):
+            table.add_column(
+                column,
+                justify="left" if column in ("run", "state") else "right",
+                overflow="fold",
+                no_wrap=column != "state",
+            )
         for state in self.states:
             generation, loss, genomes, left = figures(state)
-            doing = f"{state.stage}, {state.doing}" if state.doing not in ("", "search") else str(state.stage)
+            doing = state.doing if state.doing not in ("", "search") else str(state.stage)
             table.add_row(state.name, doing, generation, loss, genomes, left, style=STYLES.get(state.stage))
         return table
 

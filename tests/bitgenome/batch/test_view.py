@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -123,10 +124,24 @@ def test_a_batch_may_not_be_named_out_of_its_storage(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_closing_table_fits_into_80_columns(states: list[RunState], tmp_path: Path) -> None:
+def test_at_80_columns_tables_rather_leave_out_columns_than_fold_names(states: list[RunState], tmp_path: Path) -> None:
     rows = results_frame(states, tmp_path).assign(stage=str(Stage.FINISHED), file_bytes=4_321_000_000, evaluations=1000)
     figures = {"bits_per_weight": 3.0, "perplexity": 9.0, "mean_kl": 0.3, "simulated_kl": 0.3, "seconds": 36000.0}
-    out = StringIO()
-    show_results(rows.assign(**figures), tmp_path, Console(file=out))
-    table = out.getvalue().partition(" table  ")[0]
-    assert max(map(len, table.splitlines())) <= 80 and table.count("4321.000") == len(states) and "…" not in table
+    for name, columns in {
+        "s2": "run MB bits simulated KL perplexity tried s",
+        "stdlib-6m-3.0bpw-genetic": "run MB bits simulated KL perplexity",
+        "stdlib-6m-3.0bpw-genetic-population-64": "run MB simulated KL",
+        "n" * 70: "run MB",
+    }.items():
+        out = StringIO()
+        named = rows.assign(**figures, name=[f"{name}{n}" for n in range(len(rows))])
+        show_results(named, tmp_path, Console(file=out))
+        table = out.getvalue().partition(" table  ")[0]
+        assert max(map(len, table.splitlines())) <= 80 and table.count("4321.000") == len(states) and "…" not in table
+        assert all(f"{name}{n}" in table for n in range(len(rows))) is (len(name) < 70)
+        assert columns.split() in [line.split() for line in table.splitlines()]
+    name, plan = "stdlib-6m-3.0bpw-genetic", states[0].run.plan
+    renamed = replace(plan, config=plan.config.model_copy(update={"name": name}))
+    states[0].run, states[0].stage, states[0].doing = replace(states[0].run, plan=renamed), Stage.PREPARING, "bank"
+    Console(file=out, width=80).print(BatchView(states, Console(quiet=True)).table())
+    assert [name, "bank"] in [line.split() for line in out.getvalue().splitlines()]
