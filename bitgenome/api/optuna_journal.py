@@ -1,11 +1,14 @@
 """Writes evaluations as trials of Optuna's, into a journal file that optuna-dashboard and JournalStorage open."""
 
+import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -22,8 +25,9 @@ def write_journal(
 ) -> list[str]:
     """Write ``evaluations`` of the run named ``run`` to ``path``, and return the studies' names, one for each text.
 
-    A trial's parameters are the type of each gene; its values are ``objectives``, all minimized; the other figures are
-    user attributes. A trial without finite values has failed. An earlier file is replaced when the new one is whole.
+    A trial's parameters are the type of each gene; its values are ``objectives``, all minimized and named as metrics;
+    all figures are user attributes. A trial ends at the time of writing, and has taken the seconds of its evaluation.
+    One without finite values has failed. An earlier file is replaced when the new one is whole.
     Raises UserError.
     """
     if not objectives or not set(objectives) <= set(OBJECTIVES):
@@ -41,7 +45,8 @@ def write_journal(
             study = optuna.create_study(
                 storage=storage, study_name=study_name(run, text), directions=["minimize"] * len(objectives)
             )
-            study.set_user_attr("objectives", list(objectives))
+            with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+                study.set_metric_names(list(objectives))
             study.set_user_attr("text", {"split": text.split, "tokens": text.tokens, "draw": text.draw})
             study.add_trials([trial(e, space, distributions, objectives) for e in evaluations if e.fidelity == text])
     return [study_name(run, text) for text in texts]
@@ -64,10 +69,13 @@ def trial(
     figures = {name: getattr(evaluation, name) for name in OBJECTIVES}
     values = [float(figures[name]) for name in objectives]
     whole = all(map(isfinite, values))
-    return create_trial(
+    found = create_trial(
         state=TrialState.COMPLETE if whole else TrialState.FAIL,
         values=values if whole else None,
         params={g.name: g.formats[c].name for g, c in zip(space.genes, evaluation.genome, strict=True)},
         distributions=dict(distributions),
         user_attrs={name: value for name, value in figures.items() if isfinite(value)},
     )
+    if found.datetime_complete and isfinite(evaluation.seconds):
+        found.datetime_start = found.datetime_complete - timedelta(seconds=evaluation.seconds)
+    return found

@@ -90,11 +90,14 @@ def test_optuna_loads_the_journal_with_equal_values_and_parameters(
     assert len(summaries) == len(texts) and all(summary.study_name in done.stdout for summary in summaries)
     for summary, (_, measured) in zip(summaries, texts, strict=True):
         study = optuna.load_study(study_name=summary.study_name, storage=storage)
+        assert study.metric_names == list(objectives)
         found = [trial for trial in study.trials if trial.values is not None]
         rows = measured[measured[list(objectives)].map(isfinite).all(axis=1)]
         assert [trial.values for trial in found] == rows[list(objectives)].astype(float).to_numpy().tolist()
         params = rows.filter(like="params_").rename(columns=lambda name: name.removeprefix("params_"))
         assert [trial.params for trial in found] == params.to_dict("records")
+        taken = [trial.duration.total_seconds() for trial in found if trial.duration]
+        assert taken == pytest.approx(rows.seconds.tolist(), abs=1e-5)
 
 
 def test_what_cannot_be_is_one_sentence_and_leaves_what_is_there(run: bitgenome.Run, tmp_path: Path) -> None:
