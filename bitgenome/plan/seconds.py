@@ -98,11 +98,11 @@ class Work:
         return (self.passes(genomes, tokens, share=share, exact=exact) + references + decoding) / busy
 
     def text(self) -> float:
-        """Return the seconds in which the model writes its text: batches of windows, divided among the workers."""
+        """Return the seconds in which the model writes its text: whole batches of windows, a share for each worker."""
         text = self.plan.config.text
         count = len(batches(sum(written_counts(text).values())))
         a_step = BATCH * (self.layers * self.rates.written + self.rates.head)
-        return count * text.window * (a_step + STEP_SECONDS) / min(self.workers, count)
+        return ceil(count / self.workers) * text.window * (a_step + STEP_SECONDS)
 
     def calibration(self) -> float:
         """Return the seconds of the Hessians, a single task on all cores."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from bitgenome.common.devices import best_device, compute_type, device_name, release_memory
 from evaluators.engine.activations import EightBitInputs
@@ -18,6 +19,7 @@ from evaluators.healing.distillation import DistillationLoss
 from evaluators.model.block_model import BlockModel
 from evaluators.model.folder import ModelFolder
 from evaluators.model.head import Head
+from evaluators.model.outline import text_config
 from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, Rounding
 from evaluators.probes.rounding import decode_seconds, hessian_seconds, rounding_seconds
@@ -51,7 +53,7 @@ class MeasureRates:
         """Return the rates of this worker."""
         folder = ModelFolder(self.model)
         rates = measure_rates(folder, self.window, self.roundings, self.settings, self.compute, self.activations)
-        return replace(rates, written=written_seconds(folder, best_device())) if self.writes else rates
+        return replace(rates, written=written_seconds(folder, best_device(), self.window)) if self.writes else rates
 
 
 def measure_rates(
@@ -130,17 +132,42 @@ def block_seconds(
     return fast, plain, back
 
 
-def written_seconds(folder: ModelFolder, device: torch.device) -> float:
+def written_seconds(folder: ModelFolder, device: torch.device, window: int) -> float:
     """Return the seconds of one decoder block for a position of each of BATCH windows, for one of them.
 
-    What attention reads of earlier positions is left out.
+    The position stands in the middle of a window of ``window`` tokens.
     """
-    model = BlockModel(folder, device, compute_type("auto", device))
+    dtype = compute_type("auto", device)
+    model = BlockModel(folder, device, dtype)
     for name in model.parameters_of(0):
         model.place(name, model.as_computed(name, torch.full(folder.shapes[name], 0.01)))
     hidden = torch.randn(BATCH, 1, model.state_width, device=device)
     with torch.inference_mode():
-        return seconds_of(lambda: model.run_block(0, hidden), device) / BATCH
+        block = seconds_of(lambda: model.run_block(0, hidden), device)
+    return (block + cache_seconds(folder, device, dtype, window // 2)) / BATCH
+
+
+def cache_seconds(folder: ModelFolder, device: torch.device, dtype: torch.dtype, earlier: int) -> float:
+    """Return the seconds in which a block adds a position to keys and values of ``earlier`` ones, and reads them all.
+
+    For BATCH windows, as transformers does it: the cache is copied at every step. 0 where config.json does not have
+    one number of heads for all blocks.
+    """
+    config = text_config(folder.path)
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if not (isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared == 0):
+        return 0.0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query = torch.randn(BATCH, heads, 1, width, device=device, dtype=dtype)
+    stored = torch.randn(2, BATCH, shared, earlier, width, device=device, dtype=dtype)
+
+    def work() -> None:
+        keys, values = (torch.cat((part, part[..., :1, :]), dim=-2) for part in stored)
+        scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    with torch.inference_mode():
+        return seconds_of(work, device)
 
 
 def backward_seconds(model: BlockModel, hidden: Tensor) -> float:

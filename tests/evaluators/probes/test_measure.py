@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from evaluators.probes.measure import MeasureRates
+from evaluators.model.folder import ModelFolder
+from evaluators.probes.measure import MeasureRates, cache_seconds
 from evaluators.probes.rates import Rates, Rounding
 from quantizers.settings import CompensationSettings, Sparsity
 from tests.conftest import EMBEDDED
@@ -25,6 +26,14 @@ def test_rows_that_do_not_divide_into_large_blocks_read_eight_bit_inputs_too(tmp
     task = MeasureRates(path, 16, KINDS[1:2], CompensationSettings(), "auto", "q8")
     (rates,) = SerialPool().map([task])
     assert rates.block > 0
+
+
+def test_writing_counts_what_attention_reads_of_earlier_positions(tmp_path: Path) -> None:
+    few, many = (cache_seconds(ModelFolder(EMBEDDED), torch.device("cpu"), torch.float32, n) for n in (8, 1024))
+    assert many > 4 * few > 0
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 256}))
+    (tmp_path / "model.safetensors").symlink_to(EMBEDDED / "model.safetensors")
+    assert cache_seconds(ModelFolder(tmp_path), torch.device("cpu"), torch.float32, 8) == 0
 
 
 def test_rates_are_measured_for_every_kind_without_reading_weights() -> None:
