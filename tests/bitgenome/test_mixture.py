@@ -77,6 +77,7 @@ def test_a_trained_mixture_is_searched_and_llama_cpp_computes_what_was_searched(
             "window": 128,
             "tokens": {"calibration": 2048, "sensitivity": 128, "search": 256, "validation": 256, "test": 1024},
         },
+        "quantization": {"refinement_rounds": 0},  # how good the bytes are is shown elsewhere
         "search": {"population": 4, "generations": 1, "elites": 2, "brood": 4, "validation_candidates": 2},
         "healing": {"steps": 2, "batch_tokens": 256},
         "workers": {"ray": "off"},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from bitgenome.common.errors import UserError
@@ -37,22 +38,20 @@ def test_the_file_holds_the_healed_tensors_and_lost_less_than_the_search(runs: R
     assert "Healing (full) applied" in finished.stdout
 
 
-def test_healing_that_makes_it_worse_is_refused_and_the_file_is_the_searched_one(
-    runs: Runs, finished: Finished
-) -> None:
-    healing = {"enabled": True, "steps": 1, "learning_rate": 1e6}
-    done = call_here(
-        "run", runs.write("refused", search={"strategy": "exact"}, workers={"ray": "off"}, healing=healing)
-    )
+def test_healing_that_makes_it_worse_is_refused_and_the_file_is_the_searched_one(little: Path) -> None:
+    runs, config = Runs(little), yaml.safe_load((little / "little.yaml").read_text())
+    healing = {"enabled": True, "steps": 1, "learning_rate": 1e6, "batch_tokens": 64}
+    (little / "refused.yaml").write_text(yaml.safe_dump({**config, "name": "refused", "healing": healing}))
+    done = call_here("run", little / "refused.yaml", "--set", "llamacpp_mix=off")
     assert done.returncode == 0, done.stderr
     assert "Healing (full) refused, the file is as searched" in done.stdout
     best = runs.best("refused")
     assert not best["healing"]["applied"] and "healed" not in [row["name"] for row in best["rows"]]
-    folder, formats = ModelFolder(EMBEDDED), {name: FORMATS[fmt] for name, fmt in best["formats"].items()}
+    folder, formats = ModelFolder(Path(config["model"])), {name: FORMATS[fmt] for name, fmt in best["formats"].items()}
     assert differing_floats(shipped(runs, "refused"), folder, {}) == []
     assert differing_tensors(shipped(runs, "refused"), folder, Bank(runs.bank("refused")), formats) == []
     assert shipped(runs, "refused").stat().st_size == best["winner"]["file_bytes"]
-    assert load_file(runs.storage / "refused" / "healed.safetensors") == {}
+    assert load_file(little / "refused" / "healed.safetensors") == {}
 
 
 def test_a_file_whose_norms_are_not_those_measured_does_not_verify(runs: Runs, finished: Finished) -> None:
