@@ -15,12 +15,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import yaml
 
 from bitgenome.common import layout
 from bitgenome.observe.run_status import RunReader
 from bitgenome.storage.lease import Lease, LeaseHeldError
 from tests.bitgenome.cli.test_bad_input import refusal
-from tests.bitgenome.conftest import Finished, Runs
+from tests.bitgenome.conftest import Runs, call_here
 from tests.bitgenome.observe.test_status import driven, said
 from tests.conftest import REPOSITORY
 from workers.storage.folders import open_folder
@@ -76,11 +77,6 @@ def s3() -> Iterator[str]:
     process.communicate()
 
 
-@pytest.fixture
-def machine(tmp_path: Path, runs: Runs) -> Machine:
-    return Machine(tmp_path / "disk", runs)
-
-
 def killed_behind(sentence: str, driver: "subprocess.Popen[str]") -> None:
     """kill -9 as soon as the driver has said so."""
     assert driver.stderr is not None
@@ -95,24 +91,29 @@ def killed_behind(sentence: str, driver: "subprocess.Popen[str]") -> None:
 
 
 def test_a_run_killed_and_its_disk_wiped_ends_elsewhere_as_if_undisturbed(
-    s3: str, machine: Machine, tmp_path: Path, finished: Finished
+    s3: str, little: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, url = machine.runs, f"{s3}/runs"
-    shared = runs.storage / "shared"
-    fsspec.filesystem("s3").put(str(shared), f"{BUCKET}/runs/", recursive=True)  # as an earlier run left it
-    driver = machine.start("run", runs.write("killed-on-s3", storage_path=url, workers={"count": 1}))
-    killed_behind("generation 2: ", driver)
+    url, name = f"{s3}/runs", "killed-on-s3"
+    config = yaml.safe_load((little / "little.yaml").read_text())
+    config |= {"name": name, "healing": {"enabled": True, "steps": 2, "batch_tokens": 64}, "llamacpp_mix": "off"}
+    for place, changes in (("here", {}), ("s3", {"storage_path": url, "workers": {"ray": "local", "count": 1}})):
+        (little / f"{place}.yaml").write_text(yaml.safe_dump({**config, **changes}))
+    undisturbed = call_here("run", little / "here.yaml")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    fsspec.filesystem("s3").put(str(little / "shared"), f"{BUCKET}/runs/", recursive=True)  # as an earlier run left it
+    machine, elsewhere = Machine(tmp_path / "disk", Runs(little)), Machine(tmp_path / "other disk", Runs(little))
+    killed_behind("generation 1: ", machine.start("run", little / "s3.yaml"))
     shutil.rmtree(machine.cache)
-    elsewhere = Machine(tmp_path / "other disk", runs)
-    code, said = elsewhere.call("resume", f"{url}/killed-on-s3")
+    code, said = elsewhere.call("resume", f"{url}/{name}")
     assert code == 0, said
-    code, said = machine.call("export", f"{url}/killed-on-s3")  # a third disk, as this one was wiped
-    assert code == 0, said
-    mirror = Runs(next(machine.cache.glob("*/killed-on-s3")).parent)
-    assert mirror.evaluations("killed-on-s3") == runs.evaluations("base")
-    (gguf,) = (mirror.storage / "killed-on-s3").glob("stdlib-6m-*.gguf")
-    assert gguf.read_bytes() == (runs.storage / "base" / gguf.name).read_bytes()
-    assert open_folder(f"{url}/killed-on-s3").read(gguf.name) == gguf.read_bytes()
+    monkeypatch.setenv("BITGENOME_CACHE", str(machine.cache))  # a third disk, as this one was wiped
+    exported = call_here("export", f"{url}/{name}")
+    assert exported.returncode == 0, exported.stderr
+    mirror = Runs(next(machine.cache.glob(f"*/{name}")).parent)
+    assert mirror.evaluations(name) == Runs(little).evaluations(name)
+    (gguf,) = mirror.storage.glob(f"{name}/*bpw.gguf")
+    assert gguf.read_bytes() == (little / name / gguf.name).read_bytes()
+    assert open_folder(f"{url}/{name}").read(gguf.name) == gguf.read_bytes()
 
 
 def test_status_reads_runs_on_s3_and_who_drives_them(
