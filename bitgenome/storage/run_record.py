@@ -36,7 +36,7 @@ class RunRecord(UserDict[str, Any]):
         super().__init__(values)
         self.file = file
         self.before_write: Callable[[], None] = lambda: None
-        self._repeated: set[str] = set()  # stages of a finished run that this attempt has not repeated yet
+        self._final: set[str] = set()  # stages of a run that was finished before this attempt
 
     @classmethod
     def begin(cls, file: Path, config: RunConfig) -> "RunRecord":
@@ -93,19 +93,17 @@ class RunRecord(UserDict[str, Any]):
     def end_stage(self, stage: str, seconds: float) -> None:
         """Save that ``stage`` took ``seconds`` in this attempt, added to those of earlier ones.
 
-        Of a run that was finished before, what is done again takes the place of what it took then.
+        Of a run that was finished before, the seconds of its stages stay: they are what its result took.
         """
         stages = self["stages"]
-        if stage in self._repeated:
-            self._repeated.remove(stage)
-            stages[stage] = 0.0
-        stages[stage] = round(stages.get(stage, 0.0) + seconds, 2)
+        if stage not in self._final:
+            stages[stage] = round(stages.get(stage, 0.0) + seconds, 2)
         self.save()
 
     @contextmanager
     def ending(self) -> Iterator[None]:
         """Record how this attempt ends: finished, failed or stopped. A process that is killed records nothing."""
-        self._repeated = set(self["stages"]) if self.get("ended") == "finished" else set()
+        self._final = set(self["stages"]) if self.get("ended") == "finished" else set()
         for key in ("ended", "error"):
             self.pop(key, None)
         try:
@@ -121,5 +119,5 @@ class RunRecord(UserDict[str, Any]):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds spent by stage, over all attempts until the run was finished; of a later one, what it did again."""
+        """Seconds spent by stage, over all attempts until the run was finished."""
         return dict(self["stages"])
