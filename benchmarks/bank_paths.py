@@ -32,8 +32,9 @@ from bitgenome.common.devices import best_device, device_name, release_memory
 from quantizers.formats.grids import GRIDS, round_to_grid, safe_inverse
 from quantizers.formats.table import FORMATS, K_LEVELS
 from quantizers.rounding import kernels
+from quantizers.rounding.row_choice import Compensated
 from quantizers.rounding.scale_search import fit
-from quantizers.rounding.sparsegpt import Compensated, compensate
+from quantizers.rounding.sparsegpt import compensate
 
 MIB = 1 << 20
 CONSOLE = Console(highlight=False, markup=False)

@@ -7,7 +7,8 @@ Every quantizable tensor takes the same format:
     (c) ours                     compensation (SparseGPT) onto the format's grid
     (d) ours + scaling           channels scaled as AWQ does, alpha searched, then as (c)
     (e) ours + refinement        compensation, then coordinate descent of scales and integers
-    (f) ours + healing           as (e), then norms and biases tuned by distillation
+    (f) ours by loss             as (e), on both sides: rows aim at what makes up for the rows before them
+    (g) ours + healing           as (f), then norms and biases tuned by distillation
 
     python -m benchmarks.formats [--config configs/core/levels-all.yaml] [--set KEY=VALUE] [--json out.json]
 """
@@ -32,7 +33,7 @@ from bitgenome.observe.progress import track
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
 from bitgenome.run.bank import build_bank
-from bitgenome.run.calibration import calibrate
+from bitgenome.run.calibration import calibrate, measure_outputs
 from bitgenome.run.healing import heal
 from bitgenome.run.prepare import evaluator_setup, record_inputs, scale_channels
 from bitgenome.storage.run_directory import RunDirectory
@@ -45,7 +46,7 @@ from evaluators.prepare.input_group import InputGroup, group_file
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.nearest import quantize
-from quantizers.rounding.sparsegpt import row_errors
+from quantizers.rounding.row_choice import row_errors
 from search.types import Evaluation, Fidelity, Genome
 from tests import ggml_reference
 from workers.cluster.open_pool import open_pool
@@ -56,7 +57,7 @@ ENCODERS: dict[str, Encode] = {
     "plain": lambda fmt, W, importance: quantize(fmt, W),
     "ggml": ggml_reference.quantize,
 }
-STEPS = ("plain", "ggml", "ours", "scaling", "refinement", "healing")
+STEPS = ("plain", "ggml", "ours", "scaling", "refinement", "loss", "healing")
 Figures = dict[str, tuple[float, float]]  # step -> reconstruction error over power, KL
 
 
@@ -87,17 +88,23 @@ class Bench:
         record_inputs(self.plan, self.windows, self.run)
         self.test = Fidelity("test", config.text.tokens.test)
         self.calibration, self.groups = calibrate(self.plan, self.windows, pool, self.track)
+        output = with_quantization(self.plan, objective="output")
         self.setups = {
-            "ours": self.bank(with_quantization(self.plan, refinement_rounds=0)),
-            "scaling": self.scaled_bank(with_quantization(self.plan, refinement_rounds=0, scaling={"kind": "awq"})),
-            "refinement": self.bank(self.plan),
+            "ours": self.bank(with_quantization(output, refinement_rounds=0)),
+            "scaling": self.scaled_bank(with_quantization(output, refinement_rounds=0, scaling={"kind": "awq"})),
+            "refinement": self.bank(output),
+            "loss": self.bank(with_quantization(self.plan, objective="loss"), self.outputs()),
         }
 
     def track(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
         return track(items, total, what, self.console)
 
-    def bank(self, plan: Plan) -> Any:
-        return evaluator_setup(plan, self.run, build_bank(plan, self.calibration, self.groups, self.pool, self.track))
+    def outputs(self) -> Path:
+        return measure_outputs(self.plan, self.windows, self.pool, self.track)
+
+    def bank(self, plan: Plan, outputs: Path | None = None) -> Any:
+        artefacts = self.calibration, self.groups, self.pool, self.track
+        return evaluator_setup(plan, self.run, build_bank(plan, *artefacts, outputs=outputs))
 
     def scaled_bank(self, plan: Plan) -> Any:
         plan, calibration = scale_channels(plan, self.calibration, self.groups, self.run, self.pool, self.track)
@@ -131,7 +138,7 @@ class Bench:
 
     def healed(self, evaluation: Evaluation) -> float:
         shape = self.windows.windows["calibration"].shape
-        healing = heal(self.plan, self.setups["refinement"], evaluation, shape, self.run, self.pool, self.track)
+        healing = heal(self.plan, self.setups["loss"], evaluation, shape, self.run, self.pool, self.track)
         assert healing is not None, "healing is on in the configuration"
         figures = healing.figures["test"]
         return (figures.after if healing.applied and figures.after else figures.before).kl

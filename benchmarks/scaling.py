@@ -36,7 +36,7 @@ from evaluators.prepare.bank import Bank
 from evaluators.prepare.input_group import InputGroup
 from exporters.files.gguf_writer import export_gguf
 from quantizers.formats.table import format_for
-from quantizers.rounding.sparsegpt import row_errors
+from quantizers.rounding.row_choice import row_errors
 from search.types import Fidelity, Genome
 from workers.pool.base import SerialPool
 

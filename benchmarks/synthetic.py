@@ -14,7 +14,7 @@ from evaluators.prepare.bank import save_tensor
 from quantizers.formats.packed_tensor import PackedTensor
 from quantizers.formats.table import format_for
 from quantizers.rounding.nearest import quantize
-from quantizers.rounding.sparsegpt import Compensated
+from quantizers.rounding.row_choice import Compensated
 from search.fitness import FitnessSettings
 from search.types import SearchSpace
 

@@ -55,7 +55,7 @@ TEXT_KIND, WRITTEN_KIND, CALIBRATION_KIND, STATISTICS_KIND, SAMPLES_KIND, SCALIN
     "text", "written", "calibration", "statistics", "samples", "scaling",
 )  # fmt: skip
 BANK_KIND, SENSITIVITY_KIND, MODEL_KIND, OPENED_KIND = "bank", "sensitivity", "model", "opened"
-TEMPLATE_KIND = "template"
+TEMPLATE_KIND, OUTPUTS_KIND = "template", "outputs"
 EXPLANATION = "explanation.safetensors"  # what of a model stands behind the tensors of a template
 GROUPS = "groups.json"  # names of the input groups of a calibration, or of samples
 PASSING = "passing"  # directory below a bank, while it is built, of what is removed when it is

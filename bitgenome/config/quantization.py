@@ -65,6 +65,12 @@ class PruningConfig(SparsityConfig):
 class QuantizationConfig(Section):
     """Settings of how the bank is built."""
 
+    objective: Literal["auto", "output", "loss"] = Field(
+        "auto",
+        description="what rounding makes least: each layer's output error, or what that does to the loss of the model "
+        "(two-sided rounding, by gradients on calibration text); auto: loss where the factors that takes are at most "
+        "8 GiB on disk",
+    )
     damping: float = Field(CompensationSettings.damping, gt=0, description="of the Hessian's mean diagonal")
     upstream_level: str | None = Field(
         None, description="level of the blocks before the one that is calibrated (sequential); none: full precision"
@@ -97,6 +103,13 @@ class QuantizationConfig(Section):
     def known(cls, level: str | None) -> str | None:
         """Return a level that may be given by the name of its GGUF type. Raises ValueError for an unknown level."""
         return level and level_named(level)
+
+    @model_validator(mode="after")
+    def compensated(self) -> Self:
+        """Raise ValueError for the objective loss without compensation, which carries it."""
+        if self.objective == "loss" and not self.compensation:
+            raise ValueError("expected compensation with objective: loss, found compensation: false")
+        return self
 
     @model_validator(mode="after")
     def of_this_model(self) -> Self:

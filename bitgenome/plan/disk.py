@@ -1,5 +1,6 @@
 """Says how many bytes the artefacts of a run take on disk."""
 
+from bitgenome.plan.objective import factor_bytes, rounds_by_loss
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.seconds import input_groups
 from evaluators.model.sizes import ModelShape
@@ -45,11 +46,12 @@ def stretches(plan: Plan) -> list[range]:
 
 def calibration_bytes(plan: Plan) -> int:
     """Return the bytes that calibration takes on disk: what stays, or the most at a time."""
+    factors = factor_bytes(plan) if rounds_by_loss(plan) else 0
     if keeps_hessians(plan):
-        return hessian_bytes(plan)
+        return hessian_bytes(plan) + factors
     tokens, longest = plan.config.text.tokens.calibration, max(len(blocks) for blocks in stretches(plan))
     states = 2 * tokens * ModelShape.of(plan.folder).state_bytes
-    return longest * block_hessian_bytes(plan) + states  # hidden states: the old and the new ones
+    return factors + longest * block_hessian_bytes(plan) + states  # hidden states: the old and the new ones
 
 
 def bank_bytes(plan: Plan) -> int:

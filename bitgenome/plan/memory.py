@@ -8,11 +8,12 @@ import torch
 from bitgenome.common.devices import best_device, compute_type, host_share, worker_memory
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
+from bitgenome.plan.objective import factored_tensors, rounds_by_loss
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
 from evaluators.engine.memory import Load, SweepMemory, lighter, sweep_memory
 from evaluators.engine.streamed import pass_memory
-from evaluators.gradient.memory import gradient_memory
+from evaluators.gradient.memory import factor_memory, gradient_memory
 from evaluators.healing.memory import chunk_bytes, healing_memory, reference_bytes
 from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
 from evaluators.prepare.memory import bank_memory, calibration_memory, writing_memory
@@ -115,13 +116,17 @@ def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | No
     sweep = division.stage(device)
     exact = sweep_memory(shape, formats, text.window, load, limit, device=device).stage(device)
     writing = {"text": writing_memory(shape, text.window, device)} if written_counts(text) else {}
+    factored = factored_tensors(plan) if rounds_by_loss(plan) else []
     stages = writing | {
         "calibration": calibration_memory(shape, text.tokens.calibration, text.window, device),
-        "bank": bank_memory(shape, formats, device, compensation=config.quantization.compensation),
+        "bank": bank_memory(shape, formats, device, compensation=config.quantization.compensation, factored=factored),
         "sensitivity": lighter(division, shape, text.window, sensitivity_load(plan), device).stage(device),
         "search": sweep,
         "validation": sweep,
     }
+    if factored:
+        factors = factor_memory(shape, text.tokens.calibration, text.window, device)
+        stages["calibration"] = larger(stages["calibration"], factors)
     if config.sensitivity.measure == "gradient":
         stages["sensitivity"] = gradient_memory(shape, text.tokens.sensitivity, text.window, device)
     if config.healing.enabled != "off":

@@ -10,8 +10,10 @@ from math import ceil
 
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
+from bitgenome.plan.objective import factored_tensors, rounds_by_loss
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
+from evaluators.gradient.output_factors import FACTOR_TOKENS
 from evaluators.healing.tuner import MICRO_TOKENS
 from evaluators.model.outline import text_config
 from evaluators.model.sizes import ModelShape, block_of
@@ -19,6 +21,7 @@ from evaluators.prepare.memory import input_groups as groups_of
 from evaluators.prepare.writing import BATCH, batches
 from evaluators.probes.rates import Rates, Rounding
 from exporters.runtime.nearest import SECONDS_A_WEIGHT, mix_wanted
+from quantizers.rounding.row_order import ROW_STEPS
 
 CLUSTER_SECONDS = 6.0  # for a local cluster and its first worker to be there (2 cores; 4 to 12 measured)
 RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tokens
@@ -109,7 +112,16 @@ class Work:
         tokens = self.plan.config.text.tokens.calibration
         groups = input_groups(self.plan)
         hessians = sum(self.rates.hessian[str(group.columns)] for group in groups if group.block)
-        return tokens * (self.layers * self.rates.block_calibration + hessians)
+        factors = self.output_factors() if rounds_by_loss(self.plan) else 0.0
+        return tokens * (self.layers * self.rates.block_calibration + hessians) + factors
+
+    def output_factors(self) -> float:
+        """Return the seconds of the output factors: a pass forward and one with gradients, and a product each."""
+        tokens = min(FACTOR_TOKENS, self.plan.config.text.tokens.calibration)
+        shape, rates = ModelShape.of(self.plan.folder), self.rates
+        products = sum(2 * shape.tensors[name][0] ** 2 for name in factored_tensors(self.plan)) / rates.host_flops
+        a_token = self.layers * (rates.block_calibration + rates.block_gradient) + rates.head + rates.head_gradient
+        return tokens * (a_token + products)
 
     def bank(self) -> float:
         """Return the seconds of rounding every tensor to every level; input groups are the tasks."""
@@ -119,7 +131,8 @@ class Work:
     def group_seconds(self, group: Group) -> float:
         """Return the seconds of rounding the tensors of one input group."""
         rate = self.rates.rounding[group.rounding.key]
-        batches = ceil(group.weights / group.columns / rate.rows)
+        steps = ROW_STEPS if group.block and not group.rounding.sparsity and rounds_by_loss(self.plan) else 1
+        batches = steps * ceil(group.weights / group.columns / steps / rate.rows)
         rounding = batches * group.columns * rate.column + group.weights * rate.weight
         return rounding + self.rates.factor * group.columns**3
 

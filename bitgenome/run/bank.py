@@ -16,6 +16,7 @@ from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.prepare import bank as banks
 from evaluators.prepare.input_group import group_file
+from evaluators.prepare.output_factor import factor_file
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class BankBuild:
     plan: Plan
     calibration: str  # name of the calibration's directory, by which banks of other Hessians are told apart
     device: str = "cpu"  # kind of the workers' devices, on which the last bits depend
+    outputs: Path | None = None  # directory of the output factors, if rounding looks at the loss
 
     @cached_property
     def formats(self) -> Mapping[str, tuple[str, ...]]:
@@ -42,7 +44,8 @@ class BankBuild:
         formats = {tensor: gene.formats for gene in plan.space.genes for tensor in gene.tensors}
         how = compensation_settings(plan), plan.sparsity, plan.config.quantization.importance
         imatrix = imatrix_digest(plan.config.quantization)
-        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how, self.device, imatrix)
+        outputs = self.outputs.name if self.outputs else None
+        digest = banks.bank_digest(plan.folder.digest, self.calibration, formats, *how, self.device, imatrix, outputs)
         return shared_directory(plan.config, layout.BANK_KIND, digest)
 
     def missing(self) -> set[str]:
@@ -76,20 +79,37 @@ class BankBuild:
                 where = (plan.folder.path, file, self.directory)
                 squares = [given[tensor] for tensor in sorted(tensors & given.keys())]
                 mean = np.mean(squares, axis=0) if squares else None
-                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean))
+                factors = self.factors(tensors)
+                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors))
         return sorted(tasks, key=lambda task: -task.work)
+
+    def factors(self, tensors: Iterable[str]) -> tuple[Path, ...]:
+        """Return the files of the output factors that there are of ``tensors``."""
+        if self.outputs is None:
+            return ()
+        files = [factor_file(self.outputs, tensor) for tensor in sorted(tensors)]
+        return tuple(file for file in files if file.is_file())
 
     def finish(self) -> None:
         """Write the manifest of a complete bank."""
         banks.write_manifest(self.directory, list(self.formats))
 
 
-def build_bank(plan: Plan, calibration: Path, groups: list[str], pool: Pool, track: Track, device: str = "cpu") -> Path:
+def build_bank(
+    plan: Plan,
+    calibration: Path,
+    groups: list[str],
+    pool: Pool,
+    track: Track,
+    device: str = "cpu",
+    outputs: Path | None = None,
+) -> Path:
     """Build the missing or damaged tensors of the bank, and return its directory.
 
-    ``calibration`` is the directory of the input groups named ``groups``, ``device`` the kind of the workers'.
+    ``calibration`` is the directory of the input groups named ``groups``, ``device`` the kind of the workers', and
+    ``outputs`` the directory of the output factors if rounding looks at the loss.
     """
-    bank = BankBuild(plan, calibration.name, device)
+    bank = BankBuild(plan, calibration.name, device, outputs)
 
     def build() -> None:
         bank.remove_damaged()

@@ -10,18 +10,24 @@ from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.observe.progress import Track
+from bitgenome.plan.objective import factored_tensors
+from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import ModelAndText
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import TokenWindows
+from evaluators.gradient.output_factors import FACTOR_TOKENS, MeasureOutputs
 from evaluators.prepare.activation_samples import SampleActivations
 from evaluators.prepare.activation_samples import readable as samples_readable
 from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate
 from evaluators.prepare.input_group import group_file, group_readable
+from evaluators.prepare.output_factor import factor_readable
+from quantizers.rounding.row_order import MOST_ROWS
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
+OUTPUTS_SCHEMA = 1  # raise when the content of an output factor's file changes
 
 
 def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
@@ -89,6 +95,26 @@ def has_hessians(
     name = calibration_digest(plan, windows, upstream_level, left_out)[:16]
     groups = plan.config.storage_path / layout.SHARED / layout.CALIBRATION_KIND / name / layout.GROUPS
     return all_readable(groups, group_readable)
+
+
+def measure_outputs(plan: Plan, windows: TokenWindows, pool: Pool, track: Track) -> Path:
+    """Measure the output factors of the tensors that need them if they are missing, and return their directory."""
+    tensors = factored_tensors(plan)
+    text = hashlib.sha256(windows.windows["calibration"].tobytes()).hexdigest()
+    how = FACTOR_TOKENS, MOST_ROWS, windows.unscored
+    digest = digest_of(OUTPUTS_SCHEMA, plan.folder.digest, text, windows.windows["calibration"].shape, tensors, *how)
+    directory = shared_directory(plan.config, layout.OUTPUTS_KIND, digest)
+    done = directory / layout.GROUPS
+
+    def build() -> None:
+        windows_file = directory / layout.WINDOWS
+        atomic_write_bytes(windows_file, windows.to_bytes())
+        task = MeasureOutputs(plan.folder.path, windows_file, directory, frozenset(tensors))
+        (found,) = track(pool.map([task]), 1, "calibrating outputs")
+        atomic_write_text(done, json.dumps(found))
+
+    build_once(plan.config, directory, "the output factors", lambda: all_readable(done, factor_readable), build)
+    return directory
 
 
 def sample_activations(

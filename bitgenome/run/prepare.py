@@ -5,6 +5,7 @@ Artefacts that several runs can share (Hessians, bank, sensitivities) are under
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from bitgenome.observe.progress import Track
 from bitgenome.plan.disk import keeps_hessians
 from bitgenome.plan.imatrix import imatrix_digest
 from bitgenome.plan.memory import heaviest_load
+from bitgenome.plan.objective import rounds_by_loss
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.template import file_layout, template_digest
 from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
 from bitgenome.run.bank import build_bank
-from bitgenome.run.calibration import calibrate, has_hessians
+from bitgenome.run.calibration import calibrate, has_hessians, measure_outputs
 from bitgenome.run.compute import RECORDED as RECORDED_COMPUTE
 from bitgenome.run.compute import choose_compute
 from bitgenome.run.compute_floor import log_compute_floor
@@ -43,6 +45,8 @@ from evaluators.prepare.tensor_importance import MeasureImportance, gene_importa
 from exporters.files.imatrix import write_imatrix
 from search.allocation.sensitivity import SensitivityTable
 from workers.pool.base import Pool
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -165,10 +169,12 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
         if plan.config.quantization.scaling.active:
             with run.stage("scaling"):
                 plan, calibration = scale_channels(plan, calibration, groups, run, pool, track)
+        outputs = output_factors(plan, windows, run, pool, track)
         with run.stage("bank"):
-            bank = build_bank(plan, calibration, groups, pool, track, device)
+            bank = build_bank(plan, calibration, groups, pool, track, device, outputs)
     else:
-        calibration, groups, bank = build_streamed(plan, windows, run, pool, track)
+        outputs = output_factors(plan, windows, run, pool, track)
+        calibration, groups, bank = build_streamed(plan, windows, run, pool, track, outputs)
         save_imatrix(plan, windows, [group_file(calibration, name) for name in groups], run.path / layout.IMATRIX)
     with run.stage("sensitivity"):
         plan = with_activations(plan, choose_activations(plan, evaluator_setup(plan, run, bank), run, pool))
@@ -176,6 +182,16 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
         log_compute_floor(setup, plan.config.text.tokens.sensitivity, pool)
         sensitivities = measure_sensitivities(plan, setup, windows, run, pool, track)
     return Artefacts(plan, setup, sensitivities, mutation_prior(plan, calibration, groups, pool, track))
+
+
+def output_factors(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Path | None:
+    """Return the directory of the output factors, None unless rounding looks at the loss; the log says which it is."""
+    if not rounds_by_loss(plan):
+        log.info("rounding makes each layer's output error least (quantization.objective: output)")
+        return None
+    log.info("rounding looks at the loss of the whole model (quantization.objective: loss)")
+    with run.stage("calibration"):
+        return measure_outputs(plan, windows, pool, track)
 
 
 def mutation_prior(

@@ -7,7 +7,7 @@ calibrated again.
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitgenome.common import layout
@@ -31,19 +31,23 @@ log = logging.getLogger(__name__)
 
 
 def build_streamed(
-    plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track
+    plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track, outputs: Path | None = None
 ) -> tuple[Path, list[str], Path]:
-    """Build what is missing of the bank; return the directory of the groups' moments, their names, and the bank's."""
-    stream = Stream.of(plan, windows, run, pool, track, with_bank=True)
-    assert stream.bank is not None
-    return stream.statistics, stream.build(), stream.bank.directory
+    """Build what is missing of the bank; return the directory of the groups' moments, their names, and the bank's.
+
+    ``outputs`` is the directory of the output factors if rounding looks at the loss.
+    """
+    stream = Stream.of(plan, windows, run, pool, track)
+    bank = BankBuild(plan, stream.statistics.name, recorded_device(run), outputs)
+    stream = replace(stream, bank=bank)
+    return stream.statistics, stream.build(), bank.directory
 
 
 def input_statistics(
     plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track
 ) -> tuple[Path, list[str]]:
     """Gather the moments of all input groups if they are missing; return their directory and the groups' names."""
-    stream = Stream.of(plan, windows, run, pool, track, with_bank=False)
+    stream = Stream.of(plan, windows, run, pool, track)
     return stream.statistics, stream.build()
 
 
@@ -56,23 +60,14 @@ class Stream:
     pool: Pool
     track: Track
     statistics: Path  # shared directory of the groups' moments, and of the list of the groups with their blocks
-    bank: BankBuild | None
+    bank: BankBuild | None = None  # without one, only moments are gathered
 
     @classmethod
-    def of(
-        cls, plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track, with_bank: bool
-    ) -> "Stream":
-        """Return the stream for a run; without ``with_bank`` it only gathers moments."""
+    def of(cls, plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> "Stream":
+        """Return the stream for a run that only gathers moments."""
         digest = calibration_digest(plan, windows, plan.config.quantization.upstream_level, plan.file.left_out)
         statistics = shared_directory(plan.config, layout.STATISTICS_KIND, digest)
-        return cls(
-            plan,
-            run,
-            pool,
-            track,
-            statistics,
-            BankBuild(plan, statistics.name, recorded_device(run)) if with_bank else None,
-        )
+        return cls(plan, run, pool, track, statistics)
 
     @property
     def place(self) -> Path:

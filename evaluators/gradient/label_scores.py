@@ -123,18 +123,13 @@ def model_scores(model: BlockModel, ids: Tensor, uniform: Tensor, unscored: int 
     """
     ids, uniform = ids.to(model.device), uniform.to(model.device)
     *inputs, hidden = _forward(model, ids)
-    hidden.requires_grad_(True)
-    final = model.norm(hidden)
-    counted = torch.zeros_like(ids, dtype=torch.bool)
-    scored(counted, unscored).fill_(True)
-    top, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten(), counted.flatten())
-    (scores,) = torch.autograd.grad(final, hidden, at_final.view_as(final))
+    top, scores = head_scores(model, hidden, uniform, unscored)
     yield top
-    del top, at_final, final
+    del top
     blocks = len(model.blocks)
     for block in steps(reversed(range(blocks)), blocks, "block"):
         with at_hand(model, block):
-            scores, uses = _block_uses(model, block, inputs.pop(), scores)
+            scores, uses = block_uses(model, block, inputs.pop(), scores)
             yield from uses
     for name, at_rows in model.lookup_gradients(ids, scores).items():
         yield LookupUse(name, ids.flatten(), at_rows.flatten(0, 1))
@@ -164,6 +159,20 @@ def at_hand(model: BlockModel, block: int) -> Iterator[None]:
             model.unload_block(block)
 
 
+def head_scores(model: BlockModel, hidden: Tensor, uniform: Tensor, unscored: int) -> tuple[LinearUse, Tensor]:
+    """Return the head's use, and the scores (n, T, D) at the last block's output ``hidden`` (n, T, D).
+
+    The other arguments are as for ``model_scores``. Norm and head must be loaded.
+    """
+    hidden.requires_grad_(True)
+    final = model.norm(hidden)
+    counted = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    scored(counted, unscored).fill_(True)
+    use, at_final = _head_use(model, final.detach().flatten(0, 1), uniform.flatten(), counted.flatten())
+    (scores,) = torch.autograd.grad(final, hidden, at_final.view_as(final))
+    return use, scores
+
+
 def _head_use(model: BlockModel, final: Tensor, uniform: Tensor, counted: Tensor) -> tuple[LinearUse, Tensor]:
     """Return the head's use and the scores (P, D) at the final hidden states ``final`` (P, D).
 
@@ -182,7 +191,7 @@ def _head_use(model: BlockModel, final: Tensor, uniform: Tensor, counted: Tensor
     return LinearUse(model.head_name, final, scores), below
 
 
-def _block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:
+def block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:
     """Return the scores (n, T, D) at a block's input, given those at its output, and the uses of its linear layers."""
     below = []
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}

@@ -2,11 +2,14 @@
 
 import torch
 
+from evaluators.gradient.output_factors import FACTOR_TOKENS
 from evaluators.gradient.sensitivity import PART_TOKENS
 from evaluators.healing.memory import saved_bytes
 from evaluators.healing.tuner import MICRO_TOKENS
-from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
+from quantizers.rounding.row_order import factor_entries
 
+DOUBLE_BYTES = 8
 DELTAS = 2  # of a tensor: decoded, and its difference from full precision
 
 
@@ -28,3 +31,19 @@ def gradient_memory(shape: ModelShape, tokens: int, window: int, device: torch.d
     }
     head = {"scores of the head": 2 * positions * shape.vocabulary * FLOAT_BYTES, "head": DELTAS * shape.head_bytes}
     return larger(StageMemory.on(device, held | block, {}), StageMemory.on(device, held | head, {}))
+
+
+def factor_memory(shape: ModelShape, tokens: int, window: int, device: torch.device) -> StageMemory:
+    """Return what measuring the output factors takes: states of all its text, and sums in float64 for one block.
+
+    The text is FACTOR_TOKENS of the ``tokens`` of calibration.
+    """
+    found = gradient_memory(shape, min(tokens, FACTOR_TOKENS), window, device)
+    states = max(window, min(tokens, FACTOR_TOKENS)) * shape.state_bytes
+    entries = [
+        factor_entries(size[0]) for name, size in shape.tensors.items() if len(size) == 2 and block_of(name) == 0
+    ]
+    sums = {"output factors": sum(entries) * DOUBLE_BYTES + max(entries, default=0) * 2 * FLOAT_BYTES}
+    host = {"states and scores": 3 * states}
+    more = StageMemory.on(device, sums, host)
+    return StageMemory({**found.device, **more.device}, {**found.host, **more.host})

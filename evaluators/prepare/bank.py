@@ -24,11 +24,15 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_group import InputGroup
+from evaluators.prepare.output_factor import load_factor, tensor_of
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.kernels import ENABLED
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
-from quantizers.rounding.sparsegpt import STACK_BYTES, Compensated, compensate
+from quantizers.rounding.row_batches import STACK_BYTES
+from quantizers.rounding.row_choice import Compensated
+from quantizers.rounding.row_order import OUTPUT_DAMPING, ROW_STEPS, ROW_SWEEPS
+from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
 from quantizers.statistics.importance import channel_dimensions, combined_importance
 from quantizers.statistics.moments import InputStatistics
@@ -70,18 +74,20 @@ def bank_digest(
     importance: Importance = "conditional",
     device: str = "cpu",
     imatrix: str | None = None,
+    outputs: str | None = None,
 ) -> str:
     """Return the digest of everything that decides the bytes of a bank; runs with the same digest share the bank.
 
     ``model`` and ``calibration`` are digests. ``formats`` holds the candidate formats of every tensor, ``sparsity`` the
     tensors that are pruned. ``device`` is the kind of device that builds it: products on an accelerator round otherwise
-    than on a CPU, and perhaps otherwise in other batches. ``imatrix`` is the digest of a file of mean squares,
-    where one is used.
+    than on a CPU, and perhaps otherwise in other batches. ``imatrix`` is the digest of a file of mean squares, and
+    ``outputs`` that of the output factors, where they are used.
     """
     pruned = {tensor: str(wanted) for tensor, wanted in sparsity.items()}
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
     where = [] if device == "cpu" else [device, ACCELERATOR_CHUNK, STACK_BYTES, *sorted(ENABLED)]
     where += [imatrix] if imatrix else []
+    where += [outputs, ROW_STEPS, ROW_SWEEPS, OUTPUT_DAMPING] if outputs else []
     return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance, *where)
 
 
@@ -105,6 +111,7 @@ class BuildBankGroup:
     importance: Importance = "conditional"  # used to fit scales; pruned tensors always take the conditional one
     work: float = 1.0  # number of weights, by which the pool compares the times of tasks
     given: np.ndarray | None = None  # mean squares (columns,) of the input from an imatrix file, in place of importance
+    outputs: tuple[Path, ...] = ()  # files of the output factors of tensors that are rounded on both sides
 
     @property
     def label(self) -> str:
@@ -141,7 +148,8 @@ class BuildBankGroup:
             if given is None:
                 importance = scale_importance(self.importance, dense, H, group.statistics, self.settings.damping)
             dense_formats = {name: formats[name] for name in dense}
-            levels |= compensate(dense, dense_formats, H, self.settings, importance, plain=given)
+            sides = {tensor_of(file): load_factor(file).to(H.device) for file in self.outputs}
+            levels |= compensate(dense, dense_formats, H, self.settings, importance, given, sides)
         if pruned:
             levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
         return levels

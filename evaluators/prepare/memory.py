@@ -4,7 +4,7 @@ Sizes are in bytes, in one worker beside what its process itself takes. Legend: 
 tensors that read it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,8 @@ from evaluators.prepare.calibration import CHUNK_TOKENS
 from evaluators.prepare.writing import BATCH
 from quantizers.formats.table import SUPER_BLOCK, QuantFormat
 from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
-from quantizers.rounding.sparsegpt import batch_rows
+from quantizers.rounding.row_batches import batch_rows
+from quantizers.rounding.row_order import factor_entries
 
 DOUBLE_BYTES = 8
 FIXED_BYTES = 40 << 20  # of matrix libraries, and what allocators keep between two blocks
@@ -85,14 +86,18 @@ def bank_memory(
     device: torch.device,
     *,
     compensation: bool = True,
+    factored: Collection[str] = (),
 ) -> StageMemory:
-    """Return what quantizing the largest input group takes; ``formats`` are by Hugging Face name."""
+    """Return what quantizing the largest input group takes; ``formats`` are by Hugging Face name.
+
+    Tensors of ``factored`` are rounded on both sides.
+    """
     groups = [names for names in input_groups(shape) if any(name in formats for name in names)]
     found = StageMemory()
     alike: dict[tuple[int, int], int] = {}  # recorded once for each number of rows and formats
     for names in groups:
         searched = [name for name in names if name in formats]
-        found = larger(found, group_memory(shape, searched, formats, device, compensation))
+        found = larger(found, group_memory(shape, searched, formats, device, compensation, factored))
         rows, levels = batch_of(shape, searched, formats, device)
         alike[rows, levels] = rows * levels * SUPER_BLOCK * RECORDED_BYTES
     if records(device):
@@ -115,6 +120,7 @@ def group_memory(
     formats: Mapping[str, Sequence[QuantFormat]],
     device: torch.device,
     compensation: bool,
+    factored: Collection[str],
 ) -> StageMemory:
     """Return what quantizing the tensors ``names``, which read one input, takes.
 
@@ -128,7 +134,12 @@ def group_memory(
     at_once = ROUNDED_WEIGHTS if device.type == "cpu" else ACCELERATOR_WEIGHTS
     plain = min(at_once, max(shape.weights(name) for name in names)) * FLOAT_BYTES * PLAIN_COPIES
     compensated = max(C * C * (DOUBLE_BYTES + FLOAT_BYTES), C * C * 2 * FLOAT_BYTES + max(batch, plain))
-    there = {
+    sides = [name for name in names if name in factored]
+    both = {
+        "targets of rows": sum(shape.weights(name) * len(formats[name]) for name in sides) * FLOAT_BYTES,
+        "output factors": sum(factor_entries(shape.tensors[name][0]) for name in sides) * 2 * FLOAT_BYTES,
+    }
+    there = (both if sides else {}) | {
         "weights": sum(shape.weights(name) for name in names) * FLOAT_BYTES,
         "Hessian": C * C * FLOAT_BYTES,
         "packed": packed,

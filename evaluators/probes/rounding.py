@@ -17,7 +17,8 @@ from evaluators.probes.timing import product_flops, seconds_of
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
-from quantizers.rounding.sparsegpt import batch_rows, compensate
+from quantizers.rounding.row_batches import batch_rows
+from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import HessianAccumulator, inverse_factor
 

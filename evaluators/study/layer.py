@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evaluators.prepare.activation_samples import SampledInput
 from evaluators.prepare.input_group import InputGroup
-from quantizers.rounding.sparsegpt import row_errors
+from quantizers.rounding.row_choice import row_errors
 from quantizers.statistics.hessian import inverse_factor
 from quantizers.statistics.moments import InputStatistics
 

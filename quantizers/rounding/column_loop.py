@@ -15,11 +15,9 @@ from torch import Tensor
 
 from bitgenome.common.replay import replayed
 from quantizers.formats.grids import Grid, Scales, safe_inverse
-from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.rounding.coordinate_descent import descend
 from quantizers.rounding.kernels import PANEL, panel_kernels
-from quantizers.rounding.nearest import fit_rows, pad_rows
+from quantizers.rounding.nearest import fit_rows
 from quantizers.rounding.pruning_masks import ColumnMasks
 
 GRAIN = 16  # columns that share a step in every format
@@ -33,16 +31,6 @@ class Segment:
     grid: Grid
     rows: slice
     scales: list[Scales] = field(default_factory=list)  # super-block by super-block along the row
-
-    def finish(self, W: Tensor, integers: Tensor, H: Tensor, rounds: int) -> Tensor:
-        """Return the bytes uint8 (N, row_bytes) of the segment's rows after ``rounds`` rounds of coordinate descent.
-
-        W are the original weights, ``integers`` the compensated integers, (columns, N) each; H is (columns, columns).
-        """
-        N = W.shape[1]
-        W, integers = pad_rows(W), pad_rows(integers)
-        scales = Scales.concatenate(self.scales, 0).map(pad_rows)
-        return pack(self.grid, *descend(self.grid, W, H, (scales, integers), rounds))[:N]
 
 
 def column_loop(

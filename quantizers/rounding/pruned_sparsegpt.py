@@ -18,7 +18,8 @@ from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend, descend_kept
 from quantizers.rounding.nearest import check_weights, pad_rows, quantize, row_ranges
 from quantizers.rounding.pruning_masks import ColumnMasks, prune_columns
-from quantizers.rounding.sparsegpt import Compensated, better_rows, conditional_importance, row_power
+from quantizers.rounding.row_choice import Compensated, better_rows, compensated, row_power
+from quantizers.rounding.sparsegpt import conditional_importance
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
 from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
@@ -68,7 +69,8 @@ def prune_and_compensate(
             data, kept = pruned[name, fmt.name]
             parts = [encode_pruned(fmt, W[rows].float() * kept[rows], H.diagonal()) for rows in row_ranges(W)]
             plain = torch.cat(parts)
-            results[name][fmt.name] = better_rows(fmt, W.float(), plain, data, H, power)
+            best, errors = better_rows(fmt, W.float(), plain, data, H)
+            results[name][fmt.name] = compensated(fmt, W.float(), best, float(errors.sum()), power)
     return results
 
 

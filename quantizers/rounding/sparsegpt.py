@@ -9,7 +9,7 @@ Legend: H (columns, columns), U upper with U^T U = H_damped^-1, W transposed (co
 and formats.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -18,30 +18,22 @@ from torch import Tensor
 
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
-from quantizers.formats.grids import GRIDS
-from quantizers.formats.packed_tensor import PackedTensor, dequantize
-from quantizers.formats.table import QuantFormat
+from quantizers.formats.grids import GRIDS, Scales
+from quantizers.formats.scalar_packing import pack
+from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
+from quantizers.rounding.codes import Codes
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend
-from quantizers.rounding.nearest import ROW_TILE, check_weights, normalized_importance, pad_rows, quantize, row_ranges
+from quantizers.rounding.levels import Levels
+from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize
+from quantizers.rounding.row_batches import batch_rows, even_batches, row_batches
+from quantizers.rounding.row_choice import Compensated, better_rows
+from quantizers.rounding.row_order import ROW_SWEEPS, RowOrder
 from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import check_hessian, damped, inverse_factor
 
 DEFAULTS = CompensationSettings()
-BATCH_ROWS = 1024  # of all tensors together, each in all its formats; they fit a CPU's cache
-# Of the stack of a batch on an accelerator, where every column launches kernels, however many rows there are. The loop
-# holds some three times as much: a layer of 8 billion weights' models is one or two batches.
-STACK_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """Holds a packed tensor, its error tr(dW H dW^T), and that error relative to tr(W H W^T)."""
-
-    packed: PackedTensor
-    error: float
-    relative: float
 
 
 def compensate(
@@ -51,6 +43,7 @@ def compensate(
     settings: CompensationSettings = DEFAULTS,
     importance: Tensor | None = None,
     plain: Tensor | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, Compensated]]:
     """Quantize each tensor to its formats with compensation; return bytes and errors by tensor name and format name.
 
@@ -60,6 +53,10 @@ def compensate(
     with importance ``plain`` (columns,), by default diag(H), so none is worse than ``quantize``. Columns with H_jj = 0
     are rounded plainly; float formats are only converted.
 
+    ``outputs`` holds the output factors S (blocks, r, r) of tensors that are rounded on both sides, for the least
+    tr(S dW H dW^T): see quantizers.rounding.row_order. Rows then aim at what makes up for the rows before them, and the
+    better of two rows is the one closer to that.
+
     Raises ValueError for shapes that do not fit, non-finite values and a Hessian that is not positive semidefinite.
     """
     columns = len(H)
@@ -68,20 +65,23 @@ def compensate(
         for fmt in formats[name]:
             check_weights(fmt, W, columns)
     plain = H.diagonal() if plain is None else plain
-    compensated = (
-        compensate_stack(weights, formats, H, settings.damping, settings.refinement_rounds, importance)
-        if settings.compensation
-        else {}
-    )
-    found: dict[str, dict[str, Compensated]] = {}
-    for name, W in weights.items():
-        W, levels = W.float(), {}  # noqa: PLW2901
-        power = row_power(W, H)
-        for fmt in formats[name]:
-            data = compensated.get((name, fmt.name))
-            levels[fmt.name] = better_rows(fmt, W, quantize(fmt, W, plain), data, H, power)
-        found[name] = levels
-    return found
+    blocks = any(not fmt.is_float for choices in formats.values() for fmt in choices)
+    factored = factor(H, settings.damping, importance) if settings.compensation and blocks else None
+    sides = outputs if outputs and factored else {}
+    found = {name: Levels(W, formats[name], RowOrder(len(W), sides.get(name))) for name, W in weights.items()}
+    steps = max((levels.order.steps for levels in found.values()), default=0)
+    for sweep in range(1 if steps == 1 else 1 + ROW_SWEEPS):
+        for step in range(steps):
+            parts = [(name, levels.targets(sweep, step)) for name, levels in found.items()]
+            targets = {(name, fmt): target for name, part in parts for fmt, target in part.items()}
+            rows = {key: target for key, target in targets.items() if not FORMATS[key[1]].is_float}
+            begin = {(name, fmt): found[name].codes(fmt, step) for name, fmt in rows} if sweep else None
+            data = compensate_rows(rows, factored, settings.refinement_rounds, begin, steps > 1) if factored else {}
+            for (name, wanted), target in targets.items():
+                fmt, (made, codes) = FORMATS[wanted], data.get((name, wanted), (None, None))
+                other = found[name].data(wanted, step) if sweep else quantize(fmt, target, plain)
+                found[name].take(wanted, step, *better_rows(fmt, target, other, made, H), codes)
+    return {name: levels.result(H) for name, levels in found.items()}
 
 
 def conditional_importance(U: Tensor, H: Tensor) -> Tensor:
@@ -95,43 +95,56 @@ def conditional_importance(U: Tensor, H: Tensor) -> Tensor:
     return normalized_importance(torch.where(H.diagonal() == 0, 0.0, cost), len(H), H.device)
 
 
-def compensate_stack(
-    weights: Mapping[str, Tensor],
-    formats: Mapping[str, Sequence[QuantFormat]],
-    H: Tensor,
-    damping: float,
-    rounds: int,
-    importance: Tensor | None = None,
-) -> dict[tuple[str, str], Tensor]:
-    """Return compensated bytes uint8 (rows, row_bytes) by (tensor, format), for all block formats.
+def factor(H: Tensor, damping: float, importance: Tensor | None = None) -> "Factored":
+    """Return what compensation needs of H (columns, columns); ``damping`` is relative to its mean diagonal.
 
-    Arguments are as for ``compensate``; ``damping`` is relative to the mean diagonal of H, ``rounds`` are of coordinate
-    descent. Raises ValueError for an H that is not positive semidefinite and for an importance that does not fit.
+    Raises ValueError for an H that is not positive semidefinite and for an importance that does not fit.
     """
-    wanted = sorted({f.name for choices in formats.values() for f in choices if not f.is_float})
-    if not wanted:
-        return {}
     U, taken = inverse_factor(H, damping)
     if importance is None:
         importance = conditional_importance(U, H)
     else:
         importance = normalized_importance(importance, len(H), H.device)
     U = U.float()  # before the next matrix is made: in a wide layer each takes gigabytes
-    factored = Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U, importance)
-    pieces: dict[tuple[str, str], list[Tensor]] = {}
-    limit = batch_rows(len(H), len(wanted), H.device)
-    if H.device.type != "cpu":
-        limit = even_batches(sum(map(len, weights.values())), limit)
-    for batch in row_batches({name: len(W) for name, W in weights.items()}, limit):
-        part = {name: weights[name][rows] for name, rows in batch.items()}
-        members = {fmt: [name for name in part if fmt in {f.name for f in formats[name]}] for fmt in wanted}
-        for fmt, data in chain(
-            _scalar_formats(part, members, factored, rounds), _codebook_formats(part, members, factored, rounds)
-        ):
-            rows = [len(part[name]) for name in members[fmt]]
-            for name, piece in zip(members[fmt], data.split(rows), strict=True):
-                pieces.setdefault((name, fmt), []).append(piece)
-    return {key: torch.cat(parts) for key, parts in pieces.items()}
+    return Factored(damped(H, taken, torch.empty_like(H, dtype=torch.float32)), U, importance)
+
+
+def compensate_rows(
+    targets: "Targets",
+    factored: "Factored",
+    rounds: int,
+    begin: Mapping[tuple[str, str], Codes] | None = None,
+    keep: bool = False,
+) -> dict[tuple[str, str], tuple[Tensor, Codes | None]]:
+    """Return compensated bytes uint8 (rows, row_bytes) by (tensor, block format), for rows of every tensor.
+
+    ``targets`` are float32 (rows, columns), as many rows of a tensor in all its formats; ``rounds`` are of coordinate
+    descent, which starts from the codes ``begin`` if they are given. With ``keep`` the codes come with the bytes.
+    """
+    rows, device = {name: len(target) for (name, _), target in targets.items()}, factored.H.device
+    wanted = sorted({fmt for _, fmt in targets})
+    pieces: dict[tuple[str, str], list[tuple[Tensor, Codes | None]]] = {}
+    limit = batch_rows(len(factored.H), len(wanted), device)
+    if device.type != "cpu":
+        limit = even_batches(sum(rows.values()), limit)
+    for batch in row_batches(rows, limit):
+        part = {key: targets[key][batch[key[0]]] for key in targets if key[0] in batch}
+        start = begin and {key: begin[key].rows(batch[key[0]].start, batch[key[0]].stop) for key in part}
+        members = {fmt: [name for name in batch if (name, fmt) in part] for fmt in wanted}
+        arguments = part, members, factored, rounds, start
+        for fmt, data, codes in chain(_scalar_formats(*arguments), _codebook_formats(*arguments)):
+            first = 0
+            for name in members[fmt]:
+                stop = first + len(part[name, fmt])
+                kept = codes.rows(first, stop) if keep else None
+                pieces.setdefault((name, fmt), []).append((data[first:stop], kept))
+                first = stop
+    return {key: _joined(parts) for key, parts in pieces.items()}
+
+
+def _joined(parts: Sequence[tuple[Tensor, Codes | None]]) -> tuple[Tensor, Codes | None]:
+    codes = [codes for _, codes in parts if codes is not None]
+    return torch.cat([data for data, _ in parts]), Codes.joined(codes) if codes else None
 
 
 @dataclass(frozen=True)
@@ -143,119 +156,59 @@ class Factored:
     importance: Tensor  # (columns,), weights the fit of scales
 
 
-def batch_rows(columns: int, formats: int, device: torch.device) -> int:
-    """Return how many rows of ``columns`` weights go together, each in so many ``formats``."""
-    if device.type == "cpu":
-        return BATCH_ROWS
-    return max(BATCH_ROWS, STACK_BYTES // (torch.float32.itemsize * columns * formats))
-
-
-def even_batches(total: int, limit: int) -> int:
-    """Return the rows of as few batches as ``limit`` allows, all alike: kernels are recorded for each size anew."""
-    return -(-total // -(-total // limit) // ROW_TILE) * ROW_TILE
-
-
-def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice]]:
-    """Yield batches of at most ``limit`` rows: slices of rows by tensor name, given the tensors' numbers of rows.
-
-    Batches stay in cache, and memory beyond weights and Hessian does not grow with the tensors. Rows are independent,
-    so the bytes do not depend on the batches.
-    """
-    batch: dict[str, slice] = {}
-    room = limit
-    for name, total in rows.items():
-        start = 0
-        while start < total:
-            stop = min(total, start + room)
-            batch[name] = slice(start, stop)
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield batch
-                batch, room = {}, limit
-    if batch:
-        yield batch
-
-
 Members = Mapping[str, Sequence[str]]  # format name -> names of the tensors that want it
 
 
-def _stack(weights: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """Return the rows of the named tensors stacked in order and transposed, float32 (columns, N)."""
-    return torch.cat([weights[name].float() for name in names]).T
+Targets = Mapping[tuple[str, str], Tensor]  # (tensor, format) -> rows
+
+
+def _stack(targets: Targets, members: Members) -> Tensor:
+    """Return the rows of all ``members`` stacked in order and transposed, float32 (columns, N)."""
+    return torch.cat([targets[name, fmt] for fmt, names in members.items() for name in names]).T
 
 
 def _scalar_formats(
-    weights: Mapping[str, Tensor], members: Members, factored: Factored, rounds: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each scalar format with the bytes of its members' rows; all formats share one column loop."""
+    targets: Targets, members: Members, factored: Factored, rounds: int, begin: Mapping[tuple[str, str], Codes] | None
+) -> Iterator[tuple[str, Tensor, Codes]]:
+    """Yield each scalar format with bytes and codes of its members' rows; all formats share one column loop."""
     members = {fmt: names for fmt, names in members.items() if fmt in GRIDS and names}
     if not members:
         return
-    stack = _stack(weights, chain.from_iterable(members.values()))
-    segments = list(_segments(weights, members))
-    integers = column_loop(pad_rows(stack), factored.U, factored.importance, segments)
-    for segment, fmt in zip(segments, members, strict=True):
-        yield fmt, segment.finish(stack[:, segment.rows], integers[:, segment.rows], factored.H, rounds)
+    stack = _stack(targets, members)
+    segments = list(_segments(targets, members))
+    integers = None if begin else column_loop(pad_rows(stack), factored.U, factored.importance, segments)
+    for segment, (fmt, names) in zip(segments, members.items(), strict=True):
+        if begin:
+            start = Codes.joined([begin[name, fmt] for name in names])
+        else:
+            assert integers is not None
+            start = Codes(Scales.concatenate(segment.scales, 0), integers[:, segment.rows])
+        W = stack[:, segment.rows]
+        codes = Codes(*descend(segment.grid, pad_rows(W), factored.H, start.padded(), rounds))
+        yield fmt, pack(segment.grid, codes.scales, codes.integers)[: W.shape[1]], codes
 
 
 def _codebook_formats(
-    weights: Mapping[str, Tensor], members: Members, factored: Factored, rounds: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each codebook format with the bytes of its members' rows; each format has its own column loop."""
+    targets: Targets, members: Members, factored: Factored, rounds: int, begin: Mapping[tuple[str, str], Codes] | None
+) -> Iterator[tuple[str, Tensor, Codes]]:
+    """Yield each codebook format with bytes and codes of its members' rows; each format has its own column loop."""
     for fmt, names in members.items():
         if fmt not in CODEBOOK_GRIDS or not names:
             continue
         grid = CODEBOOK_GRIDS[fmt]
-        W = pad_rows(_stack(weights, names))
-        start = codebook_loop(grid, W.clone(), factored.importance, factored.U)
-        rows = sum(len(weights[name]) for name in names)
-        yield fmt, pack_codebook(grid, *descend(grid, W, factored.H, start, rounds, block_type=VectorBlock))[:rows]
+        W = pad_rows(_stack(targets, {fmt: names}))
+        if begin:
+            start = Codes.joined([begin[name, fmt] for name in names]).padded()
+        else:
+            start = codebook_loop(grid, W.clone(), factored.importance, factored.U)
+        rows = sum(len(targets[name, fmt]) for name in names)
+        codes = Codes(*descend(grid, W, factored.H, start, rounds, block_type=VectorBlock))
+        yield fmt, pack_codebook(grid, codes.scales, codes.integers)[:rows], codes
 
 
-def _segments(weights: Mapping[str, Tensor], members: Members) -> Iterator[Segment]:
+def _segments(targets: Targets, members: Members) -> Iterator[Segment]:
     start = 0
     for fmt, names in members.items():
-        stop = start + sum(len(weights[name]) for name in names)
+        stop = start + sum(len(targets[name, fmt]) for name in names)
         yield Segment(GRIDS[fmt], slice(start, stop))
         start = stop
-
-
-def better_rows(
-    fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor, power: float
-) -> Compensated:
-    """Return, row by row, the plain or compensated bytes uint8 (rows, row_bytes), whichever has the lower error.
-
-    W (rows, columns) are the original weights and ``power`` their ``row_power``, H is (columns, columns); compensated
-    None takes the plain bytes.
-    """
-    H = H.float()
-    found = [
-        _better(fmt, W[rows], plain[rows], None if compensated is None else compensated[rows], H)
-        for rows in row_ranges(W)
-    ]
-    data, errors = (torch.cat(parts) for parts in zip(*found, strict=True))
-    error = float(errors.sum())
-    return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
-
-
-def row_power(W: Tensor, H: Tensor) -> float:
-    """Return the error of zeroing W (rows, columns), tr(W H W^T)."""
-    return float(torch.cat([row_errors(W[rows], H) for rows in row_ranges(W)]).sum())
-
-
-def _better(fmt: QuantFormat, W: Tensor, plain: Tensor, compensated: Tensor | None, H: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the better bytes uint8 (rows, row_bytes) and their errors, float64 (rows,)."""
-    data = plain
-    errors = row_errors(W - dequantize(fmt, data), H)
-    if compensated is not None:
-        compensated_errors = row_errors(W - dequantize(fmt, compensated), H)
-        better = compensated_errors < errors
-        data = torch.where(better[:, None], compensated, data)
-        errors = torch.where(better, compensated_errors, errors)
-    return data, errors
-
-
-def row_errors(dW: Tensor, H: Tensor) -> Tensor:
-    """Return diag(dW H dW^T), float64 (rows,), for dW (rows, columns) and H (columns, columns)."""
-    return ((dW @ H.float()) * dW).sum(1, dtype=torch.float64)

@@ -43,6 +43,7 @@ LITTLE = {  # of everything, where the figures do not matter
         "tokens": {"calibration": 1024, "sensitivity": 128, "search": 128, "validation": 128, "test": 256},
     },
     "search": {"population": 4, "generations": 2, "elites": 2, "brood": 4, "validation_candidates": 2},
+    "quantization": {"objective": "output"},
     "healing": {"enabled": "off"},
     "llamacpp_mix": "off",
 }

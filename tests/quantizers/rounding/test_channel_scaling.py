@@ -18,7 +18,7 @@ from quantizers.rounding.channel_scaling import (
     smoothquant_scales,
 )
 from quantizers.rounding.nearest import quantize
-from quantizers.rounding.sparsegpt import row_errors
+from quantizers.rounding.row_choice import row_errors
 from quantizers.settings import ScalingSettings
 from quantizers.statistics.moments import InputStatistics, StatisticsAccumulator
 from tests.quantizers.weights import heavy_tailed

@@ -7,7 +7,7 @@ from bitgenome.common.devices import ACCELERATOR_CHUNK
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS
-from quantizers.rounding import codebook_search, coordinate_descent, nearest, sparsegpt
+from quantizers.rounding import codebook_search, coordinate_descent, nearest, row_batches
 from quantizers.rounding.sparsegpt import compensate
 
 ROWS = 64
@@ -29,7 +29,7 @@ def test_no_byte_depends_on_the_chunks(fmt, monkeypatch: pytest.MonkeyPatch) -> 
     for size in (1 << 15, ACCELERATOR_CHUNK):  # 32 rows of a super-block; all rows and columns
         for module in (nearest, coordinate_descent, codebook_search):
             monkeypatch.setattr(module, "chunk_bytes", lambda device, on_cpu, size=size: size)
-        monkeypatch.setattr(sparsegpt, "BATCH_ROWS", size // 1024)
+        monkeypatch.setattr(row_batches, "BATCH_ROWS", size // 1024)
         found.append(compensate({"w": W}, {"w": [fmt]}, x.T @ x / len(x))["w"][fmt.name])
     small, large = found
     assert torch.equal(small.packed.data, large.packed.data)

@@ -14,7 +14,8 @@ from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.codebook_search import VectorSearch, even_signs, fit_steps, natural_signs
 from quantizers.rounding.coordinate_descent import descend
 from quantizers.rounding.nearest import normalized_importance
-from quantizers.rounding.sparsegpt import compensate, row_errors
+from quantizers.rounding.row_choice import row_errors
+from quantizers.rounding.sparsegpt import compensate
 from quantizers.statistics.hessian import damped, inverse_factor
 from tests import ggml_reference
 from tests.quantizers.weights import correlated_hessian, heavy_tailed

@@ -7,7 +7,7 @@ from torch import Tensor
 from quantizers.formats.grids import GRIDS, Grid, Scales
 from quantizers.rounding.coordinate_descent import descend
 from quantizers.rounding.nearest import fit_rows, nearest_integers
-from quantizers.rounding.sparsegpt import row_errors
+from quantizers.rounding.row_choice import row_errors
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
 
 all_grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda g: g.format.name)

@@ -13,7 +13,8 @@ from quantizers.formats import codebook_packing
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import Scales
 from quantizers.formats.table import FORMATS
-from quantizers.rounding import nearest, pruned_sparsegpt, sparsegpt
+from quantizers.rounding import nearest, pruned_sparsegpt, row_batches
+from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics import hessian
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
@@ -37,7 +38,7 @@ class LargestAllocation(TorchDispatchMode):
 
 def rounded(W: Tensor, H: Tensor) -> dict[str, Any]:
     formats = {"w": [FORMATS[name] for name in ("Q8_0", "Q4_0", "F16")]}
-    found = sparsegpt.compensate({"w": W}, formats, H, CompensationSettings(refinement_rounds=0))
+    found = compensate({"w": W}, formats, H, CompensationSettings(refinement_rounds=0))
     return {name: (level.packed.data.tolist(), level.error) for name, level in found["w"].items()}
 
 
@@ -65,7 +66,7 @@ def test_rows_go_in_chunks_that_change_no_byte(
     whole = work(W, H)
     for module, name, value in (
         (nearest, "ROUNDED_WEIGHTS", TOGETHER * COLUMNS),
-        (sparsegpt, "BATCH_ROWS", TOGETHER),
+        (row_batches, "BATCH_ROWS", TOGETHER),
         (codebook_packing, "PACKED_WEIGHTS", TOGETHER * COLUMNS),
         (pruned_sparsegpt, "PRUNED_WEIGHTS", TOGETHER * COLUMNS),
     ):

@@ -16,7 +16,8 @@ from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import descend_kept
 from quantizers.rounding.pruned_sparsegpt import check_prunable, encode_pruned, prune_and_compensate
 from quantizers.rounding.pruning_masks import MASK_BLOCK, ColumnMasks, group_mask, prune_columns, unstructured_mask
-from quantizers.rounding.sparsegpt import conditional_importance, row_errors
+from quantizers.rounding.row_choice import row_errors
+from quantizers.rounding.sparsegpt import conditional_importance
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
 from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.hessian import damped, inverse_factor

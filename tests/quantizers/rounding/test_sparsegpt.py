@@ -12,7 +12,8 @@ from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.nearest import fit_rows, quantize
-from quantizers.rounding.sparsegpt import compensate, compensate_stack, conditional_importance, row_errors
+from quantizers.rounding.row_choice import row_errors
+from quantizers.rounding.sparsegpt import compensate, compensate_rows, conditional_importance, factor
 from quantizers.settings import CompensationSettings
 from quantizers.statistics.hessian import damped, inverse_factor
 from tests import ggml_reference
@@ -79,7 +80,7 @@ def test_float32_is_enough(fmt: QuantFormat) -> None:
     """Float32 noise decides ties, and one tie changes the rest of its row, but not how good the row is."""
     W, H, expected = example(fmt.name)
     reference = row_errors(W - expected.float(), H).sum()
-    data = compensate_stack({"w": W}, {"w": [fmt]}, H, 0.01, rounds=0)["w", fmt.name]
+    data = compensate_rows({("w", fmt.name): W}, factor(H, 0.01), rounds=0)["w", fmt.name][0]
     ours = row_errors(W - dequantize(fmt, data), H).sum()
     assert float(ours) == pytest.approx(float(reference), rel=0.05)
 
@@ -89,7 +90,7 @@ def test_loop_errors_add_up_to_the_trace(fmt: QuantFormat) -> None:
     """sum(((w_j - q_j) / U_jj)^2), w_j as the loop meets it, is tr(dW H_damped dW^T)."""
     W, H = heavy_tailed(16, 512).double(), correlated_hessian(512)
     U, damping = inverse_factor(H, 0.01)
-    data = compensate_stack({"w": W.float()}, {"w": [fmt]}, H, damping, rounds=0)["w", fmt.name]
+    data = compensate_rows({("w", fmt.name): W.float()}, factor(H, damping), rounds=0)["w", fmt.name][0]
     Q = dequantize(fmt, data).double()
     met, total = W.clone(), 0.0
     for j in range(W.shape[1]):

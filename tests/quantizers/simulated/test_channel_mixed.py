@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantizers.rounding.sparsegpt import row_errors
+from quantizers.rounding.row_choice import row_errors
 from quantizers.simulated.channel_mixed import GridSettings, fit_range, round_affine, simulate
 from quantizers.statistics.hessian import damped, inverse_factor
 from tests.quantizers.weights import correlated_hessian, heavy_tailed

@@ -1,0 +1,31 @@
+"""Decides what rounding makes least: each layer's output error, or what that does to the loss of the whole model."""
+
+from bitgenome.plan.plan import Plan
+from evaluators.model.sizes import FLOAT_BYTES, ModelShape, block_of
+from quantizers.rounding.row_order import factor_entries
+
+KEPT_FACTORS = 8 << 30  # bytes of output factors up to which rounding looks at the loss unless told otherwise
+
+
+def factored_tensors(plan: Plan) -> list[str]:
+    """Return the tensors that are rounded on both sides where the objective is the loss: blocks' that are not pruned.
+
+    They need the factors of their outputs.
+    """
+    names = [name for gene in plan.space.genes for name in gene.tensors if name not in plan.sparsity]
+    return [name for name in names if block_of(name) is not None]
+
+
+def factor_bytes(plan: Plan) -> int:
+    """Return the bytes of the output factors of all ``factored_tensors``, float32."""
+    shape = ModelShape.of(plan.folder)
+    rows = [shape.tensors[name][0] for name in factored_tensors(plan)]
+    return sum(FLOAT_BYTES * factor_entries(r) for r in rows)
+
+
+def rounds_by_loss(plan: Plan) -> bool:
+    """Return whether rounding looks at the loss: as configured, or for auto where the output factors are small."""
+    settings = plan.config.quantization
+    if settings.objective == "auto":
+        return settings.compensation and 0 < factor_bytes(plan) <= KEPT_FACTORS
+    return settings.objective == "loss" and bool(factored_tensors(plan))

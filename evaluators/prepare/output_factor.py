@@ -1,0 +1,39 @@
+"""This module keeps the output factor of a tensor in a file; evaluators.gradient.output_factors measures them."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from bitgenome.common.files import replacing
+
+
+def factor_file(directory: Path, tensor: str) -> Path:
+    """Return the path of a tensor's factor in ``directory``."""
+    return directory / f"{tensor}.safetensors"
+
+
+def tensor_of(path: Path) -> str:
+    """Return the name of the tensor whose factor is in a file."""
+    return path.name.removesuffix(".safetensors")
+
+
+def save_factor(path: Path, factor: Tensor) -> None:
+    """Write a factor (blocks, r, r) atomically."""
+    with replacing(path) as temporary:
+        save_file({"factor": factor.float().cpu().contiguous()}, temporary)
+
+
+def load_factor(path: Path) -> Tensor:
+    """Return the factor float32 (blocks, r, r) in a file."""
+    return load_file(path)["factor"]
+
+
+def factor_readable(path: Path) -> bool:
+    """Return whether the file of a factor exists and is complete."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "factor" in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
+    except (OSError, SafetensorError):
+        return False
