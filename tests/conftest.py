@@ -35,7 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 REPOSITORY = Path(__file__).parents[1]
 EMBEDDED = REPOSITORY / "models" / "stdlib-6m"
 LEVELS = ("W2", "W3", "W4", "W8")
-TOKENS = {"calibration": 8192, "search": 2048, "validation": 2048, "test": 4096}
+TOKENS = {"calibration": 4096, "search": 1536, "validation": 1024, "test": 2048}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ SMALL = {
     "text": {
         "splits": str(EMBEDDED / "splits.json"),
         "window": 256,
-        "tokens": {"calibration": 8192, "sensitivity": 512, "search": 512, "validation": 1024, "test": 2048},
+        "tokens": {"calibration": 4096, "sensitivity": 256, "search": 512, "validation": 512, "test": 1024},
     },
     "search": {"population": 8, "generations": 3, "validation_candidates": 2},
     "healing": {"steps": 6, "batch_tokens": 512, "learning_rate": 0.003},

@@ -62,7 +62,7 @@ def test_calibration_runs_every_block_once_over_its_text(plan: Plan) -> None:
 def test_text_that_the_model_writes_takes_a_step_for_each_token_of_the_batches_that_one_worker_has(runs: Runs) -> None:
     assert "text" not in dict(work(planned(runs)).stages())
     plan = planned(runs, "text.source=self", "text.tokens.calibration=65536")
-    windows = (65536 + 512 + 1024 + 2048) // 256
+    windows = (65536 + 512 + 512 + 1024) // 256
     found = [dict(work(plan, workers, written=1.0).stages())["text"] for workers in (1, 2, 1000)]
     tasks = ceil(windows / BATCH)
     assert tasks % 2, "one of two workers has a batch more"
