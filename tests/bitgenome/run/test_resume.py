@@ -39,16 +39,27 @@ def wait_for_lines(path: Path, lines: int, driver: "subprocess.Popen[str]") -> N
         time.sleep(0.02)
 
 
-def test_a_run_killed_twice_ends_as_if_undisturbed(runs: Runs, finished: Finished) -> None:
+def stop_in_search(runs: Runs, config: Path, stop: signal.Signals) -> None:
+    """Interrupt a run once it has evaluated something, and see that it says how to continue."""
+    driver = start(runs, "run", config)
+    wait_for_lines(runs.storage / config.stem / "evaluations.jsonl", 2, driver)
+    driver.send_signal(stop)
+    _, log = driver.communicate(timeout=60)
+    assert driver.returncode == 130, log
+    assert f"bitgenome resume {runs.storage / config.stem}" in log
+    assert "Traceback" not in log
+
+
+def test_a_run_interrupted_and_then_killed_ends_as_if_undisturbed(runs: Runs, finished: Finished) -> None:
     rng = random.Random(20261121)
     config = runs.write("killed", workers={"ray": "off"}, healing={"enabled": "off"})
+    stop_in_search(runs, config, signal.SIGINT)
     log = runs.storage / "killed" / "evaluations.jsonl"
-    for lines in sorted(rng.sample(range(1, 24), 2)):
-        driver = start(runs, "run", config)
-        wait_for_lines(log, lines, driver)
-        time.sleep(rng.random() / 4)
-        driver.kill()
-        assert driver.wait() == -signal.SIGKILL
+    driver = start(runs, "resume", runs.storage / "killed")
+    wait_for_lines(log, log.read_bytes().count(b"\n") + rng.randrange(1, 6), driver)
+    time.sleep(rng.random() / 4)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
     resumed = call_here("resume", runs.storage / "killed")
     assert resumed.returncode == 0, resumed.stderr
     assert runs.evaluations("killed") == runs.evaluations("base")
@@ -90,13 +101,6 @@ def test_a_worker_killed_in_the_middle_changes_nothing(runs: Runs, finished: Fin
     assert runs.evaluations("bereaved") == runs.evaluations("base")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])  # stopped jobs
-def test_an_interrupted_run_says_how_to_continue(stop: signal.Signals, runs: Runs, finished: Finished) -> None:
-    name = f"interrupted-{stop.name.lower()}"
-    driver = start(runs, "run", runs.write(name, workers={"ray": "off"}))
-    wait_for_lines(runs.storage / name / "evaluations.jsonl", 2, driver)
-    driver.send_signal(stop)
-    _, log = driver.communicate(timeout=60)
-    assert driver.returncode == 130, log
-    assert f"bitgenome resume {runs.storage / name}" in log
-    assert "Traceback" not in log
+@pytest.mark.long  # stopped jobs get it too (tests/bitgenome/cli/test_jobs.py)
+def test_a_terminated_run_says_how_to_continue(runs: Runs, finished: Finished) -> None:
+    stop_in_search(runs, runs.write("terminated", workers={"ray": "off"}), signal.SIGTERM)
