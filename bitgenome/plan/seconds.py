@@ -49,12 +49,13 @@ def input_groups(plan: Plan) -> list[Group]:
     """Return the input groups of the tensors that are quantized."""
     shape = ModelShape.of(plan.folder)
     formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
+    both = set(factored_tensors(plan)) if rounds_by_loss(plan) else set()
     found = []
     for names in groups_of(shape):
         if members := [name for name in names if name in formats]:
             first = members[0]
             choices = tuple(fmt.name for fmt in formats[first])
-            kind = Rounding(shape.tensors[first][-1], choices, plan.sparsity.get(first))
+            kind = Rounding(shape.tensors[first][-1], choices, plan.sparsity.get(first), first in both)
             found.append(Group(kind, sum(map(shape.weights, members)), block_of(first) is not None))
     return found
 
@@ -131,8 +132,8 @@ class Work:
     def group_seconds(self, group: Group) -> float:
         """Return the seconds of rounding the tensors of one input group."""
         rate = self.rates.rounding[group.rounding.key]
-        steps = ROW_STEPS if group.block and not group.rounding.sparsity and rounds_by_loss(self.plan) else 1
-        batches = steps * ceil(group.weights / group.columns / steps / rate.rows)
+        steps = ROW_STEPS if group.rounding.two_sided else 1
+        batches = ceil(group.weights / group.columns / steps / rate.rows)
         rounding = batches * group.columns * rate.column + group.weights * rate.weight
         return rounding + self.rates.factor * group.columns**3
 

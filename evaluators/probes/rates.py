@@ -9,21 +9,25 @@ from quantizers.settings import Sparsity
 
 @dataclass(frozen=True)
 class Rounding:
-    """Names one kind of input group: its columns, the candidate formats of its tensors, and how they are pruned."""
+    """Names one kind of input group: its columns, the candidate formats of its tensors, and how they are pruned.
+
+    ``two_sided``: the rows of its tensors are rounded in steps.
+    """
 
     columns: int
     formats: tuple[str, ...]
     sparsity: Sparsity | None = None
+    two_sided: bool = False
 
     @property
     def key(self) -> str:
         """The kind as text."""
         pruned = f" {self.sparsity}" if self.sparsity else ""
-        return f"{self.columns} {'+'.join(self.formats)}{pruned}"
+        return f"{self.columns} {'+'.join(self.formats)}{pruned}{' two-sided' if self.two_sided else ''}"
 
 
 class RoundingRate(NamedTuple):
-    """Seconds for a column of a batch of ``rows`` rows, and for a weight, both at all levels."""
+    """Seconds for a column of a batch of ``rows`` rows, in all steps, and for a weight, both at all levels."""
 
     column: float
     weight: float

@@ -73,7 +73,10 @@ def rounding_seconds(
 def column_and_weight(
     kind: Rounding, H: Tensor, settings: CompensationSettings, device: torch.device
 ) -> tuple[float, float]:
-    """Return the seconds for a column and for a weight, at all levels of ``kind``, of a batch of rows."""
+    """Return the seconds for a column and for a weight, at all levels of ``kind``, of a batch of rows.
+
+    Where rows go in steps, a column's are those of all steps.
+    """
     few, many = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
     many = many * MOST_COLUMNS // kind.columns  # as many weights of narrow ones, or they are lost in the clock's noise
     formats: dict[str, Sequence[QuantFormat]] = {"probe": [FORMATS[name] for name in kind.formats]}
@@ -82,7 +85,8 @@ def column_and_weight(
         if kind.sparsity:
             prune_and_compensate({"probe": W}, formats, {"probe": kind.sparsity}, H, settings)
         else:
-            compensate({"probe": W}, formats, H, settings)
+            sides = {"probe": random_hessian(len(W), device)[None]} if kind.two_sided else None
+            compensate({"probe": W}, formats, H, settings, outputs=sides)
 
     W = torch.randn(many, kind.columns, device=device)
     if records(device):

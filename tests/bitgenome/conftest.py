@@ -30,6 +30,7 @@ SMALL = {
         "tokens": {"calibration": 4096, "sensitivity": 256, "search": 512, "validation": 512, "test": 1024},
     },
     "search": {"population": 8, "generations": 3, "validation_candidates": 2},
+    "quantization": {"objective": "output"},  # two-sided banks take four times as long; see plan/test_objective.py
     "healing": {"steps": 6, "batch_tokens": 512, "learning_rate": 0.003},
     "workers": {"ray": "local", "count": 2},
     "llamacpp_mix": "off",

@@ -1,20 +1,25 @@
 """Claims about the time that stages are expected to take, from rates that are easy to reckon with."""
 
 import json
+from dataclasses import replace
 from math import ceil
 
 import pytest
 import torch
 
 from bitgenome.config.run import load_config
+from bitgenome.plan import objective
 from bitgenome.plan.disk import bank_bytes, hessian_bytes
 from bitgenome.plan.forecast import StageForecast, compared, forecast, too_large
+from bitgenome.plan.objective import factor_bytes, rounds_by_loss
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seconds import STEP_SECONDS, Work, input_groups, roundings
+from evaluators.gradient.output_factors import FACTOR_TOKENS
 from evaluators.model.sizes import StageMemory
 from evaluators.prepare.bank import Bank
 from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, RoundingRate
+from quantizers.rounding.row_order import ROW_STEPS
 from tests.bitgenome.conftest import Finished, Runs, call_here
 
 LAYERS, TENSORS, LEVELS = 6, 43, 4  # of the embedded model, and of the tests' runs
@@ -54,9 +59,42 @@ def test_tensors_that_read_one_input_are_one_group(plan: Plan) -> None:
     assert {group.columns for group in groups} == {256, 768}
 
 
-def test_calibration_runs_every_block_once_over_its_text(plan: Plan) -> None:
+def test_calibration_runs_every_block_once_over_its_text(runs: Runs) -> None:
+    plan = planned(runs, "quantization.objective=output")
     tokens = plan.config.text.tokens.calibration
-    assert work(plan, block_calibration=1.0).calibration() == tokens * LAYERS
+    assert work(plan, block_calibration=1.0, block_gradient=1.0, head=1.0).calibration() == tokens * LAYERS
+
+
+def test_rounding_by_the_loss_takes_a_pass_each_way_and_the_loop_over_columns_in_steps(runs: Runs) -> None:
+    loss, output = (planned(runs, f"quantization.objective={name}") for name in ("loss", "output"))
+    tokens = min(FACTOR_TOKENS, loss.config.text.tokens.calibration)
+    more = [work(plan, block_calibration=1.0, block_gradient=2.0, head=0.5).calibration() for plan in (loss, output)]
+    assert more[0] - more[1] == pytest.approx(tokens * (3 * LAYERS + 0.5), rel=1e-3)
+    for plan in (loss, output):
+        inner = next(group for group in input_groups(plan) if group.block)
+        assert inner.rounding.two_sided == (plan is loss)
+        kinds = {k.key: RoundingRate(1.0, 0.0, 64) for k in roundings(plan)}
+        seconds = replace(work(plan), rates=replace(rates(plan), rounding=kinds)).group_seconds(inner)
+        rows = inner.weights / inner.columns
+        assert seconds == inner.columns * ceil(rows / 64 / (ROW_STEPS if plan is loss else 1)), "a step is a batch"
+
+
+def test_the_objective_goes_by_the_bytes_of_the_factors(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(runs, "quantization.objective=auto")
+    assert rounds_by_loss(plan) and not rounds_by_loss(
+        planned(runs, "quantization.objective=auto", "quantization.compensation=false")
+    )
+    monkeypatch.setattr(objective, "KEPT_FACTORS", factor_bytes(plan) - 1)
+    assert not rounds_by_loss(plan)
+    assert rounds_by_loss(planned(runs, "quantization.objective=loss"))
+    pruned = planned(
+        runs,
+        "quantization.objective=loss",
+        "quantization.pruning.sparsity=0.25",
+        "levels=[W4,W8]",
+        "budget.bits_per_weight=6",
+    )
+    assert not rounds_by_loss(pruned), "pruned tensors are rounded on one side"
 
 
 def test_text_that_the_model_writes_takes_a_step_for_each_token_of_the_batches_that_one_worker_has(runs: Runs) -> None:

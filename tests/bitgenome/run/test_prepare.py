@@ -1,17 +1,22 @@
 """Artefacts are shared by digest, taken where they are whole and rebuilt where they are not."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
-from bitgenome.plan.plan import make_plan
+from bitgenome.plan.objective import factored_tensors
+from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
 from bitgenome.run.bank import build_bank
-from bitgenome.run.calibration import calibrate
+from bitgenome.run.calibration import calibrate, measure_outputs
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.prepare.bank import BankError, tensor_file
+from evaluators.prepare.output_factor import factor_file
 from tests.bitgenome.conftest import Finished, Runs
 from tests.conftest import no_progress
 from workers.pool.base import SerialPool, Task
@@ -30,18 +35,43 @@ class CountingPool(SerialPool):
         return super().map(tasks)
 
 
+def builder(plan: Plan, pool: CountingPool) -> Callable[[], Path]:
+    """What builds the bank from Hessians."""
+    calibration, groups = calibrate(plan, read_windows(plan), pool, no_progress)
+    return partial(build_bank, plan, calibration, groups, pool, no_progress)
+
+
+def test_a_damaged_factor_is_measured_again_with_a_notice(
+    runs: Runs, finished: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, pool = make_plan(load_config(runs.write("factors"))), CountingPool()
+    windows = read_windows(plan)
+    outputs = measure_outputs(plan, windows, pool, no_progress)
+    measure_outputs(plan, windows, pool, no_progress)
+    assert pool.labels == ["output factors"], "measured once"
+    pool.labels.clear()
+    assert sorted(file.stem for file in outputs.glob("model.*")) == sorted(factored_tensors(plan))
+    victim = factor_file(outputs, "model.layers.2.self_attn.k_proj.weight")
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 3])
+    with caplog.at_level(logging.WARNING):
+        measure_outputs(plan, windows, pool, no_progress)
+    assert pool.labels == ["output factors"] and "k_proj.weight is damaged" in caplog.text
+    assert victim.read_bytes() == whole
+
+
 def test_a_truncated_bank_file_is_rebuilt_with_a_notice(
     runs: Runs, finished: Finished, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan, pool = make_plan(load_config(runs.write("damaged"))), CountingPool()
-    calibration, groups = calibrate(plan, read_windows(plan), pool, no_progress)
-    bank = build_bank(plan, calibration, groups, pool, no_progress)
+    build = builder(plan, pool)
+    bank = build()
     assert pool.labels == [], "everything is there already, from the run before"
     victim = tensor_file(bank, "model.layers.2.self_attn.k_proj.weight")
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 3])
     with caplog.at_level(logging.WARNING):
-        build_bank(plan, calibration, groups, pool, no_progress)
+        build()
     assert pool.labels == ["bank[model.layers.2.self_attn.q_proj]"]
     assert "rebuilding model.layers.2.self_attn.k_proj.weight" in caplog.text
     assert victim.read_bytes() == whole
@@ -49,12 +79,12 @@ def test_a_truncated_bank_file_is_rebuilt_with_a_notice(
 
 def test_a_bank_interrupted_between_tensors_goes_on_where_it_stopped(runs: Runs, finished: Finished) -> None:
     plan, pool = make_plan(load_config(runs.write("partial"))), CountingPool()
-    calibration, groups = calibrate(plan, read_windows(plan), pool, no_progress)
-    bank = build_bank(plan, calibration, groups, pool, no_progress)
+    build = builder(plan, pool)
+    bank = build()
     (bank / "manifest.json").unlink()
     for block in (4, 5):
         tensor_file(bank, f"model.layers.{block}.mlp.down_proj.weight").unlink()
-    build_bank(plan, calibration, groups, pool, no_progress)
+    build()
     assert pool.labels == ["bank[model.layers.4.mlp.down_proj]", "bank[model.layers.5.mlp.down_proj]"]
 
 

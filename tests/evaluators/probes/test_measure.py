@@ -18,6 +18,7 @@ KINDS = (
     Rounding(256, ("Q2_K", "Q4_K")),
     Rounding(64, ("Q4_0", "Q8_0")),
     Rounding(256, ("Q4_K",), Sparsity(0.5)),
+    Rounding(256, ("Q4_K",), two_sided=True),
 )
 
 
