@@ -24,6 +24,7 @@ from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup, GenomeEvaluator, MeasureSensitivity, warm
 from evaluators.engine.memory import Load
+from evaluators.gradient.output_factors import FACTOR_TOKENS, MeasureOutputs
 from evaluators.gradient.sensitivity import gradient_losses, gradient_tasks
 from evaluators.healing.blocks import HealBlock
 from evaluators.healing.tuner import HealingCheckpoint
@@ -34,6 +35,7 @@ from evaluators.model.forward import final_hidden
 from evaluators.prepare.bank import Bank, BuildBankGroup, group_tensors, tensor_file
 from evaluators.prepare.calibration import Calibrate
 from evaluators.prepare.input_group import group_file
+from evaluators.prepare.output_factor import factor_file
 from evaluators.settings import Compute, HealingSettings
 from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings
@@ -190,6 +192,23 @@ def build_codebooks(subject: Subject) -> Figures:
     task = codebook_task(subject)
     task.run({})
     return {"work": task.work * len(subject.codebooks), "unit": "weights x levels"}
+
+
+def measure_outputs(subject: Subject) -> Figures:
+    """Measure the output factors of the block's tensors."""
+    (subject.folder / "outputs").mkdir(exist_ok=True)
+    tensors = frozenset(name for name in subject.shapes if ".layers." in name)
+    found = MeasureOutputs(subject.model, subject.windows, subject.folder / "outputs", tensors).run({})
+    return {"work": min(FACTOR_TOKENS, 2 * subject.tokens), "unit": "tokens", "factors": len(found)}
+
+
+def build_two_sided(subject: Subject) -> Figures:
+    """Round the smallest group inside a block on both sides."""
+    found = bank_tasks(subject, subject.folder / "two-sided", subject.levels)
+    task = next(task for task in found if ".layers." in task.label)
+    outputs = tuple(factor_file(subject.folder / "outputs", name) for name in group_tensors(task.group))
+    replace(task, outputs=outputs).run({})
+    return {"work": task.work * len(subject.levels), "unit": "weights x levels"}
 
 
 def scalar_task(subject: Subject, levels: Sequence[str] = ()) -> BuildBankGroup:

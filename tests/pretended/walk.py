@@ -29,6 +29,8 @@ def main(folder: Path, model: Path) -> None:
         "calibration": lambda: stages.calibrate(subject),
         "bank": lambda: stages.build_bank(subject, lambda figures: None),
         "codebooks": lambda: stages.build_codebooks(subject),
+        "outputs": lambda: stages.measure_outputs(subject),
+        "two-sided": lambda: stages.build_two_sided(subject),
         "resident": lambda: stages.sweep(subject, "float32"),
         "streamed": lambda: stages.sweep(subject, "auto", stages.least_memory(subject)),
         "read ahead": lambda: read_ahead(subject),
