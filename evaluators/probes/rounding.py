@@ -27,6 +27,7 @@ MOST_COLUMNS = 256  # of a probe of rounding; times of wider ones follow from it
 MOST_INPUTS = 4096  # columns of the input of a Hessian; wider ones take time by their square
 DECODED_ROWS, DECODED_COLUMNS = 64, 4096
 CPU_ROWS = 32, 384  # of two probes of rounding on a CPU
+STEPPED_CPU_ROWS = 128, 512  # where rows go in steps
 ACCELERATOR_ROWS = 1024, 16384  # where fewer rows hardly count beside the launches of a column
 CPU_FACTOR = 512  # columns of the Hessian whose factor is timed; on an accelerator MOST_INPUTS
 PRODUCTS = 20  # operations of rounding for a weight, a level and a column (from 256, 1,024 and 2,048 columns on a CPU)
@@ -77,7 +78,8 @@ def column_and_weight(
 
     Where rows go in steps, a column's are those of all steps.
     """
-    few, many = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
+    on_cpu = STEPPED_CPU_ROWS if kind.two_sided else CPU_ROWS
+    few, many = on_cpu if device.type == "cpu" else ACCELERATOR_ROWS
     many = many * MOST_COLUMNS // kind.columns  # as many weights of narrow ones, or they are lost in the clock's noise
     formats: dict[str, Sequence[QuantFormat]] = {"probe": [FORMATS[name] for name in kind.formats]}
 

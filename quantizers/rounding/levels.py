@@ -42,7 +42,7 @@ class Levels:
             elif sweep:
                 found[name] = order.taken(self._W, step) + order.answer(self._targets[name], step)
             else:
-                found[name] = order.taken(self._targets[name], step).clone()
+                found[name] = order.taken(self._targets[name], step)
         return found
 
     def data(self, name: str, step: int) -> Tensor:

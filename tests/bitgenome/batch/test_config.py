@@ -142,7 +142,7 @@ def test_a_run_is_finished_by_its_result_of_the_same_settings_model_and_text(tmp
     for content in ("{", json.dumps(best)):  # damaged, and before its proof
         (directory.path / "best.json").write_text(content)
         assert not run.finished
-    (directory.path / "best.json").write_text(json.dumps(best | {"proof": {}}))
+    (directory.path / "best.json").write_text(json.dumps(best | {"proof": {"figures": {"mean_kl": {"value": 0.1}}}}))
     assert run.finished
     record = json.loads((directory.path / "run.json").read_text())
     record["digests"]["model"] = "another"
