@@ -13,6 +13,7 @@ from bitgenome.common import layout
 from bitgenome.observe.progress import Track
 from bitgenome.plan.imatrix import imatrix_digest, imatrix_importance
 from bitgenome.plan.plan import Plan, compensation_settings
+from bitgenome.run.calibration import group_names
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.prepare import bank as banks
 from evaluators.prepare.input_group import group_file
@@ -79,16 +80,15 @@ class BankBuild:
                 where = (plan.folder.path, file, self.directory)
                 squares = [given[tensor] for tensor in sorted(tensors & given.keys())]
                 mean = np.mean(squares, axis=0) if squares else None
-                factors = self.factors(tensors)
+                factors = tuple(self.factors[tensor] for tensor in sorted(tensors & self.factors.keys()))
                 tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors))
         return sorted(tasks, key=lambda task: -task.work)
 
-    def factors(self, tensors: Iterable[str]) -> tuple[Path, ...]:
-        """Return the files of the output factors that there are of ``tensors``."""
-        if self.outputs is None:
-            return ()
-        files = [factor_file(self.outputs, tensor) for tensor in sorted(tensors)]
-        return tuple(file for file in files if file.is_file())
+    @cached_property
+    def factors(self) -> Mapping[str, Path]:
+        """Files of the output factors by tensor: of all that are rounded on both sides."""
+        names = group_names(self.outputs / layout.GROUPS) if self.outputs else []
+        return {name: factor_file(self.outputs, name) for name in names if self.outputs}
 
     def finish(self) -> None:
         """Write the manifest of a complete bank."""

@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
+from bitgenome.common.errors import UserError
 from bitgenome.common.files import replacing
 
 
@@ -26,8 +27,11 @@ def save_factor(path: Path, factor: Tensor) -> None:
 
 
 def load_factor(path: Path) -> Tensor:
-    """Return the factor float32 (blocks, r, r) in a file."""
-    return load_file(path)["factor"]
+    """Return the factor float32 (blocks, r, r) in a file. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)["factor"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"expected an output factor in {path}, found {error}: the next attempt measures it") from None
 
 
 def factor_readable(path: Path) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bitgenome.common.digests import digest_of_file
+from bitgenome.common.errors import UserError
 from evaluators.data.windows import TokenWindows
 from evaluators.gradient import output_factors
 from evaluators.gradient.label_scores import LinearUse, model_scores
@@ -100,3 +101,5 @@ def test_a_cut_file_is_no_factor(tmp_path: Path) -> None:
     assert factor_readable(file)
     file.write_bytes(file.read_bytes()[:40])
     assert not factor_readable(file)
+    with pytest.raises(UserError, match="expected an output factor in .*, found .*: the next attempt measures it"):
+        load_factor(file)
