@@ -11,6 +11,7 @@ from bitgenome.cli.tables import megabytes
 from bitgenome.cli.terminal import say
 from bitgenome.plan.forecast import StageForecast, duration, too_large
 from bitgenome.plan.memory import memory_line
+from bitgenome.plan.objective import objective_line
 from bitgenome.plan.plan import Plan
 from evaluators.model.sizes import StageMemory
 from evaluators.probes.rates import Rates
@@ -38,6 +39,7 @@ def show_plan(
         say(console, f"full precision here is {plan.folder.full_precision}")
     budget = plan.budget.file_bytes
     say(console, f"budget {budget:,} bytes = {8 * budget / space.weights:.4f} bits per weight")
+    say(console, objective_line(plan))
     if plan.sparsity:
         counts = Counter(map(str, plan.sparsity.values()))
         say(console, "pruned: " + ", ".join(f"{sparsity} of {count} tensors" for sparsity, count in counts.items()))

@@ -29,3 +29,11 @@ def rounds_by_loss(plan: Plan) -> bool:
     if settings.objective == "auto":
         return settings.compensation and 0 < factor_bytes(plan) <= KEPT_FACTORS
     return settings.objective == "loss" and bool(factored_tensors(plan))
+
+
+def objective_line(plan: Plan) -> str:
+    """Return a line on what rounding makes least, and what that takes on disk."""
+    if rounds_by_loss(plan):
+        size = f"{factor_bytes(plan) / 1e6:,.0f} MB of factors"
+        return f"rounding looks at the loss of the whole model (quantization.objective: loss; {size})"
+    return "rounding makes each layer's output error least (quantization.objective: output)"

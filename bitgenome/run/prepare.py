@@ -20,7 +20,7 @@ from bitgenome.observe.progress import Track
 from bitgenome.plan.disk import keeps_hessians
 from bitgenome.plan.imatrix import imatrix_digest
 from bitgenome.plan.memory import heaviest_load
-from bitgenome.plan.objective import rounds_by_loss
+from bitgenome.plan.objective import objective_line, rounds_by_loss
 from bitgenome.plan.plan import Plan, compensation_settings
 from bitgenome.plan.template import file_layout, template_digest
 from bitgenome.run.activations import choose_activations, plan_as_decided, with_activations
@@ -186,10 +186,9 @@ def prepare(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, tr
 
 def output_factors(plan: Plan, windows: TokenWindows, run: RunDirectory, pool: Pool, track: Track) -> Path | None:
     """Return the directory of the output factors, None unless rounding looks at the loss; the log says which it is."""
+    log.info("%s", objective_line(plan))
     if not rounds_by_loss(plan):
-        log.info("rounding makes each layer's output error least (quantization.objective: output)")
         return None
-    log.info("rounding looks at the loss of the whole model (quantization.objective: loss)")
     with run.stage("calibration"):
         return measure_outputs(plan, windows, pool, track)
 

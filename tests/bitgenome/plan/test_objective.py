@@ -31,7 +31,9 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_the_default_looks_at_the_loss_and_the_log_says_so(tried: Runs) -> None:
-    assert "(quantization.objective: loss)" in (tried.storage / "auto" / "events.log").read_text()
+    said = "rounding looks at the loss of the whole model (quantization.objective: loss; "
+    assert said in (tried.storage / "auto" / "events.log").read_text()
+    assert said in " ".join(call_here("plan", tried.storage / "auto.yaml").stdout.split())
     assert (tried.storage / "shared" / "outputs").is_dir()
 
 
