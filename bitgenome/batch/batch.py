@@ -26,7 +26,7 @@ from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_json, atomic_write_text
 from bitgenome.config.storage import NAME
 from bitgenome.plan.text import keep_windows
-from bitgenome.report.run_page import write_report
+from bitgenome.report.run_page import try_report
 from bitgenome.storage.lease import Lease
 from bitgenome.storage.mirror import mirrored
 from bitgenome.storage.run_files import run_files
@@ -137,13 +137,9 @@ def begin(runs: Sequence[BatchRun], path: Path, location: str, resume: bool) -> 
 
 
 def complete(run: BatchRun) -> None:
-    """Write the report of a finished run that was killed before it could; one that cannot be written is a warning."""
-    if run_files(run.location).size(layout.REPORT):
-        return
-    try:
-        write_report(run.location, finished=True)
-    except UserError as error:
-        log.warning("no report was written of %s: %s", run.name, error)
+    """Write the report of a finished run that was killed before it could."""
+    if not run_files(run.location).size(layout.REPORT):
+        try_report(run.location)
 
 
 def make_directory(runs: Sequence[BatchRun], path: Path) -> None:

@@ -1,9 +1,10 @@
 """Puts a run's report together, and writes it."""
 
+import logging
 from pathlib import Path
 
 from bitgenome.common import layout
-from bitgenome.common.errors import expecting
+from bitgenome.common.errors import UserError, expecting
 from bitgenome.common.files import atomic_write_text
 from bitgenome.report.course import convergence, cost, healing
 from bitgenome.report.gains import gains
@@ -14,6 +15,8 @@ from bitgenome.report.page import Page, render
 from bitgenome.report.quality import agreement, at_this_size, front
 from bitgenome.report.source import RunSource, RunView
 from workers.storage.folders import is_url, open_folder
+
+log = logging.getLogger(__name__)
 
 SECTIONS = (
     front, at_this_size, simple_mixes, type_map, cost_map, types_by_kind, convergence, agreement, healing,
@@ -46,6 +49,14 @@ def page_from(source: RunSource, finished: bool = False) -> Page:
     remedy = f"bitgenome resume {source.location} writes them again"
     with expecting("the figures of a run", f"{source.location}/{layout.BEST}", remedy):
         return page_of(view)
+
+
+def try_report(location: str | Path) -> None:
+    """Write the report of a finished run; that it cannot be written is a warning, and no reason to fail."""
+    try:
+        write_report(location, finished=True)
+    except UserError as error:
+        log.warning("no report of %s was written: %s", location, error)
 
 
 def write_report(location: str | Path, finished: bool = False) -> str:

@@ -18,7 +18,7 @@ from bitgenome.plan.memory import check_memory
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seeds import check_seeds
 from bitgenome.plan.text import keep_windows, ready_windows, windows_of_run
-from bitgenome.report.run_page import write_report
+from bitgenome.report.run_page import try_report
 from bitgenome.run.export import export_winner, shipped_file, wanted_shards, write_shards
 from bitgenome.run.gene_groups import with_gene_groups
 from bitgenome.run.healing import decide_variant, heal
@@ -151,17 +151,9 @@ def run_stages(
             raise UserError(f"expected llama.cpp to run {gguf}, found: {error}") from None
     outcome = replace(outcome, proof=proof, seconds=directory.record.seconds)
     save_outcome(directory, outcome, plan)
-    report(directory)
-    return outcome
-
-
-def report(directory: RunDirectory) -> None:
-    """Write the run's page; that it cannot be written is no reason to fail."""
     directory.check()
-    try:
-        write_report(directory.path, finished=True)
-    except UserError as error:
-        log.warning("no report was written: %s", error)
+    try_report(directory.path)
+    return outcome
 
 
 def expected_seconds(plan: Plan, directory: RunDirectory, pool: Pool) -> dict[str, float]:
