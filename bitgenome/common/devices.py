@@ -2,6 +2,8 @@
 
 import ctypes
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -21,6 +23,17 @@ if usable_cpus() < torch.get_num_threads():  # which knows the affinity, but no 
     torch.set_num_threads(usable_cpus())
 
 _shares: dict[str, float] = {}  # of this process, where it shares the machine with other workers
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let PyTorch use all cores of this process's share inside the context."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(usable_cpus())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def best_device() -> torch.device:

@@ -6,10 +6,9 @@ from evaluators.gradient.output_factors import FACTOR_TOKENS
 from evaluators.gradient.sensitivity import PART_TOKENS
 from evaluators.healing.memory import saved_bytes
 from evaluators.healing.tuner import MICRO_TOKENS
-from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
+from evaluators.model.sizes import DOUBLE_BYTES, FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
 from quantizers.rounding.row_order import factor_entries
 
-DOUBLE_BYTES = 8
 DELTAS = 2  # of a tensor: decoded, and its difference from full precision
 
 

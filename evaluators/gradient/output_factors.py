@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import safe_open, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitgenome.common.cpus import usable_cpus
-from bitgenome.common.devices import best_device, release_memory
+from bitgenome.common.devices import all_cores, best_device, release_memory
+from bitgenome.common.errors import UserError
 from bitgenome.common.files import replacing
 from bitgenome.common.steps import steps
+from bitgenome.common.tensor_files import holds_tensors
 from evaluators.data.windows import TokenWindows
 from evaluators.gradient.label_scores import LinearUse, at_hand, block_uses, head_scores
 from evaluators.gradient.sensitivity import PART_TOKENS, label_draws
@@ -37,7 +38,8 @@ from quantizers.statistics.hessian import HessianAccumulator, mean_of, shrunk
 # Of the calibration text, for all factors. Embedded model, all linear layers alike, 8 steps, KL on 8,192 tokens: from
 # 8,192 tokens .0638 (Q2_K) and .00365 (Q4_K), from 32,768 tokens .0649 and .00366; under H alone .0792 and .00452.
 FACTOR_TOKENS = 16384
-STATES = re.compile(r"(inputs|scores)-(\d+)\.safetensors")
+STATES = "states"  # of text at a block, in a file of their own
+NAME = re.compile(r"(inputs|scores)-(\d+)\.safetensors")
 
 
 class FactorAccumulator:
@@ -107,13 +109,9 @@ class MeasureOutputs:
 
     def run(self, state: dict[Any, Any]) -> list[str]:
         """Write a file for each tensor, and return the names of the tensors that have one."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(usable_cpus())
-        try:
+        with all_cores():
             model = BlockModel(ModelFolder(self.model), best_device())
             return Pass(model, TokenWindows.load(self.windows), self.directory, self.tensors).run()
-        finally:
-            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -128,13 +126,13 @@ class Pass:
     def run(self) -> list[str]:
         """Return the names of the tensors whose factors are written; see MeasureOutputs."""
         blocks = len(self.model.blocks)
-        begun = [block for block in range(blocks + 1) if self._load("scores", block) is not None]
-        if not begun:
+        begun = min(self._saved("scores"), default=None)
+        if begun is None:
             self._forward()
-            self._save("scores", blocks, self._head(self._needed("inputs", blocks)))
-            begun = [blocks]
-        for block in steps(reversed(range(begun[0])), blocks, "block", done=blocks - begun[0]):
-            scores = self._block(block, self._needed("scores", block + 1))
+            self._save("scores", blocks, self._head(self._load("inputs", blocks)))
+            begun = blocks
+        for block in steps(reversed(range(begun)), blocks, "block", done=blocks - begun):
+            scores = self._block(block, self._load("scores", block + 1))
             self._save("scores", block, scores)  # before what it was made of is removed
             self._remove(block + 1)
             release_memory()
@@ -150,7 +148,7 @@ class Pass:
     def _forward(self) -> None:
         """Write the input of every block, and the output of the last as the input of what follows."""
         model, blocks = self.model, len(self.model.blocks)
-        reached = max((block for block in range(blocks + 1) if self._load("inputs", block) is not None), default=None)
+        reached = max(self._saved("inputs"), default=None)
         if reached is None:
             model.load_embedding()
             text = self.windows.windows["calibration"]
@@ -161,7 +159,7 @@ class Pass:
             reached = 0
         for block in range(reached, blocks):
             with at_hand(model, block):
-                outputs = [model.run_block(block, part).cpu() for part in self._parts(self._needed("inputs", block))]
+                outputs = [model.run_block(block, part).cpu() for part in self._parts(self._load("inputs", block))]
             self._save("inputs", block + 1, torch.cat(outputs))
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -178,16 +176,16 @@ class Pass:
         """Write the factors of a block's tensors, and return the scores at its input given those at its output."""
         found: dict[str, FactorAccumulator] = {}
         below = []
-        inputs = self._needed("inputs", block)
+        inputs = self._load("inputs", block)
         with at_hand(self.model, block):
             names = [name for name, _ in self.model.linears(block) if name in self.tensors]
             for part, at_output in zip(self._parts(inputs), self._parts(scores), strict=True):
                 at_input, uses = block_uses(self.model, block, part, at_output)
                 below.append(at_input.cpu())
-                for use in uses:
-                    if use.name in self.tensors:
-                        rows = use.scores.shape[-1]
-                        found.setdefault(use.name, FactorAccumulator(rows, self.model.device)).add(use)
+                for use in (use for use in uses if use.name in self.tensors):
+                    if use.name not in found:
+                        found[use.name] = FactorAccumulator(use.scores.shape[-1], self.model.device)
+                    found[use.name].add(use)
         for name, factor in factors(found, names):
             save_factor(factor_file(self.directory, name), factor)
         return torch.cat(below)
@@ -197,25 +195,23 @@ class Pass:
 
     def _save(self, kind: str, block: int, states: Tensor) -> None:
         with replacing(self._file(kind, block)) as temporary:
-            save_file({"states": states.float().contiguous()}, temporary)
+            save_file({STATES: states.float().contiguous()}, temporary)
 
-    def _load(self, kind: str, block: int) -> Tensor | None:
-        """Return the states (n, T, D); None if they are not there, or damaged."""
+    def _saved(self, kind: str) -> list[int]:
+        """Return the blocks whose states of a kind are there and whole."""
+        blocks = range(len(self.model.blocks) + 1)
+        return [block for block in blocks if holds_tensors(self._file(kind, block), [STATES])]
+
+    def _load(self, kind: str, block: int) -> Tensor:
+        """Return the states (n, T, D). Raises UserError if they are not there, or damaged."""
+        path = self._file(kind, block)
         try:
-            with safe_open(self._file(kind, block), framework="pt") as file:
-                states: Tensor = file.get_tensor("states")
-        except (OSError, SafetensorError):
-            return None
-        return states
-
-    def _needed(self, kind: str, block: int) -> Tensor:
-        states = self._load(kind, block)
-        if states is None:
-            raise FileNotFoundError(f"expected {self._file(kind, block)}, found none: was it removed?")
-        return states
+            return load_file(path)[STATES]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"expected hidden states in {path}, found {error}: the next attempt goes on") from None
 
     def _remove(self, first: int) -> None:
         """Remove the states of blocks from ``first`` on."""
         for file in self.directory.iterdir():
-            if (found := STATES.fullmatch(file.name)) and int(found[2]) >= first:
+            if (found := NAME.fullmatch(file.name)) and int(found[2]) >= first:
                 file.unlink(missing_ok=True)

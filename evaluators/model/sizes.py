@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from evaluators.model.folder import ModelFolder
 from evaluators.model.outline import attention_of, text_config
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, DOUBLE_BYTES = 4, 8
 BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")  # part of the names of a decoder block's tensors
 SHORT_TYPES = ("bfloat16", "float16")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save
 from torch import Tensor, nn
 
 from bitgenome.common.devices import best_device
 from bitgenome.common.files import atomic_write_bytes
+from bitgenome.common.tensor_files import holds_tensors
 from evaluators.data.documents import TextError
 from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
@@ -140,11 +140,7 @@ class SampledInput:
 
 def readable(path: Path, tensor: str = "inputs") -> bool:
     """Return whether the safetensors file ``path`` exists, is complete and holds ``tensor``."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return tensor in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
-    except (OSError, SafetensorError):
-        return False
+    return holds_tensors(path, [tensor])
 
 
 def sampled_input(directory: Path, group: str) -> SampledInput | None:

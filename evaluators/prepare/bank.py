@@ -22,6 +22,7 @@ from bitgenome.common.devices import ACCELERATOR_CHUNK, best_device, chunk_bytes
 from bitgenome.common.digests import digest_of, digest_of_file, digests_of_files
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
+from bitgenome.common.tensor_files import holds_tensors
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_group import InputGroup
 from evaluators.prepare.output_factor import load_factor, tensor_of
@@ -179,11 +180,7 @@ def group_tensors(group: Path) -> tuple[str, ...]:
 
 def readable(directory: Path, tensor: str, formats: Iterable[str]) -> bool:
     """Return whether the tensor's file exists, is complete and holds all of ``formats``."""
-    try:
-        with safe_open(tensor_file(directory, tensor), framework="pt") as file:
-            return set(formats) <= set(file.keys())
-    except (OSError, SafetensorError):
-        return False
+    return holds_tensors(tensor_file(directory, tensor), formats)
 
 
 def write_manifest(directory: Path, tensors: Sequence[str]) -> None:

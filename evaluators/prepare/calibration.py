@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgenome.common.cpus import usable_cpus
-from bitgenome.common.devices import best_device, release_memory
+from bitgenome.common.devices import all_cores, best_device, release_memory
 from bitgenome.common.steps import steps
 from evaluators.data.windows import TokenWindows
 from evaluators.model.block_model import BlockModel
@@ -165,13 +164,8 @@ class Calibrate:
 
     def run(self, state: dict[Any, Any]) -> dict[str, int]:
         """Write a file for each input group and return the groups' names, in order, each with its block."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(usable_cpus())
-        try:
-            with torch.inference_mode():
-                return self._run(BlockModel(ModelFolder(self.model), best_device()))
-        finally:
-            torch.set_num_threads(threads)
+        with all_cores(), torch.inference_mode():
+            return self._run(BlockModel(ModelFolder(self.model), best_device()))
 
     def _run(self, model: BlockModel) -> dict[str, int]:
         end = len(model.blocks) + 1

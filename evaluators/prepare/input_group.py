@@ -8,6 +8,7 @@ from safetensors.torch import safe_open, save, save_file
 from torch import Tensor
 
 from bitgenome.common.files import atomic_write_bytes, replacing
+from bitgenome.common.tensor_files import holds_tensors
 from quantizers.statistics.moments import InputStatistics
 
 
@@ -67,11 +68,7 @@ def positions_of(path: Path) -> int | None:
 
 def group_readable(path: Path) -> bool:
     """Return whether the file of an input group exists and is complete."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {"hessian", "mean_square"} <= set(file.keys())
-    except (OSError, SafetensorError):
-        return False
+    return holds_tensors(path, ("hessian", "mean_square"))
 
 
 def statistics_readable(path: Path) -> bool:

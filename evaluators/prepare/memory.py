@@ -10,7 +10,7 @@ import torch
 
 from bitgenome.common.devices import compute_type
 from bitgenome.common.replay import MOST_BYTES, records
-from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
+from evaluators.model.sizes import DOUBLE_BYTES, FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
 from evaluators.prepare.calibration import CHUNK_TOKENS
 from evaluators.prepare.writing import BATCH
 from quantizers.formats.table import SUPER_BLOCK, QuantFormat
@@ -18,7 +18,6 @@ from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
 from quantizers.rounding.row_batches import batch_rows
 from quantizers.rounding.row_order import factor_entries
 
-DOUBLE_BYTES = 8
 FIXED_BYTES = 40 << 20  # of matrix libraries, and what allocators keep between two blocks
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
 PLAIN_COPIES = 8  # of the weights that are rounded at once: reordered, integers, decoded, errors times the Hessian

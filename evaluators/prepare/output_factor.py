@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import replacing
+from bitgenome.common.tensor_files import holds_tensors
 
 
 def factor_file(directory: Path, tensor: str) -> Path:
@@ -36,8 +37,4 @@ def load_factor(path: Path) -> Tensor:
 
 def factor_readable(path: Path) -> bool:
     """Return whether the file of a factor exists and is complete."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "factor" in file.keys()  # noqa: SIM118 - a safetensors handle, not a dict
-    except (OSError, SafetensorError):
-        return False
+    return holds_tensors(path, ["factor"])

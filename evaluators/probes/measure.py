@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bitgenome.common.devices import best_device, compute_type, device_name, release_memory
+from bitgenome.common.devices import all_cores, best_device, compute_type, device_name, release_memory
 from evaluators.engine.activations import EightBitInputs
 from evaluators.engine.divergence import Reference
 from evaluators.healing.distillation import DistillationLoss
@@ -23,7 +23,7 @@ from evaluators.model.outline import text_config
 from evaluators.prepare.writing import BATCH
 from evaluators.probes.rates import Rates, Rounding
 from evaluators.probes.rounding import decode_seconds, hessian_seconds, rounding_seconds
-from evaluators.probes.timing import all_cores, product_flops, seconds_of
+from evaluators.probes.timing import product_flops, seconds_of
 from evaluators.settings import Activations, Compute
 from quantizers.formats.table import format_for
 from quantizers.settings import CompensationSettings

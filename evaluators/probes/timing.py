@@ -1,27 +1,13 @@
 """This module times single calls, on any device."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bitgenome.common.cpus import usable_cpus
-
 PROBE_SECONDS = 0.03  # a probe is repeated until it has taken that long
 PRODUCT_SIDE = 1024  # rows and columns of the product that stands for others
-
-
-@contextmanager
-def all_cores() -> Iterator[None]:
-    """Let PyTorch use all cores of this process's share inside the context."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(usable_cpus())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:

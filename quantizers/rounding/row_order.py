@@ -50,11 +50,6 @@ class RowOrder:
         """Number of steps."""
         return 1 if self._spread is None else ceil(self._spread.shape[1] / self._size)
 
-    @property
-    def at_once(self) -> int:
-        """Rows of the largest step."""
-        return self._blocks * self._size
-
     def taken(self, W: Tensor, step: int) -> Tensor:
         """Return the rows of W (rows, columns) that are rounded at ``step``, (n, columns)."""
         return W if self._spread is None else self._part(W, step).flatten(0, 1)
