@@ -8,6 +8,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from bitgenome.common import devices
 from bitgenome.common.digests import digest_of_file
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
@@ -69,7 +70,7 @@ class FrailPool(SerialPool):
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that wait for each other take long for small tensors on a busy machine."""
-    monkeypatch.setattr(calibration, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(devices, "usable_cpus", lambda: 1)
 
 
 @pytest.fixture(scope="module")
