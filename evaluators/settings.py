@@ -18,17 +18,18 @@ RATE_PER_ROOT_KL = 0.02
 
 
 class HealingSettings(Section):
-    """Settings of healing, which tunes the file's float32 tensors (norms, biases) after the search.
+    """Settings of healing, which tunes the file's float32 tensors (norms, biases) and block scales after the search.
 
-    The tuned tensors are used only if the KL on validation text falls.
+    The tuned values are used only if the KL on validation text falls.
     """
 
     enabled: Literal["auto", "on", "off"] = Field(
-        "auto", description="auto and on take the tuned tensors if they help; on warns if they do not"
+        "auto", description="auto and on take the tuned values if they help; on warns if they do not"
     )
     variant: Literal["auto", "full", "blockwise"] = Field(
         "auto", description="the whole model, or one block in memory; auto: the whole where it fits"
     )
+    scales: bool = Field(True, description="tune d and dmin of packed blocks beside norms and biases")
     steps: int = Field(60, ge=1, description="of the whole model, or of each block")
     batch_tokens: int = Field(1024, ge=1, description="tokens of calibration text a step, at least one window")
     learning_rate: float | None = Field(None, gt=0, description="of Adam at its highest; by default by the divergence")
@@ -71,8 +72,8 @@ class HealingSettings(Section):
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """The settings that influence the tuned tensors, by name; they belong in a digest."""
-        chosen = self.model_dump(include={"steps", "batch_tokens", "learning_rate", "variant", "seed"})
+        """The settings that influence the tuned values, by name; they belong in a digest."""
+        chosen = self.model_dump(include={"scales", "steps", "batch_tokens", "learning_rate", "variant", "seed"})
         return chosen | {"temperature": self.chosen_temperature, "alpha": self.chosen_alpha}
 
     def rate(self, step: int) -> float:

@@ -158,7 +158,7 @@ class Run:
         """Return a run beside this one with the best file of another size: no new search, the bank's bytes.
 
         One is given of ``size`` ("4.5GB"), ``bits`` per weight and ``like``, a mix of llama.cpp's ("Q4_K_M"); ``heal``
-        tunes norms and biases anew. Raises UserError.
+        tunes norms, biases and block scales anew. Raises UserError.
         """
         from bitgenome.front.budgets import export_budget  # noqa: PLC0415 - starts torch
         from bitgenome.quantize.size import WantedSize  # noqa: PLC0415

@@ -40,7 +40,7 @@ def export(
     kv: Kv = "f16",
     mmproj: Mmproj = None,
     margin: Margin = "1GiB",
-    heal: Annotated[bool, typer.Option("--heal", help="Of another size: tune norms and biases anew")] = False,
+    heal: Annotated[bool, typer.Option("--heal", help="Of another size: tune norms and block scales anew")] = False,
     name: Annotated[
         str | None, typer.Option(help="Of another size: name of its run; RUN-SIZE by default", show_default=False)
     ] = None,

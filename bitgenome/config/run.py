@@ -109,7 +109,7 @@ class RunConfig(StoredSection):
         SensitivityConfig(), description="how each tensor's cost at each level is measured"
     )
     search: SearchSettings = Field(SearchSettings(), description="strategy, its settings, and the text it reads")
-    healing: HealingSettings = Field(HealingSettings(), description="of norms and biases, after the search")
+    healing: HealingSettings = Field(HealingSettings(), description="of norms and block scales, after the search")
     export: ExportConfig = Field(ExportConfig(), description="the file; never changes the result")
     llamacpp_mix: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -63,7 +63,7 @@ def export_budget(
     """Choose the best genome of a size from what a finished run knows; write, prove and record its file.
 
     - ``location`` is the finished run's path or URL; nothing there changes.
-    - ``heal`` tunes norms and biases anew.
+    - ``heal`` tunes norms, biases and block scales anew.
     - ``name`` is that of the run which is made beside it, by default its own and the size.
     - ``overrides`` are settings such as ``workers.ray=off``, of those that bank and sensitivities do not depend on.
 

@@ -28,6 +28,7 @@ RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tok
 STEP_SECONDS = 0.01  # of transformers' generation beside the model, for each token of a batch
 STREAM_BYTES = 1e9  # a second, from a disk or the page cache
 SHARED = 0.6  # of the blocks of a generation's genomes run; the rest is shared with neighbours (benchmarks/README.md)
+SCALES = 1.6  # times a step of healing where block scales are tuned, which takes the gradients of weights (2 cores)
 BRANCH = 0.5  # of the blocks run for a sensitivity: those behind its gene
 
 
@@ -170,11 +171,10 @@ class Work:
         measured = 3 * (text.tokens.validation + text.tokens.search)
         forward = self.layers * rates.block_float32
         read = min(trained, text.tokens.calibration)
+        steps = trained * (self.layers * rates.block_gradient + rates.head_gradient) * (SCALES if config.scales else 1)
         if healing_variant(self.plan) == "full":
             busy = min(self.workers, max(1, batch // MICRO_TOKENS))
-            steps = trained * (self.layers * rates.block_gradient + rates.head_gradient)
             return (steps + read * forward) / busy + measured * (forward + rates.head) / min(self.workers, 2)
-        steps = trained * (self.layers * rates.block_gradient + rates.head_gradient)
         return steps + 3 * (read + measured / 3) * forward + measured * rates.head
 
     def test(self) -> float:

@@ -83,7 +83,7 @@ def recipe(facts: Facts) -> str:
 def making(facts: Facts) -> str:
     """Return the command that made the file, and its settings."""
     healed = facts.result.healing and facts.result.healing["applied"]
-    note = "\n\nNorms and biases, which the file keeps in F32, were tuned after the search." if healed else ""
+    note = "\n\nNorms, biases and scales of blocks were tuned after the search." if healed else ""
     settings = settings_text(facts.config, facts.base.hub_id or facts.base.name)
     indented = "\n".join(f"    {line}" for line in settings.splitlines())
     return f"## How it was made\n\n    {facts.command}\n\nwith these settings:\n\n{indented}{note}"

@@ -73,7 +73,7 @@ def healing(view: RunView) -> Section | None:
     """Show what healing did to each window of test text; where nothing was taken, a sentence says so."""
     found, heading = view.healing, "What healing did"
     if not found:
-        off = ["Healing was off: norms and biases are as in the model."]
+        off = ["Healing was off: norms and biases are as in the model, block scales as in the bank."]
         return Section("healing", heading, off, half=True) if view.result else None
     test, validation = found["test"], found["validation"]
     variant = VARIANTS.get(found["variant"], found["variant"])

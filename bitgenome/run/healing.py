@@ -1,4 +1,4 @@
-"""Tunes the winner's float32 tensors by distillation, between search and export, and keeps them if that helps."""
+"""Tunes the winner's float32 tensors and block scales by distillation, and keeps them if that helps."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,44 +19,51 @@ from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
 from evaluators.healing.memory import MeasureRoom
+from evaluators.healing.scales import ScaledBank, divided, multipliers
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
 from evaluators.model.sizes import ModelShape
+from evaluators.prepare.bank import Bank
 from search.types import Evaluation, Fidelity
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
 
-Trained = tuple[dict[str, Tensor], dict[str, Healed]]  # tensors by name, figures by split
+Trained = tuple[dict[str, Tensor], dict[str, Healed]]  # tuned values by name, figures by split
 
 SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Healing:
-    """Holds the outcome: float32 tensors by Hugging Face name, and the figures before and after.
+    """Holds the outcome: tuned values, and the figures before and after.
 
-    There are no tensors if they were refused because the KL on validation text did not fall.
+    There are no values if they were refused because the KL on validation text did not fall.
     """
 
     key: str  # digest of everything that decided it
-    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]  # float32 tensors by Hugging Face name, and multipliers of scales
     figures: Mapping[str, Healed]  # by split
     variant: str
 
     @property
     def applied(self) -> bool:
-        """Whether the tuned tensors go into the file."""
-        return bool(self.tensors)
+        """Whether the tuned values go into the file."""
+        return bool(self.values)
+
+    @property
+    def floats(self) -> dict[str, Tensor]:
+        """The tuned float32 tensors by Hugging Face name."""
+        return divided(self.values)[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the tensors as JSON values."""
+        """Return everything but the tuned values as JSON values."""
         figures = {split: asdict(healed) for split, healed in self.figures.items()}
         return {"key": self.key, "applied": self.applied, "variant": self.variant, **figures}
 
     def save(self, run: Path) -> None:
-        """Write tensors and figures into the run directory ``run``."""
-        HealingCheckpoint(run / layout.HEALED, self.key).save(self.tensors, **self.to_json())
+        """Write values and figures into the run directory ``run``."""
+        HealingCheckpoint(run / layout.HEALED, self.key).save(self.values, **self.to_json())
 
     @classmethod
     def load(cls, run: Path, key: str) -> "Healing | None":
@@ -64,9 +71,9 @@ class Healing:
         found = HealingCheckpoint(run / layout.HEALED, key).load()
         if found is None:
             return None
-        tensors, record = found
+        values, record = found
         figures = {split: Healed.from_json(record[split]) for split in SPLITS}
-        return cls(key, tensors, figures, record["variant"])
+        return cls(key, values, figures, record["variant"])
 
 
 def float_tensors(plan: Plan) -> tuple[str, ...]:
@@ -108,10 +115,10 @@ def heal(
     track: Track,
     variant: str,
 ) -> Healing | None:
-    """Tune the float32 tensors of ``winner``, continue an interrupted tuning, or load a finished one.
+    """Tune float32 tensors and block scales of ``winner``, continue an interrupted tuning, or load a finished one.
 
     ``winner`` was measured on validation text; ``windows`` is the shape (n, T) of the calibration text; ``variant`` is
-    that of ``decide_variant``. Returns None if healing is off. The tensors are used only if the KL on validation text
+    that of ``decide_variant``. Returns None if healing is off. The values are used only if the KL on validation text
     falls, with ``enabled: on`` as with ``auto``.
     """
     config = plan.config.healing
@@ -127,8 +134,10 @@ def heal(
     checkpoint = HealingCheckpoint((run.path / layout.HEALING_CHECKPOINT).resolve(), key)
     fidelities = [Fidelity(split, tokens[split]) for split in SPLITS]
     if settings.variant == "full":
-        floats = {name: plan.folder.read(name).float() for name in float_tensors(plan)}
-        training = WholeHealing(setup, genome, floats, settings, windows, checkpoint)
+        values = {name: plan.folder.read(name).float() for name in float_tensors(plan)}
+        if settings.scales:
+            values |= multipliers(Bank(setup.bank), setup.space.formats_of(genome))
+        training = WholeHealing(setup, genome, values, settings, windows, checkpoint)
         trained, figures = heal_whole(training, fidelities, pool, track)
     else:
         parts = range(ModelShape.of(plan.folder).layers + 1)  # the last is the output norm
@@ -144,21 +153,21 @@ def heal(
 
 
 def heal_whole(training: WholeHealing, fidelities: Sequence[Fidelity], pool: Pool, track: Track) -> Trained:
-    """Train with the whole model in memory, then measure; return the tensors and the figures."""
+    """Train with the whole model in memory, then measure; return the tuned values and the figures."""
     done = training.checkpoint.load()
     left = training.settings.steps - (done[1]["steps"] if done else 0)
     for _ in track(training.train(pool.map), left, "healing"):
         pass
     saved = training.checkpoint.load()
     assert saved is not None, "saved behind the last step"
-    floats = {name: saved[0][name] for name in training.floats}
-    measures = [MeasureHealing(training.setup, training.genome, floats, fidelity) for fidelity in fidelities]
+    values = {name: saved[0][name] for name in training.values}
+    measures = [MeasureHealing(training.setup, training.genome, values, fidelity) for fidelity in fidelities]
     measured = track(pool.map(measures), len(measures), "measuring what healing did")
-    return floats, {fidelity.split: healed for fidelity, healed in zip(fidelities, measured, strict=True)}
+    return values, {fidelity.split: healed for fidelity, healed in zip(fidelities, measured, strict=True)}
 
 
 def heal_blocks(tasks: Sequence[HealBlock], pool: Pool, track: Track) -> Trained:
-    """Train and measure with one block in memory; return the tensors and the figures.
+    """Train and measure with one block in memory; return the tuned values and the figures.
 
     Each task continues from the state in which the one before it ended.
     """
@@ -177,10 +186,15 @@ def verdict(healing: Healing) -> str:
     return f"Healing ({healing.variant}) {outcome}: KL on validation text {figures.before.kl:.5f} before, {after} after"
 
 
+def shipped_bank(directory: Path, healing: Healing | None) -> Bank:
+    """Return the bank in ``directory`` with the scales that go into the file."""
+    return ScaledBank(directory, divided(healing.values)[1] if healing else {})
+
+
 def shipped_healing(run: Path, best: Mapping[str, Any]) -> Healing | None:
     """Return the healing that belongs in the file of a finished run, or None if it was not applied.
 
-    ``best`` is the object in the run's best.json. Raises UserError if the healed tensors are missing or damaged.
+    ``best`` is the object in the run's best.json. Raises UserError if the tuned values are missing or damaged.
     """
     record = best.get("healing")
     if not record or not record["applied"]:

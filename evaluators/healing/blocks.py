@@ -5,7 +5,8 @@ blocks the hidden states are in the checkpoint. Memory holds one block at a time
 windows, T positions, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluatorSetup, make_room
 from evaluators.engine.weights import ModelWeights, embedded
 from evaluators.healing.distillation import DistillationLoss
+from evaluators.healing.scales import divided, multipliers, tunable_scales
 from evaluators.healing.tuner import (
-    FloatTuner,
     HealingCheckpoint,
+    Tuner,
     micro_batches,
     repeatable_attention,
     schedule,
@@ -113,7 +115,7 @@ class _Stream:
         used, places = self.schedule.unique(return_inverse=True)
         self.ids[CALIBRATION], self.schedule = calibration[used], places  # only the windows that are trained on
         saved = task.checkpoint.load()
-        self.floats: dict[str, Tensor] = {}  # healed so far
+        self.values: dict[str, Tensor] = {}  # healed so far: float32 tensors, and multipliers of scales
         self.errors: list[list[float]] = []  # of each block's output, before and after its training
         self.done = 0
         if saved is None:
@@ -121,7 +123,7 @@ class _Stream:
         else:
             tensors, record = saved
             self.tracks = {name: tensor for name, tensor in tensors.items() if "/" in name}
-            self.floats = {name: tensor for name, tensor in tensors.items() if "/" not in name}
+            self.values = {name: tensor for name, tensor in tensors.items() if "/" not in name}
             self.done, self.errors = record["blocks"], record["errors"]
 
     def through(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -173,10 +175,11 @@ class _Stream:
             return output_error(run(inputs[rows].to(self.device)), targets[rows].to(self.device), self.unscored)
 
         own = {name: model.weight(name).data for name in self.task.names if model.block_of(name) == block}
+        packed = [name for name, _ in model.linears(block) if name in self.formats]
         with tunable(model, own) as parameters:
             before = self.error_of(run, inputs, targets)
-            self.tune(parameters, loss_of)
-            self.advance(HEALED, run)
+            with self.scaled(self.tune(parameters, packed, loss_of)):
+                self.advance(HEALED, run)
         healed = self.tracks[f"{CALIBRATION}/{HEALED}"]
         self.errors.append([before, self.error_of(lambda rows: rows, healed, targets)])
         self.save(block + 1)
@@ -191,22 +194,42 @@ class _Stream:
             ]
         return float(torch.cat(parts).mean())
 
-    def tune(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Train ``parameters`` on the schedule; ``loss_of`` maps window indices (batch,) to their mean loss."""
-        tuner = FloatTuner(parameters, self.task.settings)
+    def tune(
+        self, parameters: Mapping[str, nn.Parameter], packed: Sequence[str], loss_of: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Train ``parameters``, and the scales of the loaded tensors ``packed``, on the schedule.
+
+        ``loss_of`` maps window indices (batch,) to their mean loss. Returns the multipliers of scales by name.
+        """
+        settings = self.task.settings
+        ones = multipliers(self.bank, {name: self.formats[name] for name in packed}) if settings.scales else {}
+        factors = {name: nn.Parameter(value.to(self.device)) for name, value in ones.items()}
+        tuner = Tuner({**parameters, **factors}, settings)
         for rows in self.schedule:
-            for part in micro_batches(rows, self.ids[CALIBRATION].shape[1]):
-                (loss_of(part) * (len(part) / len(rows))).backward()
+            with self.scaled(factors) as gradients:
+                for part in micro_batches(rows, self.ids[CALIBRATION].shape[1]):
+                    (loss_of(part) * (len(part) / len(rows))).backward()
+            for name, factor in factors.items():
+                factor.grad = gradients[name].to(self.device)
             tuner.step()
-        self.floats |= tuner.values()
+        self.values |= tuner.values()
+        return {name: factor.detach() for name, factor in factors.items()}
+
+    def scaled(self, factors: Mapping[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Set loaded tensors to weights whose scales are multiplied by ``factors``; see ``tunable_scales``."""
+        by_tensor = {name: factor.detach() for name, factor in divided(factors)[1].items()}
+        return tunable_scales(self.model, self.bank, self.formats, by_tensor)
 
     def save(self, done: int) -> None:
         """Save hidden states and healed tensors; ``done`` counts the finished parts."""
         record = {"blocks": done, "errors": self.errors}
-        self.task.checkpoint.save({**self.tracks, **self.floats}, **record)
+        self.task.checkpoint.save({**self.tracks, **self.values}, **record)
 
     def finish(self) -> dict[str, Healed]:
-        """Train the output norm on the divergence itself, save all float32 tensors, and return the figures by split."""
+        """Train the output norm, and the scales of a head of its own, on the divergence itself.
+
+        Saves all tuned values, and returns the figures by split. A head that is the embedding too keeps its scales.
+        """
         model, loss = self.model, DistillationLoss.of(self.task.settings)
         model.load_head()
         self.advance(FULL, model.norm)
@@ -219,23 +242,29 @@ class _Stream:
         def loss_of(rows: Tensor) -> Tensor:
             ids = self.ids[CALIBRATION][rows].to(self.device)
             hidden = self.head_input(model.norm(inputs[rows].to(self.device)))
-            return loss(hidden, head, targets[rows].to(self.device), full_head, ids, self.unscored)
+            quantized = model.head_with(model.weight(model.head_name))
+            return loss(hidden, quantized, targets[rows].to(self.device), full_head, ids, self.unscored)
 
-        own = {name: model.weight(name).data for name in self.task.names if name not in self.floats}
+        own = {name: model.weight(name).data for name in self.task.names if name not in self.values}
+        packed = [model.head_name] if model.head_name in self.formats and not self.folder.tied else []
         with tunable(model, own) as parameters:
-            self.tune(parameters, loss_of)
+            factors = self.tune(parameters, packed, loss_of)
             self.advance(HEALED, model.norm)
-        figures = {f.split: self.figures(f.split, full_head, head) for f in self.task.fidelities}
+        with self.scaled(factors):
+            heads = {FULL: full_head, PLAIN: head, HEALED: model.head}
+            figures = {f.split: self.figures(f.split, heads) for f in self.task.fidelities}
         self.tracks = {}
         self.save(len(model.blocks) + 1)
         return figures
 
-    def figures(self, split: str, full_head: Head, head: Head) -> Healed:
+    def figures(self, split: str, heads: Mapping[str, Head]) -> Healed:
         """Return the divergences of the quantized and of the healed model on one split."""
         tracks = {kind: self.tracks[f"{split}/{kind}"].to(self.device) for kind in (FULL, PLAIN, HEALED)}
-        reference = Reference(tracks[FULL], full_head, self.ids[split], self.unscored)
-        plain, healed = (self.head_input(tracks[kind]) for kind in (PLAIN, HEALED))
-        return Healed.measured(partial(reference.compare, plain, head), partial(reference.compare, healed, head))
+        reference = Reference(tracks[FULL], heads[FULL], self.ids[split], self.unscored)
+        before, after = (
+            partial(reference.compare, self.head_input(tracks[kind]), heads[kind]) for kind in (PLAIN, HEALED)
+        )
+        return Healed.measured(before, after)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Return final hidden states (..., D) as the head reads them, rounded if its weight is quantized under q8."""

@@ -1,7 +1,7 @@
 """Distillation losses between the final hidden states of two models, over the whole vocabulary.
 
 Shapes: P positions, D hidden size, V vocabulary. Logits exist for one chunk of positions at a time, and only in the
-forward pass, which also computes each chunk's gradient with respect to the hidden states.
+forward pass, which also computes each chunk's gradient with respect to the hidden states and the head's weight.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class DistillationLoss:
     def __call__(
         self, hidden: Tensor, head: Head, reference: Tensor, reference_head: Head, ids: Tensor, unscored: int = 0
     ) -> Tensor:
-        """Return the scalar loss, differentiable with respect to ``hidden`` (B, T, D) only.
+        """Return the scalar loss, differentiable with respect to ``hidden`` (B, T, D) and the weight of ``head`` only.
 
         ``hidden`` are the trained model's final hidden states and ``head`` its head, ``reference`` (B, T, D) and
         ``reference_head`` those of the full-precision model; ``ids`` (B, T) are the tokens. The first
@@ -47,7 +47,7 @@ class DistillationLoss:
         rows, reference_rows, targets = (
             scored(x, unscored).flatten(0, 1) for x in (hidden, reference, next_tokens(ids))
         )
-        loss: Tensor = _ChunkedLoss.apply(rows, head, reference_rows, reference_head, targets, self)
+        loss: Tensor = _ChunkedLoss.apply(rows, head.weight, head, reference_rows, reference_head, targets, self)
         return loss
 
 
@@ -56,6 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
+        weight: Tensor,
         head: Head,
         reference: Tensor,
         reference_head: Head,
@@ -65,25 +66,28 @@ class _ChunkedLoss(torch.autograd.Function):
         followed = int((targets >= 0).sum())
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden)
+        at_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         step = chunk_positions(head)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             p = reference_head(reference[rows]).div_(loss.temperature)
             q = head(hidden[rows])
             value, logits_gradient = _soft(p, q, loss.temperature)
-            weight = (1 - loss.alpha) / len(hidden)
-            total += weight * value
-            logits_gradient.mul_(weight)
+            share = (1 - loss.alpha) / len(hidden)
+            total += share * value
+            logits_gradient.mul_(share)
             if loss.alpha and followed:
                 total += loss.alpha / followed * _add_hard(q, targets[rows], logits_gradient, loss.alpha / followed)
             head.hidden_gradient(q, logits_gradient, out=gradient[rows])
-        ctx.save_for_backward(gradient)
+            if at_weight is not None:
+                at_weight.addmm_(logits_gradient.T, hidden[rows])
+        ctx.save_for_backward(gradient, at_weight)
         return total.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None, None, None, None
+        gradient, at_weight = ctx.saved_tensors
+        return gradient * grads[0], None if at_weight is None else at_weight * grads[0], None, None, None, None, None
 
 
 def _soft(p: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Sizes are in bytes, in one worker beside what its process itself takes. D is the hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
 from evaluators.settings import HealingSettings
 
 SCORES = 3  # matrices of scores per head that attention keeps for its gradient where it is not fused
+GRADIENTS = 3  # of the largest tensor's size: of its uses as head and as embedding, and its derivative by scales
 CHUNK_COPIES = 6  # of a chunk's logits that are alive at once in the loss
 
 
@@ -61,8 +62,10 @@ def whole_memory(
     measured = max(count for split, count in tokens.items() if split != "calibration")
     training = {
         "weights": weights,
-        "activations": micro * (shape.layers * saved_bytes(shape, window, device) + shape.activation_bytes(window)),
+        "activations": micro
+        * (shape.layers * saved_bytes(shape, window, device, settings.scales) + shape.activation_bytes(window)),
         "logits": chunk_bytes(shape, device),
+        "gradients": gradient_bytes(shape, names, settings),
     }
     measuring = {
         "weights": weights,
@@ -84,14 +87,20 @@ def blocks_memory(
     measured = [count for split, count in tokens.items() if split != "calibration"]
     states = (2 * used + 3 * sum(measured) + max(used, *measured)) * shape.state_bytes  # one more as a block moves on
     micro = micro_tokens(settings, window)
-    largest = max(shape.bytes_of(name) for name in shape.tensors if name not in (shape.head, shape.embedding))
+    inner_names = [name for name in shape.tensors if name not in (shape.head, shape.embedding)]
+    largest = max(map(shape.bytes_of, inner_names))
     activations = max(
-        micro * (saved_bytes(shape, window, device) + shape.activation_bytes(window)),
+        micro * (saved_bytes(shape, window, device, settings.scales) + shape.activation_bytes(window)),
         min(BATCH_TOKENS, max(used, *measured)) * shape.activation_bytes(window),
     )
-    block = {"block": shape.block_bytes() + largest, "activations": activations}
+    own_head = [] if shape.head == shape.embedding else [shape.head]
+    block = {
+        "block": shape.block_bytes() + largest,
+        "activations": activations,
+        "gradients": gradient_bytes(shape, inner_names, settings),
+    }
     heads = {
-        "heads": 2 * shape.head_bytes,
+        "heads": 2 * shape.head_bytes + gradient_bytes(shape, own_head, settings),
         "logits": chunk_bytes(shape, device) + reference_bytes(shape, max(measured)),
         "hidden states of a split": 0 if device.type == "cpu" else 3 * max(measured) * shape.state_bytes,
     }
@@ -99,19 +108,26 @@ def blocks_memory(
     return larger(StageMemory.on(device, block, host), StageMemory.on(device, heads, host))
 
 
+def gradient_bytes(shape: ModelShape, tensors: Iterable[str], settings: HealingSettings) -> int:
+    """Return the bytes of the gradients of weights that are there at once: those of the largest of ``tensors``."""
+    return GRADIENTS * max(map(shape.bytes_of, tensors), default=0) if settings.scales else 0
+
+
 def micro_tokens(settings: HealingSettings, window: int) -> int:
     """Return the tokens of one backward pass, in whole windows of ``window`` tokens."""
     return min(max(1, MICRO_TOKENS // window), settings.batch_windows(window)) * window
 
 
-def saved_bytes(shape: ModelShape, window: int, device: torch.device) -> int:
+def saved_bytes(shape: ModelShape, window: int, device: torch.device, weights: bool = False) -> int:
     """Return the bytes per position that one block keeps for its backward pass.
 
     They are the MLP's three inner vectors and ten of size D (norms, rotated queries and keys, values, the output of
-    attention). Attention that is not fused, as healing uses it on accelerators, keeps its scores.
+    attention); for the gradients of ``weights`` the inputs of linear layers as well, one inner and two more. Attention
+    that is not fused, as healing uses it on accelerators, keeps its scores.
     """
     scores = SCORES * window * shape.heads if shape.eager or device.type != "cpu" else 0
-    return (10 * shape.hidden + 3 * shape.inner + scores) * FLOAT_BYTES
+    inputs = 2 * shape.hidden + shape.inner if weights else 0
+    return (10 * shape.hidden + 3 * shape.inner + inputs + scores) * FLOAT_BYTES
 
 
 def chunk_bytes(shape: ModelShape, device: torch.device) -> int:

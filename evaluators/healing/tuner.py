@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitgenome.common.files import replacing
+from evaluators.healing.scales import divided
 from evaluators.model.block_model import BlockModel
 from evaluators.settings import HealingSettings
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 MICRO_TOKENS = 512  # tokens of one backward pass, whose activations are in memory at once; also those of one pool task
 BETAS = (0.9, 0.99)  # of Adam; there are few steps, so the second moment must not average over more of them
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALE_RATE = 0.6  # learning rate of the multipliers of block scales, relative to that of float32 tensors
 
 
 def schedule(settings: HealingSettings, windows: int, window: int) -> Tensor:
@@ -42,19 +44,21 @@ def schedule(settings: HealingSettings, windows: int, window: int) -> Tensor:
     return order[: settings.steps * batch].reshape(settings.steps, batch)
 
 
-class FloatTuner:
+class Tuner:
     """Runs Adam on named parameters with the learning rates of ``settings``; ``state`` is what to checkpoint."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: HealingSettings):
         self.parameters = dict(parameters)
         self.settings = settings
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=BETAS)
+        floats, factors = divided(self.parameters)
+        groups = [{"params": list(some.values()), "of_rate": of} for some, of in ((floats, 1.0), (factors, SCALE_RATE))]
+        self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
         self.done = 0
 
     def step(self) -> None:
         """Take one step with the gradients that the parameters hold, then drop them."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.done)
+            group["lr"] = group["of_rate"] * self.settings.rate(self.done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1

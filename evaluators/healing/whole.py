@@ -1,10 +1,11 @@
-"""Healing with the whole model in memory: tunes the float32 tensors (norms, biases) by distillation.
+"""Healing with the whole model in memory: tunes float32 tensors (norms, biases) and block scales by distillation.
 
-Packed tensors stay as they are. Workers compute the gradients of parts of each step's windows, and the driver takes the
-steps. Shapes: n windows, T positions, D hidden size.
+Integers of packed tensors stay as they are. Workers compute the gradients of parts of each step's windows, and the
+driver takes the steps. Shapes: n windows, T positions, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from evaluators.engine.divergence import Divergence, Reference
 from evaluators.engine.evaluator import EvaluatorSetup, warm
 from evaluators.healing.distillation import DistillationLoss
 from evaluators.healing.quantized_model import SimulatedModel
+from evaluators.healing.scales import divided, tunable_scales
 from evaluators.healing.tuner import (
-    FloatTuner,
     HealingCheckpoint,
+    Tuner,
     micro_batches,
     repeatable_attention,
     schedule,
@@ -60,9 +62,17 @@ class TrainedModel:
         """The full-precision head, whatever format is set."""
         return self.model.head_with(self.simulated.full_weight(self.model.head_name))
 
+    @contextmanager
+    def scaled(self, genome: Genome, factors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Set ``genome`` with its scales multiplied by ``factors``, by tensor; see ``tunable_scales``."""
+        formats = self.space.formats_of(genome)
+        self.simulated.set_formats(formats)
+        with tunable_scales(self.model, self.simulated.bank, formats, factors) as gradients:
+            yield gradients
+
     @torch.inference_mode()
     def divergence(self, genome: Genome, ids: Tensor, reference: Reference) -> Divergence:
-        """Return the divergence of ``genome`` on ``ids`` (n, T) with the float32 tensors at their current values.
+        """Return the divergence of ``genome`` on ``ids`` (n, T) with float32 tensors and scales as they are set.
 
         Raises FloatingPointError if the logits are not finite.
         """
@@ -91,11 +101,11 @@ class ReferenceStates:
 
 @dataclass(frozen=True)
 class HealGradient:
-    """Pool task that computes the gradient of the mean loss over some windows at the float32 tensors ``floats``."""
+    """Pool task that computes the gradient of the mean loss over some windows at the tuned ``values``."""
 
     setup: EvaluatorSetup
     genome: Genome
-    floats: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]  # float32 tensors, and multipliers of scales; see ``scales.divided``
     loss: DistillationLoss
     rows: tuple[int, ...]
     reference: Tensor  # (n, T, D), from ReferenceStates
@@ -106,16 +116,20 @@ class HealGradient:
         return f"heal[step {self.step}]"
 
     def run(self, state: dict[Any, Any]) -> dict[str, Tensor]:
-        """Return the gradients on the CPU, by name of the tensor."""
+        """Return the gradients on the CPU, by name of the value."""
         trained = warm(TrainedModel, self.setup, state)
-        model = trained.model
-        trained.simulated.set_formats(trained.space.formats_of(self.genome))
+        model, (floats, factors) = trained.model, divided(self.values)
         ids = trained.calibration_ids(self.rows).to(model.device)
-        with tunable(model, self.floats) as parameters, repeatable_attention(model.device):
+        with (
+            tunable(model, floats) as parameters,
+            trained.scaled(self.genome, factors) as gradients,
+            repeatable_attention(model.device),
+        ):
             hidden = trained.simulated.head_input(model.run_from(0, model.embed(ids)))
             reference, unscored = self.reference.to(model.device), trained.windows.unscored
-            self.loss(hidden, model.head, reference, trained.full_head, ids, unscored).backward()
-            return {name: gradient_of(parameter) for name, parameter in parameters.items()}
+            head = model.head_with(model.weight(model.head_name))
+            self.loss(hidden, head, reference, trained.full_head, ids, unscored).backward()
+            return {name: gradient_of(parameter) for name, parameter in parameters.items()} | gradients
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -126,7 +140,7 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 @dataclass(frozen=True)
 class WholeHealing:
-    """Trains the float32 tensors of one genome: a pool computes the gradients, this process takes the steps.
+    """Trains float32 tensors and scales of one genome: a pool computes the gradients, this process takes the steps.
 
     The gradients of a step are summed in the order of its windows, so the result is the same, bit for bit, for any
     number of workers.
@@ -134,7 +148,7 @@ class WholeHealing:
 
     setup: EvaluatorSetup
     genome: Genome
-    floats: Mapping[str, Tensor]  # the model's own, by Hugging Face name
+    values: Mapping[str, Tensor]  # float32 tensors of the model by Hugging Face name, and multipliers of scales
     settings: HealingSettings
     windows: tuple[int, int]  # shape (n, T) of the calibration text
     checkpoint: HealingCheckpoint
@@ -144,7 +158,7 @@ class WholeHealing:
 
         ``run`` runs pool tasks and yields their results in order. A checkpoint is saved every CHECKPOINT_STEPS steps.
         """
-        tuner = FloatTuner({n: nn.Parameter(t.clone()) for n, t in self.floats.items()}, self.settings)
+        tuner = Tuner({n: nn.Parameter(t.clone()) for n, t in self.values.items()}, self.settings)
         if saved := self.checkpoint.load():
             tuner.load(saved[0], saved[1]["steps"])
         windows_of_steps = schedule(self.settings, *self.windows)
@@ -167,7 +181,7 @@ class WholeHealing:
 
     def accumulate(
         self,
-        tuner: FloatTuner,
+        tuner: Tuner,
         rows: Tensor,
         reference: Mapping[int, Tensor],
         run: Callable[[Sequence[Any]], Iterator[Any]],
@@ -221,11 +235,11 @@ class Healed:
 
 @dataclass(frozen=True)
 class MeasureHealing:
-    """Pool task that measures a genome's divergence with the original float32 tensors and with the tuned ones."""
+    """Pool task that measures a genome's divergence with the original float32 tensors and scales, and with tuned."""
 
     setup: EvaluatorSetup
     genome: Genome
-    floats: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
     fidelity: Fidelity
 
     @property
@@ -233,14 +247,15 @@ class MeasureHealing:
         return f"healed[{self.fidelity.split}]"
 
     def run(self, state: dict[Any, Any]) -> Healed:
-        """Return both divergences. Raises FloatingPointError if that with the original tensors is not finite."""
+        """Return both divergences. Raises FloatingPointError if the first is not finite."""
         trained = warm(TrainedModel, self.setup, state)
         fidelity = self.fidelity
         ids = torch.from_numpy(trained.windows.take(fidelity.split, fidelity.tokens, fidelity.draw))
         reference = trained.reference(ids)  # with the original tensors, so outside of ``tunable``
 
         def after() -> Divergence:
-            with tunable(trained.model, self.floats):
+            floats, factors = divided(self.values)
+            with tunable(trained.model, floats), trained.scaled(self.genome, factors):
                 return trained.divergence(self.genome, ids, reference)
 
         return Healed.measured(lambda: trained.divergence(self.genome, ids, reference), after)

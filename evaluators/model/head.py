@@ -101,7 +101,8 @@ class Head:
     def hidden_gradient(self, logits: Tensor, gradient: Tensor, out: Tensor) -> None:
         """Write the gradient with respect to the hidden states to ``out`` (P, D).
 
-        ``logits`` (P, V) are those of ``__call__``. ``gradient`` (P, V), with respect to them, is overwritten.
+        ``logits`` (P, V) are those of ``__call__``. ``gradient`` (P, V), with respect to them, becomes that with
+        respect to the products of hidden states and weight.
         """
         how = self.settings
         if how.softcap is not None:

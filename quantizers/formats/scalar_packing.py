@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import Grid, Scales
+from quantizers.formats.table import QuantFormat
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,13 @@ def _field_bytes(field: Field, block_size: int) -> int:
             return field.size
         case _:
             return 2
+
+
+def half_offsets(fmt: QuantFormat) -> tuple[int, ...]:
+    """Return where the fp16 fields d and, if there is one, dmin of a block are, in bytes from its start."""
+    fields = LAYOUTS[fmt.name]
+    starts = [sum(_field_bytes(before, fmt.block_size) for before in fields[:index]) for index in range(len(fields))]
+    return tuple(start for field, start in zip(fields, starts, strict=True) if isinstance(field, str))
 
 
 def by_block(member: Tensor) -> Tensor:

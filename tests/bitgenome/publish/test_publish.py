@@ -43,7 +43,7 @@ def test_a_file_is_published_with_its_card_recipe_and_importance_and_again_in_pl
     assert about["base_model"] == "base/original" and about["license"] == "apache-2.0" and about["language"] == ["en"]
     assert {"gguf", "quantized"} <= set(about["tags"])
     mean, maximum = (best["proof"]["figures"][name]["value"] for name in ("mean_kl", "maximum_kl"))
-    figures = f"{best['gguf_bytes']:,} bytes", f"| {mean:.5f} |", f"{maximum:.5f}", "| Q4_K |"
+    figures = f"{best['gguf_bytes']:,} bytes", f"| {mean:.5f} |", f"{maximum:.6f}", "| Q4_K |"
     for said in (*figures, "bitgenome run base.yaml", f"llama-server -hf me/small --hf-file {best['gguf']}"):
         assert said in card, said
     assert str(runs.storage) not in card and str(EMBEDDED) not in card  # nothing of this machine

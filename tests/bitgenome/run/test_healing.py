@@ -1,4 +1,4 @@
-"""What healing ships: the same packed bytes in a file of the same size, tuned float32 tensors only if they help."""
+"""What healing ships: the searched integers in a file of the same size, tuned norms and scales only if they help."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from bitgenome.common.errors import UserError
 from bitgenome.run.export import differing_floats, differing_tensors, export_again
 from bitgenome.run.verify import verify_file
+from evaluators.healing.scales import ScaledBank, divided
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.bank import Bank
 from exporters.files.gguf_reader import read_gguf
@@ -29,8 +30,14 @@ def test_the_file_holds_the_healed_tensors_and_lost_less_than_the_search(runs: R
     assert best["healing"]["applied"]
     for split in ("validation", "test"):
         assert best["healing"][split]["after"]["kl"] < best["healing"][split]["before"]["kl"]
-    assert differing_floats(shipped(runs, "base"), ModelFolder(EMBEDDED), healed) == []
-    assert set(differing_floats(shipped(runs, "base"), ModelFolder(EMBEDDED), {})) <= healed.keys()
+    floats, factors = divided(healed)
+    formats = {name: FORMATS[fmt] for name, fmt in best["formats"].items()}
+    assert factors.keys() == formats.keys()
+    assert differing_floats(shipped(runs, "base"), ModelFolder(EMBEDDED), floats) == []
+    assert set(differing_floats(shipped(runs, "base"), ModelFolder(EMBEDDED), {})) <= floats.keys()
+    asked = shipped(runs, "base"), ModelFolder(EMBEDDED)
+    assert differing_tensors(*asked, ScaledBank(runs.bank("base"), factors), formats) == []
+    assert differing_tensors(*asked, Bank(runs.bank("base")), formats)
     searched, row = best["rows"][:2]
     assert (searched["name"].split(" ")[0], row["name"]) == ("searched", "healed")
     assert row["kl"] < searched["kl"] and row["file_bytes"] == searched["file_bytes"] == best["winner"]["file_bytes"]

@@ -54,19 +54,20 @@ def test_loss_and_gradient_equal_float64_autograd_of_the_plain_formula(
 ) -> None:
     monkeypatch.setattr("evaluators.healing.distillation.chunk_positions", lambda head: chunk)
     tensors = case(noise)
-    expected_hidden = tensors[0].clone().requires_grad_(True)
-    expected = plain(expected_hidden, *tensors[1:], loss, softcap)
+    expected_hidden, expected_head = (tensor.clone().requires_grad_(True) for tensor in tensors[:2])
+    expected = plain(expected_hidden, expected_head, *tensors[2:], loss, softcap)
     expected.backward()  # type: ignore[no-untyped-call]
     hidden = tensors[0].float().requires_grad_(True)
     head, reference, reference_head = (t.float() for t in tensors[1:4])
+    head.requires_grad_(True)
     found = loss(
         hidden, Head(head, HeadSettings(softcap)), reference, Head(reference_head, HeadSettings(softcap)), tensors[4]
     )
     (3 * found).backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5 if noise > 0.1 else 2e-3)
-    gradient = expected_hidden.grad
-    assert gradient is not None and hidden.grad is not None
-    assert float((hidden.grad / 3 - gradient).norm() / gradient.norm()) < (1e-5 if noise > 0.1 else 3e-4)
+    for got, wanted in ((hidden.grad, expected_hidden.grad), (head.grad, expected_head.grad)):
+        assert got is not None and wanted is not None
+        assert float((got / 3 - wanted).norm() / wanted.norm()) < (1e-5 if noise > 0.1 else 3e-4)
 
 
 def test_positions_that_do_not_count_have_no_loss_and_no_gradient() -> None:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from evaluators.engine.evaluator import EvaluateGenomes, warm
 from evaluators.healing.blocks import HealBlock, output_error
-from evaluators.healing.tuner import FloatTuner, HealingCheckpoint, schedule
+from evaluators.healing.distillation import DistillationLoss
+from evaluators.healing.scales import divided, multipliers, scales_name
+from evaluators.healing.tuner import HealingCheckpoint, Tuner, schedule
 from evaluators.healing.whole import Healed, MeasureHealing, TrainedModel, WholeHealing, gradient_of
 from evaluators.prepare.bank import Bank
 from evaluators.settings import HealingSettings
@@ -29,13 +31,14 @@ def own_floats(small_bank: SmallBank) -> dict[str, Tensor]:
 def whole(small_bank: SmallBank, path: Path, settings: HealingSettings = SETTINGS) -> WholeHealing:
     windows, genome = small_bank.windows.windows["calibration"].shape, small_bank.space.smallest()
     checkpoint = HealingCheckpoint(path, "key")
-    return WholeHealing(small_bank.setup(), genome, own_floats(small_bank), settings, windows, checkpoint)
+    values = own_floats(small_bank) | multipliers(Bank(small_bank.directory), small_bank.space.formats_of(genome))
+    return WholeHealing(small_bank.setup(), genome, values, settings, windows, checkpoint)
 
 
 def tuned(training: WholeHealing) -> dict[str, Tensor]:
     saved = training.checkpoint.load()
     assert saved is not None
-    return {name: saved[0][name] for name in training.floats}
+    return {name: value for name, value in saved[0].items() if name in training.values}
 
 
 def measure(training: WholeHealing, pool: SerialPool) -> Healed:
@@ -75,7 +78,7 @@ def test_training_leaves_the_model_as_it_was(small_bank: SmallBank, trained: Tra
     training, pool = trained
     measure(training, pool)
     model = warm(TrainedModel, training.setup, pool._state).model
-    for name, own in training.floats.items():
+    for name, own in divided(training.values)[0].items():
         assert torch.equal(model.weight(name).data, own)
     bank = Bank(small_bank.directory)
     for name, fmt in small_bank.space.formats_of(training.genome).items():
@@ -103,10 +106,32 @@ def test_gradients_of_parts_sum_to_that_of_the_whole_step(
     found = []
     for micro in (512, 4096):  # two windows and one; all at once
         monkeypatch.setattr("evaluators.healing.tuner.MICRO_TOKENS", micro)
-        tuner = FloatTuner({n: nn.Parameter(t.clone()) for n, t in training.floats.items()}, SETTINGS)
+        tuner = Tuner({n: nn.Parameter(t.clone()) for n, t in training.values.items()}, SETTINGS)
         training.accumulate(tuner, rows, training.references(rows[None], pool.map), pool.map)
         found.append(torch.cat([gradient_of(p).flatten() for p in tuner.parameters.values()]))
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4
+
+
+def test_gradients_of_scales_are_the_slope_of_the_loss(small_bank: SmallBank, trained: Trained) -> None:
+    """All scales of some tensors moved together, far enough for fp16; the mean of both sides has no curvature."""
+    training, pool = trained
+    tuner = Tuner({n: nn.Parameter(t.clone()) for n, t in training.values.items()}, SETTINGS)
+    rows = torch.tensor([[1]])
+    reference = training.references(rows, pool.map)
+    training.accumulate(tuner, rows[0], reference, pool.map)
+    model, loss = warm(TrainedModel, training.setup, pool._state), DistillationLoss()
+    ids = model.calibration_ids([1])
+
+    def loss_at(tensor: str, factor: float) -> float:
+        factors = {tensor: torch.full_like(training.values[scales_name(tensor)], factor)}
+        with torch.no_grad(), model.scaled(training.genome, factors):
+            hidden = model.simulated.head_input(model.model.run_from(0, model.model.embed(ids)))
+            return float(loss(hidden, model.model.head, reference[1][None], model.full_head, ids))
+
+    for name in ("model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight"):
+        slope = (loss_at(name, 1 + 2**-6) - loss_at(name, 1 - 2**-6)) / 2**-5
+        found = float(gradient_of(tuner.parameters[scales_name(name)]).sum())
+        assert found == pytest.approx(slope, rel=0.1)
 
 
 def test_a_checkpoint_of_something_else_or_a_damaged_one_does_not_count(
