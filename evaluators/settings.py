@@ -30,7 +30,7 @@ class HealingSettings(Section):
         "auto", description="the whole model, or one block in memory; auto: the whole where it fits"
     )
     scales: bool = Field(True, description="tune d and dmin of packed blocks beside norms and biases")
-    steps: int = Field(60, ge=1, description="of the whole model, or of each block")
+    steps: int = Field(120, ge=1, description="of the whole model, or of each block")
     batch_tokens: int = Field(1024, ge=1, description="tokens of calibration text a step, at least one window")
     learning_rate: float | None = Field(None, gt=0, description="of Adam at its highest; by default by the divergence")
     loss: Literal["kl", "distillation"] = Field(

@@ -22,12 +22,13 @@ from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate
 from evaluators.prepare.input_group import group_file, group_readable
 from evaluators.prepare.output_factor import factor_readable
 from quantizers.rounding.row_order import MOST_ROWS
+from quantizers.statistics.output_damping import DAMPINGS
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
-OUTPUTS_SCHEMA = 1  # raise when the content of an output factor's file changes
+OUTPUTS_SCHEMA = 2  # raise when the content of an output factor's file changes
 
 
 def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
@@ -101,7 +102,7 @@ def measure_outputs(plan: Plan, windows: TokenWindows, pool: Pool, track: Track)
     """Measure the output factors of the tensors that need them if they are missing, and return their directory."""
     tensors = factored_tensors(plan)
     text = hashlib.sha256(windows.windows["calibration"].tobytes()).hexdigest()
-    how = FACTOR_TOKENS, MOST_ROWS, windows.unscored
+    how = FACTOR_TOKENS, MOST_ROWS, DAMPINGS, windows.unscored
     digest = digest_of(OUTPUTS_SCHEMA, plan.folder.digest, text, windows.windows["calibration"].shape, tensors, *how)
     directory = shared_directory(plan.config, layout.OUTPUTS_KIND, digest)
     done = directory / layout.GROUPS

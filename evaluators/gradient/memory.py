@@ -33,7 +33,7 @@ def gradient_memory(shape: ModelShape, tokens: int, window: int, device: torch.d
 
 
 def factor_memory(shape: ModelShape, tokens: int, window: int, device: torch.device) -> StageMemory:
-    """Return what measuring the output factors takes: states of all its text, and sums in float64 for one block.
+    """Return what measuring the output factors takes: states of all its text, and two sums in float64 for one block.
 
     The text is FACTOR_TOKENS of the ``tokens`` of calibration.
     """
@@ -42,7 +42,7 @@ def factor_memory(shape: ModelShape, tokens: int, window: int, device: torch.dev
     entries = [
         factor_entries(size[0]) for name, size in shape.tensors.items() if len(size) == 2 and block_of(name) == 0
     ]
-    sums = {"output factors": sum(entries) * DOUBLE_BYTES + max(entries, default=0) * 2 * FLOAT_BYTES}
+    sums = {"output factors": 2 * sum(entries) * DOUBLE_BYTES + max(entries, default=0) * 2 * DOUBLE_BYTES}
     host = {"states and scores": 3 * states}
     more = StageMemory.on(device, sums, host)
     return StageMemory({**found.device, **more.device}, {**found.host, **more.host})

@@ -33,7 +33,8 @@ from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_recorder import SHRINKAGE
 from evaluators.prepare.output_factor import factor_file, factor_readable, save_factor
 from quantizers.rounding.row_order import output_blocks
-from quantizers.statistics.hessian import HessianAccumulator, mean_of, shrunk
+from quantizers.statistics.hessian import HessianAccumulator, damped, joined, mean_of, shrunk
+from quantizers.statistics.output_damping import DAMPINGS, chosen_damping
 
 # Of the calibration text, for all factors. Embedded model, all linear layers alike, 8 steps, KL on 8,192 tokens: from
 # 8,192 tokens .0638 (Q2_K) and .00365 (Q4_K), from 32,768 tokens .0649 and .00366; under H alone .0792 and .00452.
@@ -43,21 +44,32 @@ NAME = re.compile(r"(inputs|scores)-(\d+)\.safetensors")
 
 
 class FactorAccumulator:
-    """Accumulates the output factor of one tensor of ``rows`` rows, in equal blocks of at most MOST_ROWS rows."""
+    """Accumulates the output factor of one tensor of ``rows`` rows, in equal blocks of at most MOST_ROWS rows.
+
+    Each block has two sums, of the first and second halves of the positions that are added.
+    """
 
     def __init__(self, rows: int, device: torch.device):
         blocks = output_blocks(rows)
-        self.blocks = [HessianAccumulator(rows // blocks, device) for _ in range(blocks)]
+        self.blocks = [[HessianAccumulator(rows // blocks, device) for _ in range(2)] for _ in range(blocks)]
 
     def add(self, use: LinearUse) -> None:
         """Add one use of the tensor."""
         scores = use.scores * use.inputs.square().sum(-1, keepdim=True).sqrt()
         for block, part in zip(self.blocks, scores.chunk(len(self.blocks), -1), strict=True):
-            block.add(part)
+            for half, own in zip(block, part.tensor_split(2), strict=True):
+                half.add(own)
 
     def factor(self) -> Tensor:
-        """Return S float32 (blocks, r, r). Raises ValueError before the first use."""
-        return torch.stack([block.matrix() for block in self.blocks])
+        """Return S float32 (blocks, r, r), damped as its halves say. Raises ValueError before the first use."""
+        return torch.stack([damped(mean_of(block), damping_of(block)).float() for block in self.blocks])
+
+
+def damping_of(halves: Sequence[HessianAccumulator]) -> float:
+    """Return the damping of the mean of ``halves``: the largest where one of them has seen nothing."""
+    if not all(half.count for half in halves):
+        return DAMPINGS[-1]
+    return chosen_damping(*(mean_of([half]) for half in halves))
 
 
 def factors(found: Mapping[str, FactorAccumulator], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -81,8 +93,10 @@ def factors(found: Mapping[str, FactorAccumulator], names: Sequence[str]) -> Ite
 def _leaning(own: FactorAccumulator | None, pool: Sequence[FactorAccumulator]) -> Tensor:
     blocks = []
     for index in range(len(pool[0].blocks)):
-        mean = mean_of([other.blocks[index] for other in pool])
-        blocks.append(shrunk(own.blocks[index] if own else None, mean, SHRINKAGE * len(mean)))
+        halves = [joined(other.blocks[index][half] for other in pool) for half in range(2)]
+        mean = mean_of(halves)
+        factor = shrunk(joined(own.blocks[index]) if own else None, mean, SHRINKAGE * len(mean))
+        blocks.append(damped(factor, damping_of(halves)).float())
     return torch.stack(blocks)
 
 

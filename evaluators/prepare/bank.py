@@ -32,7 +32,7 @@ from quantizers.rounding.kernels import ENABLED
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.row_batches import STACK_BYTES
 from quantizers.rounding.row_choice import Compensated
-from quantizers.rounding.row_order import OUTPUT_DAMPING, ROW_STEPS, ROW_SWEEPS
+from quantizers.rounding.row_order import ROW_STEPS, ROW_SWEEPS
 from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
 from quantizers.statistics.importance import channel_dimensions, combined_importance
@@ -88,7 +88,7 @@ def bank_digest(
     legal = {tensor: [f.name for f in choices] for tensor, choices in formats.items()}
     where = [] if device == "cpu" else [device, ACCELERATOR_CHUNK, STACK_BYTES, *sorted(ENABLED)]
     where += [imatrix] if imatrix else []
-    where += [outputs, ROW_STEPS, ROW_SWEEPS, OUTPUT_DAMPING] if outputs else []
+    where += [outputs, ROW_STEPS, ROW_SWEEPS] if outputs else []
     return digest_of(SCHEMA, model, calibration, legal, asdict(settings), pruned, importance, *where)
 
 

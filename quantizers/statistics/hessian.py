@@ -6,7 +6,7 @@ every rounding decision.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -59,18 +59,25 @@ class HessianAccumulator:
         return self.matrix().diagonal()
 
 
-def mean_of(accumulators: Sequence[HessianAccumulator]) -> Tensor:
+def joined(accumulators: Iterable[HessianAccumulator]) -> HessianAccumulator:
+    """Return an accumulator that has seen what ``accumulators``, at least one, have seen."""
+    first, *others = accumulators
+    total = HessianAccumulator(first.columns, first.sum.device)
+    for accumulator in (first, *others):
+        total.sum += accumulator.sum
+        total.count += accumulator.count
+    return total
+
+
+def mean_of(accumulators: Iterable[HessianAccumulator]) -> Tensor:
     """Return the Hessian over all inputs that ``accumulators`` have seen, float64 (columns, columns).
 
     Raises ValueError before the first input.
     """
-    count = sum(accumulator.count for accumulator in accumulators)
-    if count == 0:
+    total = joined(accumulators)
+    if total.count == 0:
         raise ValueError("the Hessians have seen no input")
-    total = torch.zeros_like(accumulators[0].sum)
-    for accumulator in accumulators:
-        total += accumulator.sum
-    return total / count
+    return total.sum / total.count
 
 
 def shrunk(own: HessianAccumulator | None, mean: Tensor, strength: float) -> Tensor:
