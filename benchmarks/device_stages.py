@@ -27,6 +27,7 @@ from evaluators.engine.memory import Load
 from evaluators.gradient.output_factors import FACTOR_TOKENS, MeasureOutputs
 from evaluators.gradient.sensitivity import gradient_losses, gradient_tasks
 from evaluators.healing.blocks import HealBlock
+from evaluators.healing.scales import multipliers
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import WholeHealing
 from evaluators.model.block_model import BlockModel
@@ -274,9 +275,11 @@ def heal_whole(subject: Subject) -> Figures:
     checkpoint.path.unlink(missing_ok=True)
     settings = HealingSettings(steps=subject.steps).with_rate_for(0.05)
     model = ModelFolder(subject.model)
-    floats = {name: model.read(name).float() for name in subject.floats}
+    setup, genome = subject.setup(), subject.genome(0)
+    values = {name: model.read(name).float() for name in subject.floats}
+    values |= multipliers(Bank(setup.bank), setup.space.formats_of(genome))
     shape = (2 * subject.tokens // subject.window, subject.window)
-    training = WholeHealing(subject.setup(), subject.genome(0), floats, settings, shape, checkpoint)
+    training = WholeHealing(setup, genome, values, settings, shape, checkpoint)
     for _ in training.train(subject.run):
         pass
     return {"work": subject.steps * settings.batch_tokens, "unit": "tokens"}

@@ -27,8 +27,10 @@ from bitgenome.run.prepare import evaluator_setup, record_inputs
 from bitgenome.storage.run_directory import RunDirectory
 from evaluators.engine.evaluator import EvaluateGenomes, EvaluatorSetup
 from evaluators.healing.blocks import HealBlock
+from evaluators.healing.scales import multipliers
 from evaluators.healing.tuner import HealingCheckpoint
 from evaluators.healing.whole import Healed, MeasureHealing, WholeHealing
+from evaluators.prepare.bank import Bank
 from evaluators.settings import RATE_PER_ROOT_KL, HealingSettings
 from search.allocation.seeds import pure_uniform
 from search.budget import Budget
@@ -58,14 +60,16 @@ def measure(plan: Plan, setup: EvaluatorSetup, genome: Genome, settings: Healing
             tasks = [HealBlock(setup, genome, names, settings, checkpoint, fidelities, part) for part in parts]
             *_, figures = (result for task in tasks for result in pool.map([task]))
             return [figures[fidelity.split] for fidelity in fidelities]
-        floats = {name: plan.folder.read(name).float() for name in float_tensors(plan)}
+        values = {name: plan.folder.read(name).float() for name in float_tensors(plan)}
+        if settings.scales:
+            values |= multipliers(Bank(setup.bank), plan.space.formats_of(genome))
         shape = (tokens.calibration // plan.config.text.window, plan.config.text.window)
-        training = WholeHealing(setup, genome, floats, settings, shape, checkpoint)
+        training = WholeHealing(setup, genome, values, settings, shape, checkpoint)
         for _ in training.train(pool.map):
             pass
         saved = checkpoint.load()
         assert saved is not None
-        tuned = {name: saved[0][name] for name in floats}
+        tuned = {name: saved[0][name] for name in values}
     return list(pool.map([MeasureHealing(setup, genome, tuned, fidelity) for fidelity in fidelities]))
 
 
