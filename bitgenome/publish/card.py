@@ -34,8 +34,13 @@ def title(facts: Facts, version: str) -> str:
         f"# {base.name}, {facts.bits_per_weight:.2f} bits per weight, GGUF\n\n"
         f"`{facts.file}` ({facts.file_bytes:,} bytes, {facts.bits_per_weight:.4f} bits of the file for each weight) is "
         f"{model} in mixed precision, made by bitgenome {version}: a search chose the type of every tensor, and the "
-        f"bytes that it scored are the bytes of the file.{licence}"
+        f"{'integers' if scales_tuned(facts) else 'bytes'} that it scored are those of the file.{licence}"
     )
+
+
+def scales_tuned(facts: Facts) -> bool:
+    """Return whether the scales of blocks are others than the search scored."""
+    return bool((facts.result.healing or {}).get("scales"))
 
 
 def usage(facts: Facts, repository: str) -> str:
@@ -83,7 +88,8 @@ def recipe(facts: Facts) -> str:
 def making(facts: Facts) -> str:
     """Return the command that made the file, and its settings."""
     healed = facts.result.healing and facts.result.healing["applied"]
-    note = "\n\nNorms, biases and scales of blocks were tuned after the search." if healed else ""
+    what = "Norms, biases and scales of blocks" if scales_tuned(facts) else "Norms and biases"
+    note = f"\n\n{what} were tuned after the search." if healed else ""
     settings = settings_text(facts.config, facts.base.hub_id or facts.base.name)
     indented = "\n".join(f"    {line}" for line in settings.splitlines())
     return f"## How it was made\n\n    {facts.command}\n\nwith these settings:\n\n{indented}{note}"

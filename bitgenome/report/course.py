@@ -82,7 +82,7 @@ def healing(view: RunView) -> Section | None:
         tried = (
             f": KL on validation text {kl_text(validation['before']['kl'])} before, {kl_text(kl)} after" if kl else ""
         )
-        return Section("healing", heading, [f"Norms and biases were tuned {variant}, and not taken{tried}."], half=True)
+        return Section("healing", heading, [f"Healing was tried, {variant}, and not taken{tried}."], half=True)
     before, after = test["before"]["window_kl"], test["after"]["window_kl"]
     better = sum(b > a for b, a in zip(before, after, strict=True))
     low, high = 0.95 * min(*before, *after), 1.05 * max(*before, *after)
@@ -108,8 +108,9 @@ def healing(view: RunView) -> Section | None:
         "yaxis": {"title": {"text": "KL after"}, "range": [low, high]},
         "annotations": [{**place, "text": "no change", "font": {"color": "--soft"}}],
     }
+    what = "Norms, biases and scales of blocks" if found.get("scales") else "Norms and biases"
     says = [
-        f"Norms and biases, tuned {variant} for no bytes: KL on test text {kl_text(test['before']['kl'])} before, "
+        f"{what}, tuned {variant} for no bytes: KL on test text {kl_text(test['before']['kl'])} before, "
         f"{kl_text(test['after']['kl'])} after. A dot is a window of text; {better} of {len(before)} lie below the "
         "line: they gained."
     ]

@@ -9,7 +9,7 @@ CLEAR = 2.0  # standard errors beyond which a difference is one
 FILLED = "uniform, filled"  # shown for the seed "uniform", which is none of the pure levels
 NAMES = {  # first words of the closing table's names, see search.allocation.seeds; in the order in which they are told
     "searched": "the genome that ships, chosen on validation text",
-    "healed": "the same file with norms, biases and block scales tuned",
+    "healed": "the same file as tuned after the search, for no bytes",
     "exact": "the optimum by the tensors' sensitivities alone, without a search",
     "lagrangian": "near that optimum: the largest gains per byte, by a price for bytes",
     "greedy": "one tensor at a time, the largest gain per byte first",

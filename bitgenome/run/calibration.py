@@ -16,13 +16,15 @@ from bitgenome.plan.text import ModelAndText
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.data.windows import TokenWindows
 from evaluators.gradient.output_factors import FACTOR_TOKENS, MeasureOutputs
+from evaluators.gradient.sensitivity import PART_TOKENS
 from evaluators.prepare.activation_samples import SampleActivations
 from evaluators.prepare.activation_samples import readable as samples_readable
 from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate
 from evaluators.prepare.input_group import group_file, group_readable
+from evaluators.prepare.input_recorder import SHRINKAGE
 from evaluators.prepare.output_factor import factor_readable
 from quantizers.rounding.row_order import MOST_ROWS
-from quantizers.statistics.output_damping import DAMPINGS
+from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def measure_outputs(plan: Plan, windows: TokenWindows, pool: Pool, track: Track)
     """Measure the output factors of the tensors that need them if they are missing, and return their directory."""
     tensors = factored_tensors(plan)
     text = hashlib.sha256(windows.windows["calibration"].tobytes()).hexdigest()
-    how = FACTOR_TOKENS, MOST_ROWS, DAMPINGS, windows.unscored
+    how = FACTOR_TOKENS, PART_TOKENS, MOST_ROWS, DAMPINGS, TRIED_ROWS, SHRINKAGE, windows.unscored
     digest = digest_of(OUTPUTS_SCHEMA, plan.folder.digest, text, windows.windows["calibration"].shape, tensors, *how)
     directory = shared_directory(plan.config, layout.OUTPUTS_KIND, digest)
     done = directory / layout.GROUPS

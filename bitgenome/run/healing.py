@@ -59,7 +59,8 @@ class Healing:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the tuned values as JSON values."""
         figures = {split: asdict(healed) for split, healed in self.figures.items()}
-        return {"key": self.key, "applied": self.applied, "variant": self.variant, **figures}
+        scales = bool(divided(self.values)[1])
+        return {"key": self.key, "applied": self.applied, "scales": scales, "variant": self.variant, **figures}
 
     def save(self, run: Path) -> None:
         """Write values and figures into the run directory ``run``."""

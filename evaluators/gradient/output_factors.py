@@ -34,7 +34,7 @@ from evaluators.prepare.input_recorder import SHRINKAGE
 from evaluators.prepare.output_factor import factor_file, factor_readable, save_factor
 from quantizers.rounding.row_order import output_blocks
 from quantizers.statistics.hessian import HessianAccumulator, damped, joined, mean_of, shrunk
-from quantizers.statistics.output_damping import DAMPINGS, chosen_damping
+from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS, chosen_damping
 
 # Of the calibration text, for all factors. Embedded model, all linear layers alike, 8 steps, KL on 8,192 tokens: from
 # 8,192 tokens .0638 (Q2_K) and .00365 (Q4_K), from 32,768 tokens .0649 and .00366; under H alone .0792 and .00452.
@@ -46,19 +46,20 @@ NAME = re.compile(r"(inputs|scores)-(\d+)\.safetensors")
 class FactorAccumulator:
     """Accumulates the output factor of one tensor of ``rows`` rows, in equal blocks of at most MOST_ROWS rows.
 
-    Each block has two sums, of the first and second halves of the positions that are added.
+    Each block has two sums, of two halves of the text.
     """
 
     def __init__(self, rows: int, device: torch.device):
         blocks = output_blocks(rows)
         self.blocks = [[HessianAccumulator(rows // blocks, device) for _ in range(2)] for _ in range(blocks)]
 
-    def add(self, use: LinearUse) -> None:
-        """Add one use of the tensor."""
+    def add(self, use: LinearUse, half: int | None = None) -> None:
+        """Add one use of the tensor, by text of one ``half``, 0 or 1; None: its positions are of both."""
         scores = use.scores * use.inputs.square().sum(-1, keepdim=True).sqrt()
         for block, part in zip(self.blocks, scores.chunk(len(self.blocks), -1), strict=True):
-            for half, own in zip(block, part.tensor_split(2), strict=True):
-                half.add(own)
+            parts = part.tensor_split(2) if half is None else (part,)
+            for place, own in enumerate(parts):
+                block[place if half is None else half].add(own)
 
     def factor(self) -> Tensor:
         """Return S float32 (blocks, r, r), damped as its halves say. Raises ValueError before the first use."""
@@ -69,7 +70,8 @@ def damping_of(halves: Sequence[HessianAccumulator]) -> float:
     """Return the damping of the mean of ``halves``: the largest where one of them has seen nothing."""
     if not all(half.count for half in halves):
         return DAMPINGS[-1]
-    return chosen_damping(*(mean_of([half]) for half in halves))
+    first, second = (half.sum[:TRIED_ROWS, :TRIED_ROWS] / half.count for half in halves)
+    return chosen_damping(first, second)
 
 
 def factors(found: Mapping[str, FactorAccumulator], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -82,22 +84,37 @@ def factors(found: Mapping[str, FactorAccumulator], names: Sequence[str]) -> Ite
     for name, own in found.items():
         if parts := expert_parts(name):
             pools.setdefault((parts.mixture, parts.kind), []).append(own)
+    means = {key: _pooled(pool) for key, pool in pools.items()}
     for name in names:
         parts = expert_parts(name)
         if parts is None and name in found:
             yield name, found[name].factor()
-        elif parts is not None and (pool := pools.get((parts.mixture, parts.kind))):
-            yield name, _leaning(found.get(name), pool)
+        elif parts is not None and (mean := means.get((parts.mixture, parts.kind))):
+            yield name, _leaning(found.get(name), mean)
 
 
-def _leaning(own: FactorAccumulator | None, pool: Sequence[FactorAccumulator]) -> Tensor:
-    blocks = []
+Pooled = list[tuple[Tensor, float]]  # by block: the mean factor of a layer's experts, and its damping
+
+
+def _pooled(pool: Sequence[FactorAccumulator]) -> Pooled:
+    found = []
     for index in range(len(pool[0].blocks)):
         halves = [joined(other.blocks[index][half] for other in pool) for half in range(2)]
-        mean = mean_of(halves)
+        found.append((mean_of(halves), damping_of(halves)))
+    return found
+
+
+def _leaning(own: FactorAccumulator | None, pooled: Pooled) -> Tensor:
+    blocks = []
+    for index, (mean, damping) in enumerate(pooled):
         factor = shrunk(joined(own.blocks[index]) if own else None, mean, SHRINKAGE * len(mean))
-        blocks.append(damped(factor, damping_of(halves)).float())
+        blocks.append(damped(factor, damping).float())
     return torch.stack(blocks)
+
+
+def part_windows(states: Tensor) -> int:
+    """Return how many windows of ``states`` (n, T, ...) go through a block at once."""
+    return max(1, PART_TOKENS // states.shape[1])
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ class Pass:
 
     def _parts(self, states: Tensor) -> Iterator[Tensor]:
         """Yield ``states`` (n, T, ...) in parts of whole windows on the model's device."""
-        for part in states.split(max(1, PART_TOKENS // states.shape[1])):
+        for part in states.split(part_windows(states)):
             yield part.to(self.model.device)
 
     @torch.no_grad()
@@ -193,13 +210,15 @@ class Pass:
         inputs = self._load("inputs", block)
         with at_hand(self.model, block):
             names = [name for name, _ in self.model.linears(block) if name in self.tensors]
-            for part, at_output in zip(self._parts(inputs), self._parts(scores), strict=True):
+            count = -(-len(inputs) // part_windows(inputs))
+            for index, (part, at_output) in enumerate(zip(self._parts(inputs), self._parts(scores), strict=True)):
+                half = None if count == 1 else int(2 * index >= count)
                 at_input, uses = block_uses(self.model, block, part, at_output)
                 below.append(at_input.cpu())
                 for use in (use for use in uses if use.name in self.tensors):
                     if use.name not in found:
                         found[use.name] = FactorAccumulator(use.scores.shape[-1], self.model.device)
-                    found[use.name].add(use)
+                    found[use.name].add(use, half)
         for name, factor in factors(found, names):
             save_factor(factor_file(self.directory, name), factor)
         return torch.cat(below)

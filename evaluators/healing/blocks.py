@@ -5,9 +5,9 @@ blocks the hidden states are in the checkpoint. Memory holds one block at a time
 windows, T positions, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from evaluators.engine.divergence import Reference
 from evaluators.engine.evaluator import EvaluatorSetup, make_room
 from evaluators.engine.weights import ModelWeights, embedded
 from evaluators.healing.distillation import DistillationLoss
-from evaluators.healing.scales import divided, multipliers, tunable_scales
+from evaluators.healing.scales import divided, multipliers, scale_gradients_of, scaled_weights
 from evaluators.healing.tuner import (
     HealingCheckpoint,
     Tuner,
@@ -118,6 +118,7 @@ class _Stream:
         self.values: dict[str, Tensor] = {}  # healed so far: float32 tensors, and multipliers of scales
         self.errors: list[list[float]] = []  # of each block's output, before and after its training
         self.done = 0
+        self.found: dict[str, Healed] = {}  # once all is done
         if saved is None:
             self.tracks = self.embedded()
         else:
@@ -125,6 +126,7 @@ class _Stream:
             self.tracks = {name: tensor for name, tensor in tensors.items() if "/" in name}
             self.values = {name: tensor for name, tensor in tensors.items() if "/" not in name}
             self.done, self.errors = record["blocks"], record["errors"]
+            self.found = {split: Healed.from_json(found) for split, found in record.get("figures", {}).items()}
 
     def through(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Apply ``run`` to ``hidden`` (B, T, ...) on the device, chunk by chunk, and return the result on the CPU."""
@@ -160,7 +162,7 @@ class _Stream:
                 self.tracks[name] = self.through(run, hidden)
 
     def heal_block(self, block: int) -> None:
-        """Train one block's float32 tensors and save its output; do nothing if the checkpoint is past the block."""
+        """Train one block and save its output; do nothing if the checkpoint is past the block."""
         if block < self.done:
             return
         model = self.model
@@ -215,14 +217,16 @@ class _Stream:
         self.values |= tuner.values()
         return {name: factor.detach() for name, factor in factors.items()}
 
-    def scaled(self, factors: Mapping[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
-        """Set loaded tensors to weights whose scales are multiplied by ``factors``; see ``tunable_scales``."""
-        by_tensor = {name: factor.detach() for name, factor in divided(factors)[1].items()}
-        return tunable_scales(self.model, self.bank, self.formats, by_tensor)
+    @contextmanager
+    def scaled(self, factors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Set loaded tensors to weights whose scales are multiplied by ``factors``; see ``scale_gradients_of``."""
+        what = self.model, self.bank, self.formats, {n: f.detach() for n, f in divided(factors)[1].items()}
+        with scaled_weights(*what), scale_gradients_of(*what) as gradients:
+            yield gradients
 
-    def save(self, done: int) -> None:
-        """Save hidden states and healed tensors; ``done`` counts the finished parts."""
-        record = {"blocks": done, "errors": self.errors}
+    def save(self, done: int, **more: Any) -> None:
+        """Save hidden states, tuned values and ``more``, which is JSON; ``done`` counts the finished parts."""
+        record = {"blocks": done, "errors": self.errors, **more}
         self.task.checkpoint.save({**self.tracks, **self.values}, **record)
 
     def finish(self) -> dict[str, Healed]:
@@ -230,6 +234,8 @@ class _Stream:
 
         Saves all tuned values, and returns the figures by split. A head that is the embedding too keeps its scales.
         """
+        if self.found:
+            return self.found
         model, loss = self.model, DistillationLoss.of(self.task.settings)
         model.load_head()
         self.advance(FULL, model.norm)
@@ -254,7 +260,7 @@ class _Stream:
             heads = {FULL: full_head, PLAIN: head, HEALED: model.head}
             figures = {f.split: self.figures(f.split, heads) for f in self.task.fidelities}
         self.tracks = {}
-        self.save(len(model.blocks) + 1)
+        self.save(len(model.blocks) + 1, figures={split: asdict(found) for split, found in figures.items()})
         return figures
 
     def figures(self, split: str, heads: Mapping[str, Head]) -> Healed:

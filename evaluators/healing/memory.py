@@ -16,9 +16,12 @@ from evaluators.healing.tuner import MICRO_TOKENS
 from evaluators.model.forward import BATCH_TOKENS
 from evaluators.model.sizes import FLOAT_BYTES, ModelShape, StageMemory, larger
 from evaluators.settings import HealingSettings
+from quantizers.formats.table import SUPER_BLOCK
 
 SCORES = 3  # matrices of scores per head that attention keeps for its gradient where it is not fused
-GRADIENTS = 3  # of the largest tensor's size: of its uses as head and as embedding, and its derivative by scales
+GRADIENTS = 3  # of the largest tensor's size: of its uses as head and as embedding, and their sum
+SCALE_SHARE = 1 / 16, 1 / 128  # most scales a weight: two of a block of 32, or of a super-block of 256
+DRIVER_COPIES = 6  # of the multipliers of scales: values, gradients, two moments, and two on their way to workers
 CHUNK_COPIES = 6  # of a chunk's logits that are alive at once in the loss
 
 
@@ -73,7 +76,8 @@ def whole_memory(
         "hidden states": 2 * measured * shape.state_bytes,
         "logits": chunk_bytes(shape, device) + reference_bytes(shape, measured),
     }
-    return larger(StageMemory.on(device, training, {}), StageMemory.on(device, measuring, {}))
+    host = {"block scales": DRIVER_COPIES * scale_bytes(shape, settings)}
+    return larger(StageMemory.on(device, training, host), StageMemory.on(device, measuring, host))
 
 
 def blocks_memory(
@@ -95,7 +99,7 @@ def blocks_memory(
     )
     own_head = [] if shape.head == shape.embedding else [shape.head]
     block = {
-        "block": shape.block_bytes() + largest,
+        "block": shape.block_bytes() * (2 if settings.scales else 1) + largest,
         "activations": activations,
         "gradients": gradient_bytes(shape, inner_names, settings),
     }
@@ -104,13 +108,21 @@ def blocks_memory(
         "logits": chunk_bytes(shape, device) + reference_bytes(shape, max(measured)),
         "hidden states of a split": 0 if device.type == "cpu" else 3 * max(measured) * shape.state_bytes,
     }
-    host = {"hidden states": states}
+    host = {"hidden states": states, "block scales": scale_bytes(shape, settings)}
     return larger(StageMemory.on(device, block, host), StageMemory.on(device, heads, host))
 
 
 def gradient_bytes(shape: ModelShape, tensors: Iterable[str], settings: HealingSettings) -> int:
     """Return the bytes of the gradients of weights that are there at once: those of the largest of ``tensors``."""
     return GRADIENTS * max(map(shape.bytes_of, tensors), default=0) if settings.scales else 0
+
+
+def scale_bytes(shape: ModelShape, settings: HealingSettings) -> int:
+    """Return the most bytes that the multipliers of all block scales take, whatever the formats."""
+    matrices = [size for size in shape.tensors.values() if len(size) == 2]
+    share = {True: SCALE_SHARE[1], False: SCALE_SHARE[0]}
+    weights = sum(rows * columns * share[columns % SUPER_BLOCK == 0] for rows, columns in matrices)
+    return int(FLOAT_BYTES * weights) if settings.scales else 0
 
 
 def micro_tokens(settings: HealingSettings, window: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from evaluators.model.block_model import BlockModel
 from evaluators.prepare.bank import Bank, decoded
-from quantizers.formats.block_scales import block_scales, scale_gradients, with_block_scales
+from quantizers.formats.block_scales import block_scales, scale_gradients, scales_of_block, with_block_scales
 from quantizers.formats.table import QuantFormat
 
 PREFIX = "scales:"  # of the names of multipliers, followed by the tensor's name
@@ -35,7 +35,7 @@ def divided(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 def multipliers(bank: Bank, formats: Formats) -> dict[str, Tensor]:
     """Return multipliers of 1, float32 (n, u), by the names under which they are tuned, of all that has scales."""
-    shapes = {name: block_scales(fmt, bank.packed(name, fmt)).shape for name, fmt in formats.items() if fmt}
+    shapes = {name: (bank.blocks(name, fmt), scales_of_block(fmt)) for name, fmt in formats.items() if fmt}
     return {scales_name(name): torch.ones(shape) for name, shape in shapes.items() if shape[1]}
 
 
@@ -59,45 +59,56 @@ class ScaledBank(Bank):
 
 
 @contextmanager
-def tunable_scales(
+def scaled_weights(model: BlockModel, bank: Bank, formats: Formats, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Set loaded tensors to weights with scales multiplied by ``factors`` (n, u), by tensor, in the context."""
+    originals = {name: model.weight(name).data for name in factors}
+    try:
+        for name, own in factors.items():
+            parameter, fmt = model.weight(name), format_of(formats, name)
+            data = scaled(fmt, bank.packed(name, fmt).to(model.device), own)
+            parameter.data = decoded(fmt, data, parameter.shape[-1], model.device).to(parameter.dtype)
+        yield
+    finally:
+        for name, original in originals.items():
+            model.weight(name).data = original
+
+
+@contextmanager
+def scale_gradients_of(
     model: BlockModel, bank: Bank, formats: Formats, factors: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Set loaded tensors to the bank's weights with scales multiplied by ``factors`` (n, u), by tensor, until the exit.
+    """Yield a dict that a backward pass fills with the gradients in ``factors`` (n, u), which are by tensor.
 
-    Yields a dict that a backward pass fills with the gradients in ``factors`` on the CPU, by the names under which they
-    are tuned; a weight's own gradient is freed as soon as it is there.
+    They are on the CPU, by the names under which factors are tuned. The tensors' weights are loaded, with these
+    factors; the gradient of a weight is freed as soon as that of its factors is there.
     """
-    gradients = {scales_name(name): torch.zeros_like(values, device="cpu") for name, values in factors.items()}
-    parameters = {name: model.weight(name) for name in factors}
-    originals = {name: parameter.data for name, parameter in parameters.items()}
-    handles = []
+    gradients = {scales_name(name): torch.zeros_like(own, device="cpu") for name, own in factors.items()}
+
+    def adding(name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            fmt = format_of(formats, name)
+            data = bank.packed(name, fmt).to(parameter.device)
+            found = scale_gradients(fmt, data, parameter.grad) * block_scales(fmt, data).float()
+            gradients[scales_name(name)] += found.cpu()
+            parameter.grad = None
+
+        return add
+
+    parameters = {name: model.weight(name).requires_grad_(True) for name in factors}
+    handles = [own.register_post_accumulate_grad_hook(adding(name)) for name, own in parameters.items()]
     try:
-        for name, parameter in parameters.items():
-            fmt = formats[name]
-            assert fmt is not None, "only packed tensors have scales"
-            data = bank.packed(name, fmt).to(model.device)
-            weights = decoded(fmt, scaled(fmt, data, factors[name]), parameter.shape[-1], model.device)
-            parameter.data = weights.to(parameter.dtype)
-            parameter.requires_grad_(True)
-            handles.append(
-                parameter.register_post_accumulate_grad_hook(_adding(fmt, data, gradients, scales_name(name)))
-            )
         yield gradients
     finally:
         for handle in handles:
             handle.remove()
-        for name, parameter in parameters.items():
+        for parameter in parameters.values():
             parameter.requires_grad_(False)
-            parameter.data, parameter.grad = originals[name], None
+            parameter.grad = None
 
 
-def _adding(fmt: QuantFormat, data: Tensor, gradients: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    """Return a hook that turns a weight's gradient into that of its multipliers, and frees it."""
-
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        found = scale_gradients(fmt, data, parameter.grad) * block_scales(fmt, data).float()
-        gradients[name] += found.cpu()
-        parameter.grad = None
-
-    return add
+def format_of(formats: Formats, tensor: str) -> QuantFormat:
+    """Return the format of a packed tensor."""
+    fmt = formats[tensor]
+    assert fmt is not None, "only packed tensors have scales"
+    return fmt

@@ -22,16 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bitgenome.common.files import replacing
 from evaluators.healing.scales import divided
 from evaluators.model.block_model import BlockModel
-from evaluators.settings import HealingSettings
+from evaluators.settings import SCALE_RATE, HealingSettings
 
 log = logging.getLogger(__name__)
 
 MICRO_TOKENS = 512  # tokens of one backward pass, whose activations are in memory at once; also those of one pool task
 BETAS = (0.9, 0.99)  # of Adam; there are few steps, so the second moment must not average over more of them
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Learning rate of the multipliers of block scales, relative to that of float32 tensors. Validation KL of the embedded
-# model at 3.5 bits (.03033), 120 steps: .02774 without scales, .02668 at 0.3, .02667 at 0.6, .02728 at 1.2.
-SCALE_RATE = 0.4
 
 
 def schedule(settings: HealingSettings, windows: int, window: int) -> Tensor:

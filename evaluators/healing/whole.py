@@ -17,8 +17,8 @@ from evaluators.data.windows import TokenWindows
 from evaluators.engine.divergence import Divergence, Reference
 from evaluators.engine.evaluator import EvaluatorSetup, warm
 from evaluators.healing.distillation import DistillationLoss
-from evaluators.healing.quantized_model import SimulatedModel
-from evaluators.healing.scales import divided, tunable_scales
+from evaluators.healing.quantized_model import NO_FACTORS, SimulatedModel
+from evaluators.healing.scales import divided, scale_gradients_of
 from evaluators.healing.tuner import (
     HealingCheckpoint,
     Tuner,
@@ -64,19 +64,23 @@ class TrainedModel:
 
     @contextmanager
     def scaled(self, genome: Genome, factors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Set ``genome`` with its scales multiplied by ``factors``, by tensor; see ``tunable_scales``."""
+        """Set ``genome`` with its scales multiplied by ``factors``, by tensor; see ``scale_gradients_of``."""
         formats = self.space.formats_of(genome)
-        self.simulated.set_formats(formats)
-        with tunable_scales(self.model, self.simulated.bank, formats, factors) as gradients:
+        self.simulated.set_formats(formats, factors)
+        with scale_gradients_of(self.model, self.simulated.bank, formats, factors) as gradients:
             yield gradients
 
     @torch.inference_mode()
-    def divergence(self, genome: Genome, ids: Tensor, reference: Reference) -> Divergence:
-        """Return the divergence of ``genome`` on ``ids`` (n, T) with float32 tensors and scales as they are set.
+    def divergence(
+        self, genome: Genome, ids: Tensor, reference: Reference, factors: Mapping[str, Tensor] = NO_FACTORS
+    ) -> Divergence:
+        """Return the divergence of ``genome`` on ``ids`` (n, T) with the float32 tensors at their current values.
+
+        Its scales are multiplied by ``factors``, by tensor.
 
         Raises FloatingPointError if the logits are not finite.
         """
-        self.simulated.set_formats(self.space.formats_of(genome))
+        self.simulated.set_formats(self.space.formats_of(genome), factors)
         return reference.compare(self.simulated.head_input(final_hidden(self.model, ids)), self.model.head)
 
 
@@ -255,7 +259,7 @@ class MeasureHealing:
 
         def after() -> Divergence:
             floats, factors = divided(self.values)
-            with tunable(trained.model, floats), trained.scaled(self.genome, factors):
-                return trained.divergence(self.genome, ids, reference)
+            with tunable(trained.model, floats):
+                return trained.divergence(self.genome, ids, reference, factors)
 
         return Healed.measured(lambda: trained.divergence(self.genome, ids, reference), after)

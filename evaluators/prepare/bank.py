@@ -238,6 +238,14 @@ class Bank:
             found: Tensor = file.get_tensor(fmt.name)
             return found
 
+    def blocks(self, tensor: str, fmt: QuantFormat) -> int:
+        """Return the number of blocks of a tensor, of whose bytes none are read; raises as ``packed`` does."""
+        with self._file(tensor) as file:
+            if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
+            rows, row_bytes = file.get_slice(fmt.name).get_shape()
+            return int(rows) * int(row_bytes) // fmt.block_bytes
+
     def weights(self, tensor: str, fmt: QuantFormat, columns: int, device: torch.device) -> Tensor:
         """Return the weights float32 (rows, columns) that the packed bytes decode to; raises as ``packed`` does."""
         return decoded(fmt, self.packed(tensor, fmt), columns, device)

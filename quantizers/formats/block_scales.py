@@ -20,6 +20,11 @@ from quantizers.formats.table import QuantFormat
 GRADIENT_WEIGHTS = 1 << 22  # that are decoded at once: 16 MiB
 
 
+def scales_of_block(fmt: QuantFormat) -> int:
+    """Return how many fp16 scales a block has: 0, 1 or 2."""
+    return len(_offsets(fmt))
+
+
 def block_scales(fmt: QuantFormat, data: Tensor) -> Tensor:
     """Return the scales float16 (n, u) of bytes uint8 (rows, row_bytes); u is 0 for float formats."""
     blocks = data.reshape(-1, fmt.block_bytes)

@@ -13,15 +13,17 @@ from torch import Tensor
 from quantizers.statistics.hessian import inverse_factor
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the mean diagonal of S
-MOST_ROWS = 512  # of a factor that are tried
+TRIED_ROWS = 512  # of a factor that are tried
 
 
 def chosen_damping(first: Tensor, second: Tensor) -> float:
     """Return the damping, relative to the mean diagonal, for the mean of two factors (r, r) of halves of a text.
 
-    The factors are symmetric and positive semidefinite. Raises ValueError for factors that are not.
+    The factors are symmetric and positive semidefinite. Raises ValueError for factors that are not, or not finite.
     """
-    one, other = (half[:MOST_ROWS, :MOST_ROWS].double() for half in (first, second))
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise ValueError("the output factor holds non-finite values: check the gradients of the calibration text")
+    one, other = (half[:TRIED_ROWS, :TRIED_ROWS].double() for half in (first, second))
     losses = [_loss(one, other, damping) + _loss(other, one, damping) for damping in DAMPINGS]
     return DAMPINGS[min(range(len(DAMPINGS)), key=losses.__getitem__)]
 

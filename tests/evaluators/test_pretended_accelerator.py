@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from benchmarks import device_stages as stages
 from tests.conftest import REPOSITORY
 
-# Kernels of each stage of the walk, within some 5 %. They may only fall: lower a number where one does.
+# Kernels of each stage of the walk, within some 5 %. Lower a number where one falls.
 BUDGET = {
     "calibration": 250, "bank": 127_000, "codebooks": 28_500, "outputs": 4_900, "two-sided": 290_000,
     "resident": 1_010, "streamed": 1_330, "read ahead": 65,
