@@ -7,9 +7,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors.torch import load_file
 
+from evaluators.healing.scales import ScaledBank, divided
 from evaluators.model.folder import ModelFolder
-from evaluators.prepare.bank import Bank
 from exporters.metadata.tensor_names import tensor_table
 from quantizers.formats.table import FORMATS
 from tests.bitgenome.conftest import Finished, Runs, call_here
@@ -23,9 +24,10 @@ def test_the_file_keeps_the_budget_and_nearly_fills_it(runs: Runs, finished: Fin
     assert 0.995 * best["budget_bytes"] <= size <= best["budget_bytes"]
 
 
-def test_every_shipped_tensor_decodes_to_the_weights_that_were_scored(runs: Runs, finished: Finished) -> None:
-    best = runs.best("base")
-    bank, folder = Bank(runs.bank("base")), ModelFolder(EMBEDDED)
+def test_every_shipped_tensor_decodes_to_the_weights_that_were_measured(runs: Runs, finished: Finished) -> None:
+    """By gguf's own decoder: the bank's bytes, with the scales that healing took."""
+    best, healed = runs.best("base"), load_file(runs.storage / "base" / "healed.safetensors")
+    bank, folder = ScaledBank(runs.bank("base"), divided(healed)[1]), ModelFolder(EMBEDDED)
     names = {entry.gguf_name: entry.hf_name for entry in tensor_table(folder)}
     compared = 0
     for tensor in GGUFReader(runs.storage / "base" / best["gguf"]).tensors:
@@ -36,8 +38,8 @@ def test_every_shipped_tensor_decodes_to_the_weights_that_were_scored(runs: Runs
         fmt = FORMATS[best["formats"][name]]
         assert tensor.tensor_type.name == fmt.name
         shipped = dequantize(tensor.data, tensor.tensor_type)
-        scored = bank.weights(name, fmt, folder.shapes[name][1], torch.device("cpu")).numpy()
-        assert np.array_equal(shipped, scored)
+        measured = bank.weights(name, fmt, folder.shapes[name][1], torch.device("cpu")).numpy()
+        assert np.array_equal(shipped, measured)
         compared += 1
     assert compared == len(best["formats"]) == 43
 
