@@ -63,7 +63,8 @@ class RunDirectory:
     def find(cls, config: RunConfig) -> "RunDirectory | None":
         """Return the directory of ``config`` if something was evaluated in it, else None.
 
-        Raises UserError if it belongs to another configuration, naming the keys that differ.
+        Raises UserError if it belongs to another configuration, naming the keys that differ, and for one that another
+        version began and did not end.
         """
         path = check_inside(config.storage_path / config.name, config.storage_path, f"the run {config.name}")
         if not ((path / layout.RECORD).is_file() and (path / layout.EVALUATIONS).is_file()):
@@ -74,6 +75,12 @@ class RunDirectory:
             raise UserError(
                 f"expected {path} to be a run of this configuration, found one that differs in "
                 f"{', '.join(differing)}: choose another name, or resume it with: bitgenome resume {path}"
+            )
+        begun, ended = existing.record["config_digest"], (path / layout.BEST).is_file()
+        if begun != config.digest and not ended:  # settings have come or gone: what is there is of other digests
+            raise UserError(
+                f"expected {path} to be begun by this version, found one of bitgenome "
+                f"{existing.record['packages']['bitgenome']} with other settings: choose another name"
             )
         return existing
 

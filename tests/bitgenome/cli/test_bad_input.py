@@ -143,6 +143,21 @@ def test_a_directory_of_another_configuration_is_refused_with_the_keys_that_diff
     assert (directory / "run.json").read_bytes() == before
 
 
+def test_a_run_that_another_version_began_is_refused_before_any_work(refused: Any, tmp_path: Path) -> None:
+    """A setting that it did not know changes all digests; only a finished run, whose file is there, goes on."""
+    assert "found no folder" in refused(model="./nowhere")
+    (tmp_path / "runs" / "bad").mkdir(parents=True)
+    directory = RunDirectory.create(load_config(tmp_path / "config.yaml", [f"model={EMBEDDED}"]))
+    (directory.path / "evaluations.jsonl").touch()
+    record = json.loads((directory.path / "run.json").read_text())
+    record |= {"config_digest": "of other settings", "packages": {"bitgenome": "0.0.9"}}
+    (directory.path / "run.json").write_text(json.dumps(record))
+    said = refused(sets=())
+    assert "found one of bitgenome 0.0.9 with other settings: choose another name" in said
+    (directory.path / "best.json").touch()
+    assert RunDirectory.find(directory.config) is not None
+
+
 def test_resume_of_what_is_no_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
