@@ -17,7 +17,7 @@ from bitgenome.common.files import atomic_write_json, atomic_write_text
 from bitgenome.config.export import ExportConfig
 from bitgenome.plan.plan import Plan
 from bitgenome.run.gene_groups import plan_of_run
-from bitgenome.run.healing import Healing, shipped_bank, shipped_healing
+from bitgenome.run.healing import Healing, shipped_bank, shipped_floats, shipped_healing
 from bitgenome.run.prepare import quantized_plan
 from bitgenome.storage.run_directory import RunDirectory
 from bitgenome.storage.run_result import RunResult
@@ -54,7 +54,7 @@ def export_winner(
     searched, for example because the tokenizer has changed, if it is over the budget, or if it does not hold the
     weights that were scored.
     """
-    bank = shipped_bank(bank_directory, healing)
+    bank, floats = shipped_bank(bank_directory, healing), shipped_floats(healing)
     formats = plan.space.formats_of(winner.genome)
     path = gguf_path(plan, run, winner)
 
@@ -64,7 +64,7 @@ def export_winner(
     def check(written: Path) -> None:
         check_size(written.stat().st_size, path, plan, winner)
         different = differing_tensors(written, plan.folder, bank, formats, plan.file)
-        different += differing_floats(written, plan.folder, healing.floats if healing else {}, plan.file)
+        different += differing_floats(written, plan.folder, floats, plan.file)
         if different:
             raise UserError(f"expected {path} to hold the weights that were scored, found {different[0]} to differ")
 
@@ -78,8 +78,7 @@ def export_winner(
         run_digest=plan.config.digest,
         version=version("bitgenome"),
     )
-    healed_tensors = healing.floats if healing else None
-    export_gguf(plan.folder, packed, path, provenance, healed_tensors, layout=plan.file, check=check)
+    export_gguf(plan.folder, packed, path, provenance, floats, layout=plan.file, check=check)
     by_gguf_name = {name: fmt for tensor, fmt in formats.items() for name in plan.file.names[tensor]}
     atomic_write_text(run.path / layout.RECIPE, "\n".join(recipe_lines(by_gguf_name, plan.file.kept)) + "\n")
     atomic_write_text(run.path / layout.RECIPE_COMMAND, recipe_command(by_gguf_name) + "\n")

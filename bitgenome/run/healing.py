@@ -51,11 +51,6 @@ class Healing:
         """Whether the tuned values go into the file."""
         return bool(self.values)
 
-    @property
-    def floats(self) -> dict[str, Tensor]:
-        """The tuned float32 tensors by Hugging Face name."""
-        return divided(self.values)[0]
-
     def to_json(self) -> dict[str, Any]:
         """Return everything but the tuned values as JSON values."""
         figures = {split: asdict(healed) for split, healed in self.figures.items()}
@@ -185,6 +180,11 @@ def verdict(healing: Healing) -> str:
     after = "no finite logits" if figures.after is None else f"{figures.after.kl:.5f}"
     outcome = "applied" if healing.applied else "refused, the file is as searched"
     return f"Healing ({healing.variant}) {outcome}: KL on validation text {figures.before.kl:.5f} before, {after} after"
+
+
+def shipped_floats(healing: Healing | None) -> dict[str, Tensor]:
+    """Return the float32 tensors by Hugging Face name that go into the file in place of the model's."""
+    return divided(healing.values)[0] if healing else {}
 
 
 def shipped_bank(directory: Path, healing: Healing | None) -> Bank:

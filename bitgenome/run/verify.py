@@ -14,7 +14,7 @@ from bitgenome.config.text import SourceConfig
 from bitgenome.plan.plan import Plan
 from bitgenome.run.export import differing_floats, differing_tensors
 from bitgenome.run.gene_groups import plan_of_run
-from bitgenome.run.healing import shipped_bank, shipped_healing
+from bitgenome.run.healing import shipped_bank, shipped_floats, shipped_healing
 from bitgenome.run.prepare import quantized_plan
 from bitgenome.run.proof import Proof, prove
 from bitgenome.storage.run_directory import RunDirectory
@@ -171,7 +171,7 @@ def check_shipped(file: Path, result: RunResult, plan: Plan, run: RunDirectory) 
     read_gguf(file)  # raises ValueError for a damaged header
     formats, healing = plan.space.formats_of(result.evaluation.genome), shipped_healing(run.path, result.model_dump())
     different = differing_tensors(file, plan.folder, shipped_bank(run.artefact("bank"), healing), formats, plan.file)
-    different += differing_floats(file, plan.folder, healing.floats if healing else {}, plan.file)
+    different += differing_floats(file, plan.folder, shipped_floats(healing), plan.file)
     if different or result.gguf_sha256:
         where = f"tensor {different[0]}" if different else "bytes outside the tensors"
         raise UserError(f"expected {file} as it was shipped, found {where} to differ: {again}")

@@ -20,7 +20,7 @@ from quantizers.formats.table import SUPER_BLOCK
 
 SCORES = 3  # matrices of scores per head that attention keeps for its gradient where it is not fused
 GRADIENTS = 3  # of the largest tensor's size: of its uses as head and as embedding, and their sum
-SCALE_SHARE = 1 / 16, 1 / 128  # most scales a weight: two of a block of 32, or of a super-block of 256
+BLOCK_SCALES = 2  # at most
 DRIVER_COPIES = 6  # of the multipliers of scales: values, gradients, two moments, and two on their way to workers
 CHUNK_COPIES = 6  # of a chunk's logits that are alive at once in the loss
 
@@ -119,10 +119,11 @@ def gradient_bytes(shape: ModelShape, tensors: Iterable[str], settings: HealingS
 
 def scale_bytes(shape: ModelShape, settings: HealingSettings) -> int:
     """Return the most bytes that the multipliers of all block scales take, whatever the formats."""
+    if not settings.scales:
+        return 0
     matrices = [size for size in shape.tensors.values() if len(size) == 2]
-    share = {True: SCALE_SHARE[1], False: SCALE_SHARE[0]}
-    weights = sum(rows * columns * share[columns % SUPER_BLOCK == 0] for rows, columns in matrices)
-    return int(FLOAT_BYTES * weights) if settings.scales else 0
+    blocks = sum(rows * columns // (32 if columns % SUPER_BLOCK else SUPER_BLOCK) for rows, columns in matrices)
+    return BLOCK_SCALES * blocks * FLOAT_BYTES
 
 
 def micro_tokens(settings: HealingSettings, window: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evaluators.model.block_model import BlockModel
-from evaluators.prepare.bank import Bank, decoded
+from evaluators.prepare.bank import Bank
 from quantizers.formats.block_scales import block_scales, scale_gradients, scales_of_block, with_block_scales
 from quantizers.formats.table import QuantFormat
 
@@ -61,12 +61,12 @@ class ScaledBank(Bank):
 @contextmanager
 def scaled_weights(model: BlockModel, bank: Bank, formats: Formats, factors: Mapping[str, Tensor]) -> Iterator[None]:
     """Set loaded tensors to weights with scales multiplied by ``factors`` (n, u), by tensor, in the context."""
+    tuned = ScaledBank(bank.directory, factors)
     originals = {name: model.weight(name).data for name in factors}
     try:
-        for name, own in factors.items():
-            parameter, fmt = model.weight(name), format_of(formats, name)
-            data = scaled(fmt, bank.packed(name, fmt).to(model.device), own)
-            parameter.data = decoded(fmt, data, parameter.shape[-1], model.device).to(parameter.dtype)
+        for name, original in originals.items():
+            weights = tuned.weights(name, format_of(formats, name), original.shape[-1], model.device)
+            model.weight(name).data = weights.to(original.dtype)
         yield
     finally:
         for name, original in originals.items():

@@ -230,19 +230,23 @@ class Bank:
         with file:
             yield file
 
-    def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
-        """Return the bytes uint8 (rows, row_bytes) of the GGUF file. Raises BankError for a format that is missing."""
+    @contextmanager
+    def _level(self, tensor: str, fmt: QuantFormat) -> Iterator[Any]:
+        """Open the tensor's file, which holds ``fmt``. Raises BankError for a format that is missing."""
         with self._file(tensor) as file:
             if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
                 raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
+            yield file
+
+    def packed(self, tensor: str, fmt: QuantFormat) -> Tensor:
+        """Return the bytes uint8 (rows, row_bytes) of the GGUF file. Raises BankError for a format that is missing."""
+        with self._level(tensor, fmt) as file:
             found: Tensor = file.get_tensor(fmt.name)
             return found
 
     def blocks(self, tensor: str, fmt: QuantFormat) -> int:
         """Return the number of blocks of a tensor, of whose bytes none are read; raises as ``packed`` does."""
-        with self._file(tensor) as file:
-            if fmt.name not in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                raise BankError(f"expected {fmt.name} of {tensor} in the bank, found {', '.join(file.keys())}")
+        with self._level(tensor, fmt) as file:
             rows, row_bytes = file.get_slice(fmt.name).get_shape()
             return int(rows) * int(row_bytes) // fmt.block_bytes
 
