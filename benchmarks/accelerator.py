@@ -147,8 +147,8 @@ def gpu_tests(row: dict[str, Any]) -> None:
         row["error"] = f"pytest exited with {done.returncode}"
 
 
-def all_stages(report: Report, subject: stages.Subject, share: float, *, kernels: bool) -> None:
-    """Run every stage of a subject; ``share`` scales the time limits."""
+def all_stages(report: Report, subject: stages.Subject, share: float, *, kernels: bool, twice: bool = False) -> None:
+    """Run every stage of a subject; ``share`` scales the time limits, ``twice`` times replayed kernels too."""
     run = partial(report.stage, subject.name)
 
     def part(what: Callable[[], Any]) -> Callable[[], Any] | None:
@@ -161,6 +161,14 @@ def all_stages(report: Report, subject: stages.Subject, share: float, *, kernels
         part(lambda: stages.scalar_task(subject, ("W4",)).run({})),
         f"{group}; kernels of attention's smallest group at W4",
     )  # fmt: skip
+    run("output factors", 40 * share, lambda row: stages.measure_outputs(subject))
+    for times in ("first", "replayed")[: 1 + twice]:
+        run(
+            f"bank on both sides, {times}", 60 * share,
+            lambda row: stages.build_groups(stages.two_sided_tasks(subject), len(subject.levels), row.update),
+            part(lambda: stages.two_sided_tasks(subject, ("W4",))[0].run({})) if times == "first" else None,
+            f"{group}; groups of blocks alone",
+        )  # fmt: skip
     if any(not stages.whole(subject, task) for task in stages.bank_tasks(subject, subject.bank, subject.levels)):
         run("bank, the rest without compensation", 40 * share, lambda row: stages.fill_bank(subject))
     run(
@@ -286,7 +294,7 @@ def main() -> None:
     if "block" in wanted:
         model = stages.block_model(work / "block-model", **sizes)
         block = stages.Subject("block of 8B", model, work / "block", levels, codebooks[:1], **tiny)
-        all_stages(report, block, 1.2, kernels=True)
+        all_stages(report, block, 1.2, kernels=True, twice=True)
     if args.model and "model" in wanted:
         own = stages.Subject(args.model.name, args.model, work / "own", ("W3", "W4", "W6"), codebooks[-1:], **tiny)
         all_stages(report, own, 1.0, kernels=False)

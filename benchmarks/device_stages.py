@@ -158,14 +158,19 @@ def bank_tasks(
 
 
 def build_bank(subject: Subject, note: Callable[[Figures], None]) -> Figures:
+    return build_groups(bank_tasks(subject, subject.bank, subject.levels), len(subject.levels), note)
+
+
+def build_groups(tasks: Sequence[BuildBankGroup], levels: int, note: Callable[[Figures], None]) -> Figures:
+    """Run ``tasks``; after each the seconds by group are noted, so that a stage that is cut short has some."""
     done = 0.0
     groups: dict[str, float] = {}
-    for task in bank_tasks(subject, subject.bank, subject.levels):
+    for task in tasks:
         started = time.perf_counter()
         task.run({})
         done += task.work
         groups[task.label] = time.perf_counter() - started
-        note({"work": done * len(subject.levels), "unit": "weights x levels", "groups": groups})
+        note({"work": done * levels, "unit": "weights x levels", "groups": groups})
     return {}
 
 
@@ -203,13 +208,15 @@ def measure_outputs(subject: Subject) -> Figures:
     return {"work": min(FACTOR_TOKENS, 2 * subject.tokens), "unit": "tokens", "factors": len(found)}
 
 
-def build_two_sided(subject: Subject) -> Figures:
-    """Round the smallest group inside a block on both sides."""
-    found = bank_tasks(subject, subject.folder / "two-sided", subject.levels)
-    task = next(task for task in found if ".layers." in task.label)
-    outputs = tuple(factor_file(subject.folder / "outputs", name) for name in group_tensors(task.group))
-    replace(task, outputs=outputs).run({})
-    return {"work": task.work * len(subject.levels), "unit": "weights x levels"}
+def two_sided_tasks(subject: Subject, levels: Sequence[str] = ()) -> list[BuildBankGroup]:
+    """Tasks that round the groups inside blocks on both sides, the smallest first."""
+    found = bank_tasks(subject, subject.folder / "two-sided", levels or subject.levels)
+    outputs = subject.folder / "outputs"
+    return [
+        replace(task, outputs=tuple(factor_file(outputs, name) for name in group_tensors(task.group)))
+        for task in found
+        if ".layers." in task.label
+    ]
 
 
 def scalar_task(subject: Subject, levels: Sequence[str] = ()) -> BuildBankGroup:

@@ -30,6 +30,7 @@ CPU_ROWS = 32, 384  # of two probes of rounding on a CPU
 STEPPED_CPU_ROWS = 128, 512  # where rows go in steps
 ACCELERATOR_ROWS = 1024, 16384  # where fewer rows hardly count beside the launches of a column
 CPU_FACTOR = 512  # columns of the Hessian whose factor is timed; on an accelerator MOST_INPUTS
+TRIES = 3  # of both probes, while a busy machine lets few rows seem to take longer than many
 PRODUCTS = 20  # operations of rounding for a weight, a level and a column (from 256, 1,024 and 2,048 columns on a CPU)
 
 
@@ -76,7 +77,7 @@ def column_and_weight(
 ) -> tuple[float, float]:
     """Return the seconds for a column and for a weight, at all levels of ``kind``, of a batch of rows.
 
-    Where rows go in steps, a column's are those of all steps.
+    Where rows go in steps, a column's are those of all steps. Where few rows take as long as many, all of it is theirs.
     """
     on_cpu = STEPPED_CPU_ROWS if kind.two_sided else CPU_ROWS
     few, many = on_cpu if device.type == "cpu" else ACCELERATOR_ROWS
@@ -94,8 +95,12 @@ def column_and_weight(
     if records(device):
         for rows in (few, many) * CALLS_BEFORE:
             work(W[:rows])
-    short, long = (seconds_of(partial(work, W[:rows]), device) for rows in (few, many))
-    weight = max(0.0, long - short) / ((many - few) * kind.columns)
+    short = long = math.inf
+    for _ in range(TRIES):
+        short, long = (min(s, seconds_of(partial(work, W[:n]), device)) for s, n in ((short, few), (long, many)))
+        if short < long:
+            break
+    weight = (long - short) / ((many - few) * kind.columns) if short < long else long / (many * kind.columns)
     return max(0.0, short / kind.columns - few * weight), weight
 
 

@@ -30,7 +30,7 @@ def main(folder: Path, model: Path) -> None:
         "bank": lambda: stages.build_bank(subject, lambda figures: None),
         "codebooks": lambda: stages.build_codebooks(subject),
         "outputs": lambda: stages.measure_outputs(subject),
-        "two-sided": lambda: stages.build_two_sided(subject),
+        "two-sided": lambda: stages.build_groups(stages.two_sided_tasks(subject)[:1], 1, lambda figures: None),
         "resident": lambda: stages.sweep(subject, "float32"),
         "streamed": lambda: stages.sweep(subject, "auto", stages.least_memory(subject)),
         "read ahead": lambda: read_ahead(subject),

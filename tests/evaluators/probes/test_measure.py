@@ -4,11 +4,13 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from evaluators.model.folder import ModelFolder
 from evaluators.probes.measure import MeasureRates, cache_seconds
 from evaluators.probes.rates import Rates, Rounding
+from evaluators.probes.rounding import column_and_weight, random_hessian
 from quantizers.settings import CompensationSettings, Sparsity
 from tests.conftest import EMBEDDED
 from tests.small_models import save_small_model
@@ -35,6 +37,19 @@ def test_writing_counts_what_attention_reads_of_earlier_positions(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 256}))
     (tmp_path / "model.safetensors").symlink_to(EMBEDDED / "model.safetensors")
     assert cache_seconds(ModelFolder(tmp_path), torch.device("cpu"), torch.float32, 8) == 0
+
+
+def test_a_machine_so_busy_that_few_rows_take_as_long_as_many_gives_rates_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    taken = iter([3.0, 2.0, 2.5, 2.0, 2.0, 2.5])  # seconds of few and of many rows, three times
+    monkeypatch.setattr("evaluators.probes.rounding.seconds_of", lambda work, device: next(taken))
+    column, weight = column_and_weight(KINDS[1], random_hessian(64, cpu), CompensationSettings(), cpu)
+    assert column == pytest.approx(2.0 / 64 * (1 - 32 / 1536)) and weight == pytest.approx(2.0 / 1536 / 64)
+    taken = iter([3.0, 2.0, 1.0, 2.0])  # the second time few rows take less
+    column, weight = column_and_weight(KINDS[1], random_hessian(64, cpu), CompensationSettings(), cpu)
+    assert weight == pytest.approx(1.0 / (1536 - 32) / 64) and column == pytest.approx(1.0 / 64 - 32 * weight)
 
 
 def test_rates_are_measured_for_every_kind_without_reading_weights() -> None:
