@@ -36,9 +36,9 @@ from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.column_loop import Segment, column_loop
-from quantizers.rounding.nearest import pad_rows
 from quantizers.rounding.pruned_sparsegpt import encode_pruned, prune_and_compensate
 from quantizers.rounding.pruning_masks import ColumnMasks, group_mask, unstructured_mask
+from quantizers.rounding.row_batches import pad_rows
 from quantizers.rounding.row_choice import row_errors
 from quantizers.rounding.sparsegpt import compensate, conditional_importance
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero

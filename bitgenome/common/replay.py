@@ -7,9 +7,10 @@ are the same bytes.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 2 << 30  # of inputs and outputs of all recordings together; the oldest ones are dropped
+BRANCHES = True  # whether ``side_by_side`` does what its name says
 CALLS_BEFORE = 2  # with the same shapes, before a function is replayed
+T = TypeVar("T")
 Tensors = Sequence[Tensor]
 Function = Callable[..., Tensors]
 
@@ -34,6 +37,37 @@ def replayed(function: Function, fixed: tuple[Any, ...], tensors: Tensors) -> Te
     return _RECORDINGS.run(function, fixed, tensors)
 
 
+def side_by_side(parts: Sequence[Callable[[], T]]) -> list[T]:
+    """Return what each of ``parts`` returns, in order. Kernels that are recorded do not wait for those of other parts.
+
+    No part may write what another one reads or writes.
+    """
+    if len(parts) < 2 or not _RECORDINGS.branching:
+        return [part() for part in parts]
+    main, side = torch.cuda.current_stream(), _RECORDINGS.side_streams(len(parts) - 1)
+    for stream in side:
+        stream.wait_stream(main)
+    found = []
+    for stream, part in zip((main, *side), parts, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(part())
+    for stream in side:
+        main.wait_stream(stream)
+    return found
+
+
+def overwrite(targets: Tensors, values: Tensors) -> None:
+    """Copy each of ``values`` into the tensor of ``targets`` at its place, contiguous ones together."""
+    pairs = list(zip(targets, values, strict=True))
+    alike = [(t, v) for t, v in pairs if t.is_contiguous() and v.is_contiguous() and t.dtype == v.dtype]
+    if alike:
+        torch._foreach_copy_([t for t, _ in alike], [v for _, v in alike])
+    together = {id(t) for t, _ in alike}
+    for target, value in pairs:
+        if id(target) not in together:
+            target.copy_(value)
+
+
 def records(device: torch.device) -> bool:
     """Return whether ``replayed`` records what runs on ``device``."""
     return _RECORDINGS.active(device)
@@ -44,7 +78,7 @@ def capture(function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensor
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.current_stream()):  # which is restored when the capture fails
         pool = _RECORDINGS.pool
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), _RECORDINGS.branches():
             results = function()
     _RECORDINGS.pool = graph.pool()
     return graph.replay, results
@@ -63,8 +97,7 @@ class _Recording:
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def run(self, tensors: Tensors) -> Tensors:
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given)
+        overwrite(self.inputs, tensors)
         self.replay()
         return self.outputs
 
@@ -75,11 +108,28 @@ class Recordings:
     def __init__(self) -> None:
         self.enabled = True
         self.pool: Any = None  # a handle of torch
+        self.branching = False  # whether what runs now is being recorded, and may use several streams
+        self._side_streams: list[Any] = []
         self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 
     def active(self, device: torch.device) -> bool:
         """Return whether calls on ``device`` are recorded."""
         return self.enabled and device.type != "cpu"
+
+    @contextmanager
+    def branches(self) -> Iterator[None]:
+        """Let ``side_by_side`` use several streams."""
+        self.branching = BRANCHES
+        try:
+            yield
+        finally:
+            self.branching = False
+
+    def side_streams(self, number: int) -> list[Any]:
+        """Return as many streams beside the current one, the same ones every time."""
+        while len(self._side_streams) < number:
+            self._side_streams.append(torch.cuda.Stream())
+        return self._side_streams[:number]
 
     def run(self, function: Function, fixed: tuple[Any, ...], tensors: Tensors) -> Tensors:
         """Return what ``function`` returns, recorded or not."""

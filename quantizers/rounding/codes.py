@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantizers.formats.grids import Scales
-from quantizers.rounding.nearest import pad_rows
+from quantizers.formats.codebook_packing import pack_codebook
+from quantizers.formats.codebooks import CodebookGrid
+from quantizers.formats.grids import Grid, Scales
+from quantizers.formats.scalar_packing import pack
+from quantizers.rounding.row_batches import pad_rows
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,18 @@ class Codes:
         scales = self.scales.map(lambda member: member[..., start:stop])
         return Codes(scales, self.integers[:, start:stop])
 
-    def padded(self) -> tuple[Scales, Tensor]:
-        """Return scales and integers with rows of zeros up to a whole tile."""
-        return self.scales.map(pad_rows), pad_rows(self.integers)
+    def padded(self) -> "Codes":
+        """Return the codes with rows of zeros up to a whole tile."""
+        return Codes(self.scales.map(pad_rows), pad_rows(self.integers))
+
+    def packed(self, grid: Grid) -> Tensor:
+        """Return the bytes uint8 (N, row_bytes) of the rows."""
+        if isinstance(grid, CodebookGrid):
+            return pack_codebook(grid, self.scales, self.integers)
+        return pack(grid, self.scales, self.integers)
 
     @classmethod
     def joined(cls, parts: Sequence["Codes"]) -> "Codes":
         """Return the rows of all ``parts`` in order."""
-        return cls(Scales.concatenate([part.scales for part in parts], 3), torch.cat([p.integers for p in parts], 1))
+        scales = Scales.concatenate([part.scales for part in parts], 3)
+        return cls(scales, torch.cat([part.integers for part in parts], 1))

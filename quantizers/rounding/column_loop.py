@@ -7,13 +7,14 @@ U^T U = H_damped^-1, W transposed (columns, R) with R rows of all tensors and fo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bitgenome.common.replay import replayed
+from bitgenome.common.replay import replayed, side_by_side
 from quantizers.formats.grids import Grid, Scales, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
 from quantizers.rounding.kernels import PANEL, panel_kernels
@@ -104,18 +105,17 @@ class _Steps:
 
     def refresh(self, W: Tensor, importance: Tensor, start: int, kept: Tensor | None) -> None:
         """Fit the scales of blocks that start at column ``start`` to the kept weights, and freeze them."""
-        for (grid, rows), found in zip(self.ranges, self.scales, strict=True):
-            size = grid.format.block_size
-            if start % size:
-                continue
-            columns = slice(start, start + size)
-            part = W[columns, rows]
-            if kept is not None:
-                part = part * kept[columns, rows]
-            scales = fit_rows(grid, part, importance[columns])
-            found.append(scales)
+        due = [i for i, (grid, _) in enumerate(self.ranges) if start % grid.format.block_size == 0]
+        fits = []
+        for grid, rows in (self.ranges[i] for i in due):
+            columns = slice(start, start + grid.format.block_size)
+            part = W[columns, rows] if kept is None else W[columns, rows] * kept[columns, rows]
+            fits.append(partial(fit_rows, grid, part, importance[columns]))
+        for i, scales in zip(due, side_by_side(fits), strict=True):
+            grid, rows = self.ranges[i]
+            self.scales[i].append(scales)
             repeat = grid.width // GRAIN
-            grains = slice(start // GRAIN, (start + size) // GRAIN)
+            grains = slice(start // GRAIN, (start + grid.format.block_size) // GRAIN)
             for table, values in ((self.step, scales.step), (self.offset, scales.offset)):
                 table[grains, rows] = values[0, :, 0].repeat_interleave(repeat, 0)
             self.inverse[grains, rows] = safe_inverse(self.step[grains, rows])
@@ -125,9 +125,12 @@ class _Steps:
     ) -> None:
         """Do what ``_round_panel`` does with ``kernels``, into ``results``; W (PANEL, R) stays as it is."""
         grain = start // GRAIN
+        parts = []
         for grid, rows in self.ranges:
             scales = [table[grain:, rows] for table in (self.step, self.inverse, self.offset)]
-            kernels.round_panel(W[:, rows], U, scales, GRAIN, grid, *(found[:, rows] for found in results))
+            found = [result[:, rows] for result in results]
+            parts.append(partial(kernels.round_panel, W[:, rows], U, scales, GRAIN, grid, *found))
+        side_by_side(parts)
 
 
 def _round_panel(

@@ -10,50 +10,80 @@ Legend: W, Q transposed (columns, N), D = W - Q, G = H D the descent direction; 
 S sub-blocks of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from bitgenome.common.devices import chunk_bytes
-from bitgenome.common.replay import replayed
-from quantizers.formats.grids import Grid, Scales, nearest_fp16, safe_inverse
+from bitgenome.common.replay import overwrite, replayed, side_by_side
+from quantizers.formats.grids import Grid, nearest_fp16, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
+from quantizers.rounding.codes import Codes
 from quantizers.rounding.kernels import PANEL, panel_kernels
 
 CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
+TOGETHER_BYTES = 1 << 28  # of weights of each format that an accelerator descends on together
 TINY = 1e-30
 DEGENERATE = 1e-5  # relative determinant below which float32 cannot separate d and dmin
 
 
-def descend(
-    grid: Grid,
-    W: Tensor,
-    H: Tensor,
-    start: tuple[Scales, Tensor],
-    rounds: int,
-    kept: Tensor | None = None,
-    *,
-    block_type: "type[Block] | None" = None,
-) -> tuple[Scales, Tensor]:
-    """Return scales and integers int8 (columns, N), improved from those of ``start`` in ``rounds`` sweeps.
+@dataclass(frozen=True)
+class Start:
+    """A Start holds the weights W (columns, N) of one format, and the codes from which their descent starts.
+
+    ``block_type``, by default ``Block``, updates a block.
+    """
+
+    grid: Grid
+    W: Tensor
+    codes: Codes
+    block_type: "type[Block] | None" = None
+
+
+def descend(start: Start, H: Tensor, rounds: int, kept: Tensor | None = None) -> Codes:
+    """Return codes improved from those of ``start`` in ``rounds`` sweeps.
 
     W (columns, N) and H (columns, columns), positive definite, have the same floating dtype. Integers where ``kept``,
-    bool (columns, N), is false are 0 and stay 0. ``block_type``, by default ``Block``, updates a block.
+    bool (columns, N), is false are 0 and stay 0.
     """
-    scales, integers = start
-    parts = []
-    step = chunk_bytes(W.device, CHUNK_BYTES) // (SUPER_BLOCK * W.element_size())
-    for first in range(0, W.shape[1], step):
+    (found,) = _descend([start], H, rounds, kept)
+    return found
+
+
+def descend_all(starts: Iterable[Start], H: Tensor, rounds: int) -> Iterator[tuple[Grid, Codes]]:
+    """Yield the grid and the codes of each of ``starts`` after ``descend``; their weights have the same rows.
+
+    An accelerator updates blocks of several formats side by side, where rows are so few that no kernel keeps it busy:
+    weights of less than TOGETHER_BYTES.
+    """
+    if H.device.type == "cpu":
+        yield from ((start.grid, descend(start, H, rounds)) for start in starts)
+        return
+    groups: dict[int, list[Start]] = {}
+    for i, start in enumerate(starts):
+        together = start.W.nbytes <= TOGETHER_BYTES
+        groups.setdefault(start.grid.format.block_size if together else -i, []).append(start)
+    for group in groups.values():
+        yield from zip((start.grid for start in group), _descend(group, H, rounds), strict=True)
+
+
+def _descend(starts: Sequence[Start], H: Tensor, rounds: int, kept: Tensor | None = None) -> list[Codes]:
+    """Return the codes of ``starts``, whose blocks are of one size, updated together."""
+    found: list[list[Codes]] = [[] for _ in starts]
+    step = chunk_bytes(H.device, CHUNK_BYTES) // (SUPER_BLOCK * H.element_size())
+    for first in range(0, max(start.W.shape[1] for start in starts), step):
         rows = slice(first, first + step)
-        q = grid.blocks(integers[:, rows].to(W.dtype).contiguous())
-        chunk = scales.map(lambda member, rows=rows: member[..., rows].clone())
-        chunk_kept = None if kept is None else kept[:, rows]
+        mine = [i for i, start in enumerate(starts) if first < start.W.shape[1]]
+        parts = [_Rows(starts[i], rows) for i in mine]
         for _ in range(rounds):
-            _sweep(block_type or Block, grid, W[:, rows], H, chunk, q, chunk_kept)
-        parts.append((chunk, q.view(len(W), -1).to(torch.int8)))
-    return Scales.concatenate([s for s, _ in parts], 3), torch.cat([q for _, q in parts], 1)
+            _sweep(parts, H, None if kept is None else kept[:, rows])
+        for i, part in zip(mine, parts, strict=True):
+            found[i].append(part.codes())
+    return [Codes.joined(parts) for parts in found]
 
 
 def descend_kept(W: Tensor, H: Tensor, Q: Tensor, kept: Tensor, rounds: int) -> None:
@@ -73,34 +103,61 @@ def descend_kept(W: Tensor, H: Tensor, Q: Tensor, kept: Tensor, rounds: int) -> 
             G -= H[:, panel] @ change
 
 
-def _sweep(
-    block_type: "type[Block]", grid: Grid, W: Tensor, H: Tensor, scales: Scales, q: Tensor, kept: Tensor | None
-) -> None:
-    """Update ``scales`` and ``q`` (B, S, T, N) in place, block by block."""
-    D = W - (q * scales.step - scales.offset).view_as(W)
-    size = grid.format.block_size
-    for b in range(len(q)):
+class _Rows:
+    """Holds the weights, scales and integers of some rows of a Start; the last two change in place."""
+
+    def __init__(self, start: Start, rows: slice):
+        self.kind = (start.block_type or Block, start.grid)
+        self.W = start.W[:, rows]
+        self.scales = start.codes.scales.map(lambda member: member[..., rows].clone())
+        self.q = start.grid.blocks(start.codes.integers[:, rows].to(self.W.dtype).contiguous())
+
+    def difference(self) -> Tensor:
+        """Return D (columns, N)."""
+        return self.W - (self.q * self.scales.step - self.scales.offset).view_as(self.W)
+
+    def state(self, b: int, D: Tensor) -> tuple[Tensor, ...]:
+        """Return the members of block ``b`` from D on, views."""
+        size, s = self.q[b].numel() // self.q.shape[-1], self.scales
         columns = slice(b * size, (b + 1) * size)
-        members = (scales.d[b, 0, 0], scales.dmin[b, 0, 0], scales.scale[b, :, 0], scales.min[b, :, 0])
-        state = (D[columns], q[b].view(size, -1), *members)
-        parts = (H[columns, columns], H[columns] @ D, *state)
+        members = s.d[b, 0, 0], s.dmin[b, 0, 0], s.scale[b, :, 0], s.min[b, :, 0]
+        return D[columns], self.q[b].view(size, -1), *members
+
+    def codes(self) -> Codes:
+        """Return the codes as they are now."""
+        return Codes(self.scales, self.q.view(len(self.W), -1).to(torch.int8))
+
+
+def _sweep(parts: Sequence[_Rows], H: Tensor, kept: Tensor | None) -> None:
+    """Update scales and integers of ``parts`` in place, block by block; ``kept`` is of a single one."""
+    kinds = tuple(part.kind for part in parts)
+    differences = [part.difference() for part in parts]
+    size = parts[0].kind[1].format.block_size
+    for b in range(len(parts[0].q)):
+        columns = slice(b * size, (b + 1) * size)
+        states = [part.state(b, D) for part, D in zip(parts, differences, strict=True)]
+        products = [H[columns] @ D for D in differences]
+        tensors = list(chain.from_iterable((G, *state) for G, state in zip(products, states, strict=True)))
         if kept is not None:
-            _update_block(block_type, grid, *parts, kept=kept[columns])
+            _update_blocks(kinds, H[columns, columns], *tensors, kept=kept[columns])
             continue
-        for mine, new in zip(state, replayed(_update_block, (block_type, grid), parts), strict=True):
-            mine.copy_(new)
+        overwrite(
+            list(chain.from_iterable(states)), replayed(_update_blocks, (kinds,), (H[columns, columns], *tensors))
+        )
 
 
-def _update_block(
-    block_type: "type[Block]", grid: Grid, H: Tensor, G: Tensor, *state: Tensor, kept: Tensor | None = None
+def _update_blocks(
+    kinds: "Sequence[tuple[type[Block], Grid]]", H: Tensor, *tensors: Tensor, kept: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """Update ``state``, the members of ``Block`` from D on, in place and return it; ``kept`` is bool (K, N)."""
-    block = block_type(grid, H, G, *state)
-    if grid.is_nested:
-        block.adjust_codes()
-    block.adjust_units()
-    block.adjust_integers(kept)
-    return state
+    """Update a block of each of ``kinds`` in place, and return its members from D on; ``kept`` is bool (K, N).
+
+    ``tensors`` are the members of each from G on.
+    """
+    members = len(tensors) // len(kinds)
+    parts = [tensors[i * members : (i + 1) * members] for i in range(len(kinds))]
+    blocks = [block_type(grid, H, *part) for (block_type, grid), part in zip(kinds, parts, strict=True)]
+    side_by_side([partial(block.update, kept) for block in blocks])
+    return list(chain.from_iterable(part[1:] for part in parts))
 
 
 @dataclass
@@ -116,6 +173,13 @@ class Block:
     dmin: Tensor  # (N,)
     scale: Tensor  # (S, N)
     min: Tensor  # (S, N)
+
+    def update(self, kept: Tensor | None = None) -> None:
+        """Give every coordinate its best value in turn; integers where ``kept``, bool (K, N), is false become 0."""
+        if self.grid.is_nested:
+            self.adjust_codes()
+        self.adjust_units()
+        self.adjust_integers(kept)
 
     def move(self, columns: slice, change: Tensor) -> None:
         """Add ``change`` (len(columns), N) to the decoded weights of ``columns``."""

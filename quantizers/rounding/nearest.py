@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bitgenome.common.devices import chunk_bytes
 from bitgenome.common.replay import records, replayed
@@ -18,13 +17,13 @@ from quantizers.formats.packed_tensor import FLOAT_TYPES
 from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import SUPER_BLOCK, QuantFormat
 from quantizers.rounding.codebook_loop import codebook_loop
+from quantizers.rounding.row_batches import ROW_TILE, pad_rows
 from quantizers.rounding.scale_search import fit
 
 CHUNK_BYTES = 1 << 18  # of a temporary of the scale search on a CPU
 FLOAT_BYTES = 4
 ROUNDED_WEIGHTS = 1 << 24  # weights of whole rows rounded at once: a head of 128k rows has 5e8, and takes 20 times that
 ACCELERATOR_WEIGHTS = 1 << 26  # the same on an accelerator, where every step launches kernels
-ROW_TILE = 32  # rows are padded to whole tiles: sums then run in one order, so no row's bytes depend on other rows
 
 
 def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -90,11 +89,6 @@ def chunk_columns(W: Tensor) -> int:
     """Return how many columns of W (rows, columns) are rounded at a time, whole super-blocks: one on a CPU."""
     weights = chunk_bytes(W.device, 0) // FLOAT_BYTES
     return max(SUPER_BLOCK, weights // max(1, len(W)) // SUPER_BLOCK * SUPER_BLOCK)
-
-
-def pad_rows(columns_first: Tensor) -> Tensor:
-    """Return the tensor (..., N) padded with zero rows to a multiple of ROW_TILE, contiguous."""
-    return functional.pad(columns_first, (0, -columns_first.shape[-1] % ROW_TILE)).contiguous()
 
 
 def nearest_integers(grid: Grid, scales: Scales, columns_first: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from quantizers.formats.grids import Scales
 from quantizers.formats.table import FORMATS, LEVEL_FORMATS, QuantFormat
+from quantizers.rounding.codes import Codes
 from quantizers.rounding.column_loop import Segment, column_loop
-from quantizers.rounding.coordinate_descent import descend, descend_kept
-from quantizers.rounding.nearest import check_weights, pad_rows, quantize, row_ranges
+from quantizers.rounding.coordinate_descent import Start, descend, descend_kept
+from quantizers.rounding.nearest import check_weights, quantize, row_ranges
 from quantizers.rounding.pruning_masks import ColumnMasks, prune_columns
+from quantizers.rounding.row_batches import pad_rows
 from quantizers.rounding.row_choice import Compensated, better_rows, compensated, row_power
 from quantizers.rounding.sparsegpt import conditional_importance
 from quantizers.rounding.zero_grids import ZERO_GRIDS, pack_with_zero, quantize_with_zero
@@ -120,9 +122,9 @@ def _prune_blocks(
 
 def _finish(segment: Segment, W: Tensor, q: Tensor, kept: Tensor, H: Tensor, rounds: int) -> Tensor:
     """Return the bytes uint8 (N, row_bytes) of integers q after ``rounds`` of descent; W, q, kept are (columns, N)."""
-    N, scales = W.shape[1], Scales.concatenate(segment.scales, 0).map(pad_rows)
-    start = scales, pad_rows(q)
-    return pack_with_zero(segment.grid, *descend(segment.grid, pad_rows(W), H, start, rounds, pad_rows(kept)))[:N]
+    begin = Codes(Scales.concatenate(segment.scales, 0), q).padded()
+    found = descend(Start(segment.grid, pad_rows(W), begin), H, rounds, pad_rows(kept))
+    return pack_with_zero(segment.grid, found.scales, found.integers)[: W.shape[1]]
 
 
 def _batches(

@@ -1,11 +1,12 @@
-"""This module divides rows into batches that go through a column loop together."""
+"""This module divides rows into batches that go through a column loop together, and pads them to whole tiles."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from quantizers.rounding.nearest import ROW_TILE
-
+ROW_TILE = 32  # rows are padded to whole tiles: sums then run in one order, so no row's bytes depend on other rows
 BATCH_ROWS = 1024  # of all tensors together, each in all its formats; they fit a CPU's cache
 # Of the stack of a batch on an accelerator, where every column launches kernels, however many rows there are. The loop
 # holds some three times as much: a layer of 8 billion weights' models is one or two batches.
@@ -44,3 +45,8 @@ def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice
                 batch, room = {}, limit
     if batch:
         yield batch
+
+
+def pad_rows(columns_first: Tensor) -> Tensor:
+    """Return the tensor (..., N) padded with zero rows to a multiple of ROW_TILE, contiguous."""
+    return functional.pad(columns_first, (0, -columns_first.shape[-1] % ROW_TILE)).contiguous()

@@ -16,18 +16,16 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import GRIDS, Scales
-from quantizers.formats.scalar_packing import pack
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.codes import Codes
 from quantizers.rounding.column_loop import Segment, column_loop
-from quantizers.rounding.coordinate_descent import descend
+from quantizers.rounding.coordinate_descent import Start, descend_all
 from quantizers.rounding.levels import Levels
-from quantizers.rounding.nearest import check_weights, normalized_importance, pad_rows, quantize
-from quantizers.rounding.row_batches import batch_rows, even_batches, row_batches
+from quantizers.rounding.nearest import check_weights, normalized_importance, quantize
+from quantizers.rounding.row_batches import batch_rows, even_batches, pad_rows, row_batches
 from quantizers.rounding.row_choice import Compensated, better_rows
 from quantizers.rounding.row_order import ROW_SWEEPS, RowOrder
 from quantizers.settings import CompensationSettings
@@ -131,9 +129,9 @@ def compensate_rows(
         part = {key: targets[key][batch[key[0]]] for key in targets if key[0] in batch}
         start = begin and {key: begin[key].rows(batch[key[0]].start, batch[key[0]].stop) for key in part}
         members = {fmt: [name for name in batch if (name, fmt) in part] for fmt in wanted}
-        arguments = part, members, factored, rounds, start
-        for fmt, data, codes in chain(_scalar_formats(*arguments), _codebook_formats(*arguments)):
-            first = 0
+        starts = chain(*(begun(part, members, factored, start) for begun in (_scalar_starts, _codebook_starts)))
+        for grid, codes in descend_all(starts, factored.H, rounds):
+            fmt, data, first = grid.format.name, codes.packed(grid), 0
             for name in members[fmt]:
                 stop = first + len(part[name, fmt])
                 kept = codes.rows(first, stop) if keep else None
@@ -167,10 +165,10 @@ def _stack(targets: Targets, members: Members) -> Tensor:
     return torch.cat([targets[name, fmt] for fmt, names in members.items() for name in names]).T
 
 
-def _scalar_formats(
-    targets: Targets, members: Members, factored: Factored, rounds: int, begin: Mapping[tuple[str, str], Codes] | None
-) -> Iterator[tuple[str, Tensor, Codes]]:
-    """Yield each scalar format with bytes and codes of its members' rows; all formats share one column loop."""
+def _scalar_starts(
+    targets: Targets, members: Members, factored: Factored, begin: Mapping[tuple[str, str], Codes] | None
+) -> Iterator[Start]:
+    """Yield each scalar format with the codes of its members' rows; all formats share one column loop."""
     members = {fmt: names for fmt, names in members.items() if fmt in GRIDS and names}
     if not members:
         return
@@ -179,31 +177,27 @@ def _scalar_formats(
     integers = None if begin else column_loop(pad_rows(stack), factored.U, factored.importance, segments)
     for segment, (fmt, names) in zip(segments, members.items(), strict=True):
         if begin:
-            start = Codes.joined([begin[name, fmt] for name in names])
+            codes = Codes.joined([begin[name, fmt] for name in names])
         else:
             assert integers is not None
-            start = Codes(Scales.concatenate(segment.scales, 0), integers[:, segment.rows])
-        W = stack[:, segment.rows]
-        codes = Codes(*descend(segment.grid, pad_rows(W), factored.H, start.padded(), rounds))
-        yield fmt, pack(segment.grid, codes.scales, codes.integers)[: W.shape[1]], codes
+            codes = Codes(Scales.concatenate(segment.scales, 0), integers[:, segment.rows])
+        yield Start(segment.grid, pad_rows(stack[:, segment.rows]), codes.padded())
 
 
-def _codebook_formats(
-    targets: Targets, members: Members, factored: Factored, rounds: int, begin: Mapping[tuple[str, str], Codes] | None
-) -> Iterator[tuple[str, Tensor, Codes]]:
-    """Yield each codebook format with bytes and codes of its members' rows; each format has its own column loop."""
+def _codebook_starts(
+    targets: Targets, members: Members, factored: Factored, begin: Mapping[tuple[str, str], Codes] | None
+) -> Iterator[Start]:
+    """Yield each codebook format with the codes of its members' rows; each has its own column loop."""
     for fmt, names in members.items():
         if fmt not in CODEBOOK_GRIDS or not names:
             continue
         grid = CODEBOOK_GRIDS[fmt]
         W = pad_rows(_stack(targets, {fmt: names}))
         if begin:
-            start = Codes.joined([begin[name, fmt] for name in names]).padded()
+            codes = Codes.joined([begin[name, fmt] for name in names]).padded()
         else:
-            start = codebook_loop(grid, W.clone(), factored.importance, factored.U)
-        rows = sum(len(targets[name, fmt]) for name in names)
-        codes = Codes(*descend(grid, W, factored.H, start, rounds, block_type=VectorBlock))
-        yield fmt, pack_codebook(grid, codes.scales, codes.integers)[:rows], codes
+            codes = Codes(*codebook_loop(grid, W.clone(), factored.importance, factored.U))
+        yield Start(grid, W, codes, VectorBlock)
 
 
 def _segments(targets: Targets, members: Members) -> Iterator[Segment]:

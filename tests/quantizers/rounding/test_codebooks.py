@@ -12,7 +12,8 @@ from quantizers.formats.grids import Scales
 from quantizers.formats.table import FORMATS
 from quantizers.rounding.codebook_loop import VectorBlock, codebook_loop
 from quantizers.rounding.codebook_search import VectorSearch, even_signs, fit_steps, natural_signs
-from quantizers.rounding.coordinate_descent import descend
+from quantizers.rounding.codes import Codes
+from quantizers.rounding.coordinate_descent import Start, descend
 from quantizers.rounding.nearest import normalized_importance
 from quantizers.rounding.row_choice import row_errors
 from quantizers.rounding.sparsegpt import compensate
@@ -72,11 +73,11 @@ def test_loop_and_descent_store_only_what_the_format_can(grid: CodebookGrid) -> 
     """Bytes decode to exactly the weights that were optimized: codewords, parities of signs, scales."""
     W, H = heavy_tailed(ROWS, COLUMNS).T.contiguous(), correlated_hessian(COLUMNS)
     U, taken = inverse_factor(H, 0.01)
-    start = codebook_loop(grid, W.clone(), torch.ones(COLUMNS), U)
-    refined = descend(grid, W, damped(H, taken).float(), start, 2, block_type=VectorBlock)
-    for scales, integers in (start, refined):
-        data = pack_codebook(grid, scales, integers)
-        assert torch.equal(unpack_codebook(grid, data).view(ROWS, -1), decoded(grid, scales, integers).T)
+    start = Codes(*codebook_loop(grid, W.clone(), torch.ones(COLUMNS), U))
+    refined = descend(Start(grid, W, start, VectorBlock), damped(H, taken).float(), 2)
+    for codes in (start, refined):
+        data = codes.packed(grid)
+        assert torch.equal(unpack_codebook(grid, data).view(ROWS, -1), decoded(grid, codes.scales, codes.integers).T)
         assert ggml_reference.is_valid(grid.format, data)
 
 
@@ -109,11 +110,9 @@ def test_loop_follows_elimination_in_float64(grid: CodebookGrid) -> None:
 @all_codebooks
 def test_every_round_of_descent_lowers_the_error(grid: CodebookGrid) -> None:
     W, H = heavy_tailed(ROWS, COLUMNS).T.contiguous(), correlated_hessian(COLUMNS)
-    start = codebook_loop(grid, W.clone(), torch.ones(COLUMNS))
-    errors = [
-        float(row_errors((W - decoded(grid, *descend(grid, W, H, start, rounds, block_type=VectorBlock))).T, H).sum())
-        for rounds in range(3)
-    ]
+    start = Start(grid, W, Codes(*codebook_loop(grid, W.clone(), torch.ones(COLUMNS))), VectorBlock)
+    found = [descend(start, H, rounds) for rounds in range(3)]
+    errors = [float(row_errors((W - decoded(grid, f.scales, f.integers)).T, H).sum()) for f in found]
     assert errors[1] < 0.7 * errors[0]
     assert errors == sorted(errors, reverse=True)
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import GRIDS, Grid, Scales
-from quantizers.rounding.coordinate_descent import descend
+from quantizers.rounding.codes import Codes
+from quantizers.rounding.coordinate_descent import Start, descend
 from quantizers.rounding.nearest import fit_rows, nearest_integers
 from quantizers.rounding.row_choice import row_errors
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
@@ -14,7 +15,8 @@ all_grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda g: g.form
 COLUMNS, ROWS = 512, 32
 
 
-def decoded(grid: Grid, scales: Scales, integers: Tensor) -> Tensor:
+def decoded(grid: Grid, codes: Codes) -> Tensor:
+    scales, integers = codes.scales, codes.integers
     return (grid.blocks(integers.to(scales.d.dtype)) * scales.step - scales.offset).view_as(integers)
 
 
@@ -29,8 +31,8 @@ def test_every_round_lowers_the_error_of_plain_rounding(grid: Grid) -> None:
     W, H, scales, integers = start(grid)
     errors = []
     for rounds in range(4):
-        s, q = descend(grid, W, H, (scales, integers), rounds=rounds)
-        errors.append(float(row_errors((W - decoded(grid, s, q)).T, H).sum()))
+        found = descend(Start(grid, W, Codes(scales, integers)), H, rounds=rounds)
+        errors.append(float(row_errors((W - decoded(grid, found)).T, H).sum()))
     assert errors[1] < 0.8 * errors[0]
     assert errors == sorted(errors, reverse=True)
 
@@ -38,7 +40,8 @@ def test_every_round_lowers_the_error_of_plain_rounding(grid: Grid) -> None:
 @all_grids
 def test_scales_and_integers_stay_legal(grid: Grid) -> None:
     W, H, scales, integers = start(grid)
-    scales, integers = descend(grid, W, H, (scales, integers), rounds=2)
+    found = descend(Start(grid, W, Codes(scales, integers)), H, rounds=2)
+    scales, integers = found.scales, found.integers
     assert grid.low <= integers.min() and integers.max() <= grid.high
     for codes, (low, high) in ((scales.scale, grid.scale_codes), (scales.min, grid.min_codes)):
         assert low <= codes.min() and codes.max() <= high
@@ -51,7 +54,7 @@ def test_scales_and_integers_stay_legal(grid: Grid) -> None:
 def test_given_tensors_are_left_alone(grid: Grid) -> None:
     W, H, scales, integers = start(grid)
     before = W.clone(), H.clone(), scales.d.clone(), scales.scale.clone(), integers.clone()
-    descend(grid, W, H, (scales, integers), rounds=1)
+    descend(Start(grid, W, Codes(scales, integers)), H, rounds=1)
     assert all(torch.equal(a, b) for a, b in zip(before, (W, H, scales.d, scales.scale, integers), strict=True))
 
 
@@ -60,9 +63,9 @@ def test_a_single_integer_cannot_be_improved_at_the_end() -> None:
     grid = GRIDS["Q8_0"]
     W, H = heavy_tailed(ROWS, 32).T.double().contiguous(), correlated_hessian(32).double()
     scales = fit_rows(grid, W, torch.ones(32, dtype=torch.float64))
-    scales, integers = descend(grid, W, H, (scales, nearest_integers(grid, scales, W)), rounds=200)
-    G = H @ (W - decoded(grid, scales, integers))
-    step = scales.step.view(1, -1).abs()
-    inside = integers.abs() < grid.high
+    found = descend(Start(grid, W, Codes(scales, nearest_integers(grid, scales, W))), H, rounds=200)
+    G = H @ (W - decoded(grid, found))
+    step = found.scales.step.view(1, -1).abs()
+    inside = found.integers.abs() < grid.high
     gain = 2 * G.abs() * step - H.diagonal()[:, None] * step.square()
     assert (gain[inside] <= 1e-12).all()
