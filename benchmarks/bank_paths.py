@@ -31,7 +31,7 @@ from bitgenome.common import replay
 from bitgenome.common.devices import best_device, device_name, release_memory
 from quantizers.formats.grids import GRIDS, round_to_grid, safe_inverse
 from quantizers.formats.table import FORMATS, K_LEVELS
-from quantizers.rounding import kernels
+from quantizers.kernels import choice as kernels
 from quantizers.rounding.row_choice import Compensated
 from quantizers.rounding.scale_search import fit
 from quantizers.rounding.sparsegpt import compensate
@@ -42,7 +42,8 @@ SIX = tuple(K_LEVELS.values())
 OTHER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_XS", "IQ4_NL")
 PATHS: dict[str, set[str]] = {
     "plain": set(), "recorded": {"recorded"}, "panels": {"panels"}, "searches": {"searches"},
-    "recorded panels": {"recorded", "panels"}, "all": {"recorded", "panels", "searches"},
+    "recorded panels": {"recorded", "panels"}, "searched": {"recorded", "panels", "searches"},
+    "all": {"recorded", "panels", "searches", "codes"},
 }  # fmt: skip
 # Input groups of a block of Llama-3.1-8B: columns, and the rows of the tensors that read them.
 GROUPS = {
@@ -137,7 +138,8 @@ def used() -> list[str]:
     """What is used where it is wanted."""
     like = torch.empty(0, device=best_device())
     found = {"recorded": replay._RECORDINGS.active(like.device), "panels": kernels.panel_kernels(like)}
-    return [name for name, there in (found | {"searches": kernels.search_kernels(like)}).items() if there]
+    found |= {"searches": kernels.search_kernels(like), "codes": kernels.code_kernels(like)}
+    return [name for name, there in found.items() if there]
 
 
 def block(path: str, names: Sequence[str], note: Note) -> None:

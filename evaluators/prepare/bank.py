@@ -28,7 +28,7 @@ from evaluators.prepare.input_group import InputGroup
 from evaluators.prepare.output_factor import load_factor, tensor_of
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
-from quantizers.rounding.kernels import ENABLED
+from quantizers.kernels.choice import ENABLED
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.row_batches import STACK_BYTES
 from quantizers.rounding.row_choice import Compensated

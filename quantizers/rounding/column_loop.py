@@ -17,7 +17,7 @@ from torch import Tensor
 from bitgenome.common.replay import replayed, side_by_side
 from quantizers.formats.grids import Grid, Scales, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.rounding.kernels import PANEL, panel_kernels
+from quantizers.kernels.choice import PANEL, panel_kernels
 from quantizers.rounding.nearest import fit_rows
 from quantizers.rounding.pruning_masks import ColumnMasks
 

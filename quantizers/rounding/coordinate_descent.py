@@ -22,8 +22,8 @@ from bitgenome.common.devices import chunk_bytes
 from bitgenome.common.replay import overwrite, replayed, side_by_side
 from quantizers.formats.grids import Grid, nearest_fp16, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
+from quantizers.kernels.choice import PANEL, code_kernels, panel_kernels
 from quantizers.rounding.codes import Codes
-from quantizers.rounding.kernels import PANEL, panel_kernels
 
 CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
 TOGETHER_BYTES = 1 << 28  # of weights of each format that an accelerator descends on together
@@ -116,12 +116,12 @@ class _Rows:
         """Return D (columns, N)."""
         return self.W - (self.q * self.scales.step - self.scales.offset).view_as(self.W)
 
-    def state(self, b: int, D: Tensor) -> tuple[Tensor, ...]:
-        """Return the members of block ``b`` from D on, views."""
-        size, s = self.q[b].numel() // self.q.shape[-1], self.scales
-        columns = slice(b * size, (b + 1) * size)
-        members = s.d[b, 0, 0], s.dmin[b, 0, 0], s.scale[b, :, 0], s.min[b, :, 0]
-        return D[columns], self.q[b].view(size, -1), *members
+    def state(self, columns: slice, D: Tensor) -> tuple[Tensor, ...]:
+        """Return the members of the blocks (n, ...) in ``columns``, from D (columns, N) on, views."""
+        size, s = self.kind[1].format.block_size, self.scales
+        blocks, N = slice(columns.start // size, columns.stop // size), D.shape[1]
+        members = s.d[blocks, 0, 0], s.dmin[blocks, 0, 0], s.scale[blocks, :, 0], s.min[blocks, :, 0]
+        return D[columns].view(-1, size, N), self.q[blocks].view(-1, size, N), *members
 
     def codes(self) -> Codes:
         """Return the codes as they are now."""
@@ -129,35 +129,48 @@ class _Rows:
 
 
 def _sweep(parts: Sequence[_Rows], H: Tensor, kept: Tensor | None) -> None:
-    """Update scales and integers of ``parts`` in place, block by block; ``kept`` is of a single one."""
+    """Update scales and integers of ``parts`` in place, super-block by super-block; ``kept`` is of a single one."""
     kinds = tuple(part.kind for part in parts)
     differences = [part.difference() for part in parts]
-    size = parts[0].kind[1].format.block_size
-    for b in range(len(parts[0].q)):
-        columns = slice(b * size, (b + 1) * size)
-        states = [part.state(b, D) for part, D in zip(parts, differences, strict=True)]
+    for start in range(0, len(H), SUPER_BLOCK):
+        columns = slice(start, min(start + SUPER_BLOCK, len(H)))
+        states = [part.state(columns, D) for part, D in zip(parts, differences, strict=True)]
         products = [H[columns] @ D for D in differences]
         tensors = list(chain.from_iterable((G, *state) for G, state in zip(products, states, strict=True)))
         if kept is not None:
-            _update_blocks(kinds, H[columns, columns], *tensors, kept=kept[columns])
+            _update(kinds, H[columns, columns], *tensors, kept=kept[columns])
             continue
-        overwrite(
-            list(chain.from_iterable(states)), replayed(_update_blocks, (kinds,), (H[columns, columns], *tensors))
-        )
+        new = replayed(_update, (kinds,), (H[columns, columns], *tensors))
+        overwrite(list(chain.from_iterable(states)), new)
 
 
-def _update_blocks(
+def _update(
     kinds: "Sequence[tuple[type[Block], Grid]]", H: Tensor, *tensors: Tensor, kept: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """Update a block of each of ``kinds`` in place, and return its members from D on; ``kept`` is bool (K, N).
+    """Update the blocks of a super-block of each of ``kinds`` in place, and return their members from D on.
 
-    ``tensors`` are the members of each from G on.
+    ``tensors`` are for each of ``kinds`` G (K, N) and the members (n, ...) of its n blocks from D on; H is (K, K),
+    ``kept`` bool (K, N).
     """
     members = len(tensors) // len(kinds)
     parts = [tensors[i * members : (i + 1) * members] for i in range(len(kinds))]
-    blocks = [block_type(grid, H, *part) for (block_type, grid), part in zip(kinds, parts, strict=True)]
-    side_by_side([partial(block.update, kept) for block in blocks])
+    side_by_side([partial(_update_blocks, *kind, H, *part, kept=kept) for kind, part in zip(kinds, parts, strict=True)])
     return list(chain.from_iterable(part[1:] for part in parts))
+
+
+def _update_blocks(
+    block_type: "type[Block]", grid: Grid, H: Tensor, G: Tensor, *state: Tensor, kept: Tensor | None
+) -> None:
+    """Update blocks one after another, in place; G (K, N) follows them, and is overwritten."""
+    size = grid.format.block_size
+    for b, members in enumerate(zip(*state, strict=True)):
+        own, later = slice(b * size, (b + 1) * size), slice((b + 1) * size, None)
+        D = members[0]
+        before = D.clone() if later.start < len(H) else None
+        block = block_type(grid, H[own, own], G[own], *members)
+        block.update(None if kept is None else kept[own])
+        if before is not None:
+            G[later] += H[later, own] @ (D - before)
 
 
 @dataclass
@@ -188,6 +201,10 @@ class Block:
 
     def adjust_codes(self) -> None:
         """Update the integer scale, then the integer min, of each sub-block in turn."""
+        if (kernels := code_kernels(self.q)) is not None:
+            change = kernels.adjust(self.grid, self.H, self.G, self.q, (self.d, self.dmin), (self.scale, self.min))
+            self.move(slice(None), change)
+            return
         inverse_d, inverse_dmin = safe_inverse(self.d), safe_inverse(self.dmin)
         for s in range(self.grid.sub_blocks):
             columns = slice(s * self.grid.width, (s + 1) * self.grid.width)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, round_to_grid, safe_inverse
-from quantizers.rounding.kernels import search_kernels
+from quantizers.kernels.choice import search_kernels
 from quantizers.rounding.step_search import FLAT, S_DIM, T_DIM, search_affine, search_symmetric
 
 ROUNDS = 2

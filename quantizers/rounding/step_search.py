@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import Grid, safe_inverse
-from quantizers.rounding.kernels import search_kernels
+from quantizers.kernels.choice import search_kernels
 
 T_DIM, S_DIM = 2, 1
 TARGETS_BELOW, TARGETS_ABOVE = 10, 6  # candidates below and above each end of the integer range

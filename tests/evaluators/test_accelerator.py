@@ -13,7 +13,7 @@ from bitgenome.common import replay
 from bitgenome.common.devices import best_device
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.table import FORMATS
-from quantizers.rounding import kernels
+from quantizers.kernels import choice as kernels
 from quantizers.rounding.sparsegpt import compensate
 from tests.quantizers.weights import correlated_hessian, heavy_tailed
 

@@ -2,7 +2,7 @@
 
 They compute what ``scale_search`` does with some 10 kernels a candidate, each of which reads and writes all weights.
 Sums over a sub-block run in another order than torch's. This module is imported only where Triton is there
-(``kernels``).
+(``quantizers.kernels.choice``).
 
 Legend: O sub-blocks of T weights, N rows, last and contiguous; x and results are contiguous, w need not be.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantizers.formats.grids import Grid, nearest_level
-from quantizers.rounding.panel_kernels import _nearest
+from quantizers.kernels.panels import _nearest
 
 ROWS = 32  # of a program of one warp: every thread holds one row's sub-block
 

@@ -7,18 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import GRIDS, Grid, safe_inverse
 from quantizers.formats.table import FORMATS
-from quantizers.rounding import kernels, scale_search, step_search
+from quantizers.kernels import choice as kernels
+from quantizers.kernels.choice import PANEL
+from quantizers.rounding import scale_search, step_search
 from quantizers.rounding.column_loop import _round_panel, _Steps
 from quantizers.rounding.coordinate_descent import Block
-from quantizers.rounding.kernels import PANEL
 from quantizers.rounding.sparsegpt import compensate
 from tests.quantizers.weights import EXTREME_ROWS, correlated_hessian, heavy_tailed, skewed_importance
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of divisions by zero
 
+NESTED = [*(name for name, grid in GRIDS.items() if grid.is_nested), *CODEBOOK_GRIDS]
 N = 37  # not a multiple of the rows of a program
 ALL = [pytest.param(grid, id=name) for name, grid in GRIDS.items()]
 
@@ -30,10 +33,12 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def choose(kind: str) -> None:
         monkeypatch.setattr(kernels, "_wanted", lambda wanted, like: wanted == kind)
         like = torch.empty(0)
-        assert [kernels.panel_kernels(like) is not None, kernels.search_kernels(like) is not None] == [
-            kind == "panels",
-            kind == "searches",
-        ]
+        found = {
+            "panels": kernels.panel_kernels(like),
+            "searches": kernels.search_kernels(like),
+            "codes": kernels.code_kernels(like),
+        }
+        assert [name for name, module in found.items() if module is not None] == [kind] * (kind in found)
 
     return choose
 
@@ -86,6 +91,34 @@ def test_a_panel_of_the_descent_gets_torchs_integers(grid: Grid, use: Callable[[
     torch.testing.assert_close(blocks[0].D, blocks[1].D)
 
 
+@pytest.mark.parametrize("name", ["Q2_K", *(pytest.param(name, marks=pytest.mark.long) for name in NESTED[1:])])
+def test_codes_of_a_block_are_torchs_but_for_ties(name: str, use: Callable[[str], None]) -> None:
+    grid = {**GRIDS, **CODEBOOK_GRIDS}[name]
+    K, S = grid.format.block_size, grid.sub_blocks
+    H, generator = correlated_hessian(K).float(), torch.Generator().manual_seed(0)
+    D = torch.randn(K, N, generator=generator)
+    q = torch.randint(max(grid.low, -8), min(grid.high, 8) + 1, (K, N), generator=generator).float()
+    q[: grid.width, 4] = 0  # nothing can be gained by its scale
+    d = torch.rand(2, N, generator=generator) / 16
+    d[:, 3] = 0
+    low, high = grid.scale_codes if name in GRIDS else (1, 15)
+    codes = torch.randint(low, high + 1, (S, N), generator=generator).float()
+    codes = grid.nearest_code(codes)
+    mins = torch.randint(grid.min_codes[0], grid.min_codes[1] + 1, (S, N), generator=generator).float()
+    blocks = []
+    for kind in ("torch", "codes"):
+        use(kind)
+        block = Block(grid, H, H @ D, D.clone(), q, *d.clone(), codes.clone(), mins.clone())
+        block.adjust_codes()
+        torch.testing.assert_close(block.G, H @ block.D, rtol=1e-3, atol=1e-2)
+        blocks.append(block)
+    mine, theirs = blocks
+    assert ((mine.scale == theirs.scale).all(0) & (mine.min == theirs.min).all(0)).float().mean() > 0.9
+    errors = [(b.D * (H @ b.D)).sum(0) for b in (Block(grid, H, D, D, q, *d, codes, mins), mine, theirs)]
+    assert (errors[1] < errors[0]).float().mean() > 0.9
+    assert ((errors[2] - errors[1]) / errors[0]).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("grid", ALL)
 def test_sub_blocks_get_steps_of_torchs_gain_and_torchs_sums(grid: Grid, use: Callable[[str], None]) -> None:
     W = torch.cat([heavy_tailed(N - len(EXTREME_ROWS), 64), torch.stack(list(EXTREME_ROWS.values()))[:, :64]])
@@ -116,7 +149,7 @@ def test_scales_of_all_types_have_torchs_objective(
     grid: Grid, use: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use("searches")  # imports them
-    monkeypatch.setattr(sys.modules["quantizers.rounding.search_kernels"], "ROWS", 1024)  # the interpreter's time
+    monkeypatch.setattr(sys.modules["quantizers.kernels.searches"], "ROWS", 1024)  # the interpreter's time
     K = grid.format.block_size
     x, w = grid.blocks(heavy_tailed(1024, K).T.contiguous()), grid.blocks(skewed_importance(K)[:, None])
     errors = []

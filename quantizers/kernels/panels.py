@@ -2,7 +2,7 @@
 
 They do what ``column_loop._round_panel`` and ``coordinate_descent.Block.adjust_integers`` do with some 10 kernels a
 column, in the same order of operations and without fused multiply-adds, so that they round as those do. The panel of
-a program's rows stays in registers. This module is imported only where Triton is there (``kernels``).
+a program's rows stays in registers. This module is imported only where Triton is there (``quantizers.kernels.choice``).
 
 Legend: PANEL columns, N rows, last and contiguous.
 """
