@@ -43,7 +43,7 @@ OTHER = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_XS", "IQ4_NL")
 PATHS: dict[str, set[str]] = {
     "plain": set(), "recorded": {"recorded"}, "panels": {"panels"}, "searches": {"searches"},
     "recorded panels": {"recorded", "panels"}, "searched": {"recorded", "panels", "searches"},
-    "all": {"recorded", "panels", "searches", "codes"},
+    "all": {"recorded", "panels", "searches", "codes", "blocks"},
 }  # fmt: skip
 # Input groups of a block of Llama-3.1-8B: columns, and the rows of the tensors that read them.
 GROUPS = {
@@ -139,6 +139,7 @@ def used() -> list[str]:
     like = torch.empty(0, device=best_device())
     found = {"recorded": replay._RECORDINGS.active(like.device), "panels": kernels.panel_kernels(like)}
     found |= {"searches": kernels.search_kernels(like), "codes": kernels.code_kernels(like)}
+    found |= {"blocks": kernels.block_kernels(like)}
     return [name for name, there in found.items() if there]
 
 

@@ -14,7 +14,7 @@ from quantizers.formats.grids import GRIDS
 log = logging.getLogger(__name__)
 
 PANEL = 32  # columns that are rounded one after another, before their errors reach the others
-ENABLED = {"panels", "searches", "codes"}  # the kernels that may be used
+ENABLED = {"panels", "searches", "codes", "blocks"}  # the kernels that may be used
 
 
 def panel_kernels(like: Tensor) -> ModuleType | None:
@@ -30,6 +30,11 @@ def search_kernels(like: Tensor) -> ModuleType | None:
 def code_kernels(like: Tensor) -> ModuleType | None:
     """Return ``quantizers.kernels.codes`` where it runs on tensors like ``like``; None: use torch."""
     return _module("codes", _codes_work, like.device) if _wanted("codes", like) else None
+
+
+def block_kernels(like: Tensor) -> ModuleType | None:
+    """Return ``quantizers.kernels.blocks`` where it runs on tensors like ``like``; None: use torch."""
+    return _module("blocks", _blocks_work, like.device) if _wanted("blocks", like) else None
 
 
 def _wanted(kind: str, like: Tensor) -> bool:
@@ -74,3 +79,11 @@ def _codes_work(kernels: ModuleType, device: torch.device) -> bool:
     scale, minimum = torch.ones(2, S, N, device=device)
     kernels.adjust(grid, H, 3 * q, q, (d, d), (scale, minimum))  # the scale takes all that there is to gain
     return bool((scale == 4).all() and (minimum == 1).all())
+
+
+def _blocks_work(kernels: ModuleType, device: torch.device) -> bool:
+    grid = GRIDS["Q4_0"]
+    H, ones = torch.eye(64, device=device), torch.ones(64, 32, device=device)
+    D, q, d = 3 * ones, ones.clone().view(2, 32, 32), torch.ones(2, 32, device=device)
+    kernels.update(grid, H, 3 * ones, D, q, (d, 0 * d), 0.0)  # the step takes all that there is to gain
+    return bool((d == 4).all() and (q == 1).all() and (D == 0).all())

@@ -22,7 +22,7 @@ from bitgenome.common.devices import chunk_bytes
 from bitgenome.common.replay import overwrite, replayed, side_by_side
 from quantizers.formats.grids import Grid, nearest_fp16, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.kernels.choice import PANEL, code_kernels, panel_kernels
+from quantizers.kernels.choice import PANEL, block_kernels, code_kernels, panel_kernels
 from quantizers.rounding.codes import Codes
 
 CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
@@ -163,6 +163,10 @@ def _update_blocks(
 ) -> None:
     """Update blocks one after another, in place; G (K, N) follows them, and is overwritten."""
     size = grid.format.block_size
+    if size == PANEL and block_type is Block and kept is None and (kernels := block_kernels(G)) is not None:
+        D, q, d, dmin, *_ = state
+        kernels.update(grid, H, G, D, q, (d, dmin), DEGENERATE)
+        return
     for b, members in enumerate(zip(*state, strict=True)):
         own, later = slice(b * size, (b + 1) * size), slice((b + 1) * size, None)
         D = members[0]

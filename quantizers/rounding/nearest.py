@@ -3,19 +3,20 @@
 Shapes: W (rows, columns), data uint8 (rows, row_bytes).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bitgenome.common.devices import chunk_bytes
-from bitgenome.common.replay import records, replayed
+from bitgenome.common.replay import records, replayed, side_by_side
 from quantizers.formats.codebook_packing import pack_codebook
 from quantizers.formats.codebooks import CODEBOOK_GRIDS
 from quantizers.formats.grids import FP16_MAX, GRIDS, Grid, Scales, round_to_grid, safe_inverse
 from quantizers.formats.packed_tensor import FLOAT_TYPES
 from quantizers.formats.scalar_packing import pack
-from quantizers.formats.table import SUPER_BLOCK, QuantFormat
+from quantizers.formats.table import FORMATS, SUPER_BLOCK, QuantFormat
 from quantizers.rounding.codebook_loop import codebook_loop
 from quantizers.rounding.row_batches import ROW_TILE, pad_rows
 from quantizers.rounding.scale_search import fit
@@ -35,11 +36,30 @@ def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> T
     an importance of the wrong length, and non-finite or negative importance.
     """
     check_weights(fmt, W)
-    if fmt.is_float:
-        return W.to(FLOAT_TYPES[fmt.name]).contiguous().view(torch.uint8)
-    importance = normalized_importance(importance, W.shape[1], W.device)
-    parts = [_quantize_rows(fmt, W[rows], importance) for rows in row_ranges(W)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return quantize_all({fmt.name: W}, normalized_importance(importance, W.shape[1], W.device))[fmt.name]
+
+
+def quantize_all(wanted: Mapping[str, Tensor], importance: Tensor) -> dict[str, Tensor]:
+    """Return bytes as ``quantize`` does, by format name, for weights (rows, columns) of the same shape in each format.
+
+    They are not checked; ``importance`` (columns,) is normalized. An accelerator rounds to scalar formats side by side.
+    """
+    found = {
+        name: W.to(FLOAT_TYPES[name]).contiguous().view(torch.uint8)
+        for name, W in wanted.items()
+        if FORMATS[name].is_float
+    }
+    blocks = [name for name in wanted if name not in found]
+    scalar = [name for name in blocks if name not in CODEBOOK_GRIDS]
+    together = [] if any(W.device.type == "cpu" for W in wanted.values()) else scalar
+    for names in (together, *([name] for name in blocks if name not in together)):
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for rows in row_ranges(wanted[names[0]]) if names else ():
+            made = _quantize_rows({name: wanted[name][rows] for name in names}, importance)
+            for name, data in made.items():
+                parts[name].append(data)
+        found |= {name: data[0] if len(data) == 1 else torch.cat(data) for name, data in parts.items()}
+    return found
 
 
 def row_ranges(W: Tensor) -> Iterator[slice]:
@@ -53,21 +73,42 @@ def row_ranges(W: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, max(1, len(W)), step))
 
 
-def _quantize_rows(fmt: QuantFormat, W: Tensor, importance: Tensor) -> Tensor:
-    """Return bytes uint8 (rows, row_bytes) of W (rows, columns) under a normalized importance (columns,)."""
-    columns_first = W.T.float()
-    if fmt.name in CODEBOOK_GRIDS:
-        codebook = CODEBOOK_GRIDS[fmt.name]
-        fitted, codewords = codebook_loop(codebook, pad_rows(columns_first), importance)
-        return pack_codebook(codebook, fitted, codewords)[: len(W)]
-    grid = GRIDS[fmt.name]
-    scales, integers = [], []
-    step = SUPER_BLOCK if records(W.device) else chunk_columns(W)  # small copies, where launches cost nothing
-    for part, weight in zip(columns_first.split(step), importance.split(step), strict=True):
-        rounded, *members = replayed(_round_chunk, (grid,), (part, weight))
-        scales.append(Scales(*members).map(Tensor.clone))
-        integers.append(rounded.clone())
-    return pack(grid, Scales.concatenate(scales, 0), torch.cat(integers))
+def _quantize_rows(wanted: Mapping[str, Tensor], importance: Tensor) -> dict[str, Tensor]:
+    """Return bytes uint8 (rows, row_bytes) of W (rows, columns) by format name, of scalar formats or of one codebook.
+
+    ``importance`` (columns,) is normalized.
+    """
+    columns_first = {name: W.T.float() for name, W in wanted.items()}
+    (first, W), *_ = columns_first.items()
+    if first in CODEBOOK_GRIDS:
+        codebook = CODEBOOK_GRIDS[first]
+        fitted, codewords = codebook_loop(codebook, pad_rows(W), importance)
+        return {first: pack_codebook(codebook, fitted, codewords)[: W.shape[1]]}
+    grids = tuple(GRIDS[name] for name in wanted)
+    scales: list[list[Scales]] = [[] for _ in grids]
+    integers: list[list[Tensor]] = [[] for _ in grids]
+    step = SUPER_BLOCK if records(W.device) else chunk_columns(W.T)  # small copies, where launches cost nothing
+    for start in range(0, len(W), step):
+        columns = slice(start, start + step)
+        chunks = [part[columns] for part in columns_first.values()]
+        made = replayed(_round_chunks, (grids,), (importance[columns], *chunks))
+        for i in range(len(grids)):
+            rounded, *members = (tensor.clone() for tensor in made[5 * i : 5 * i + 5])
+            integers[i].append(rounded)
+            scales[i].append(Scales(*members))
+    return {
+        grid.format.name: pack(grid, Scales.concatenate(s, 0), torch.cat(q))
+        for grid, s, q in zip(grids, scales, integers, strict=True)
+    }
+
+
+def _round_chunks(grids: Sequence[Grid], weight: Tensor, *parts: Tensor) -> list[Tensor]:
+    """Return for each of ``grids`` integers int8 (columns, N) and the members of scales.
+
+    ``parts`` are weights (columns, N) for each of ``grids``, of importance ``weight`` (columns,).
+    """
+    made = side_by_side([partial(_round_chunk, grid, part, weight) for grid, part in zip(grids, parts, strict=True)])
+    return [tensor for found in made for tensor in found]
 
 
 def _round_chunk(grid: Grid, part: Tensor, weight: Tensor) -> list[Tensor]:

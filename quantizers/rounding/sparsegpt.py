@@ -24,7 +24,7 @@ from quantizers.rounding.codes import Codes
 from quantizers.rounding.column_loop import Segment, column_loop
 from quantizers.rounding.coordinate_descent import Start, descend_all
 from quantizers.rounding.levels import Levels
-from quantizers.rounding.nearest import check_weights, normalized_importance, quantize
+from quantizers.rounding.nearest import check_weights, normalized_importance, quantize_all
 from quantizers.rounding.row_batches import batch_rows, even_batches, pad_rows, row_batches
 from quantizers.rounding.row_choice import Compensated, better_rows
 from quantizers.rounding.row_order import ROW_SWEEPS, RowOrder
@@ -62,7 +62,7 @@ def compensate(
     for name, W in weights.items():
         for fmt in formats[name]:
             check_weights(fmt, W, columns)
-    plain = H.diagonal() if plain is None else plain
+    plain = normalized_importance(H.diagonal() if plain is None else plain, columns, H.device)
     blocks = any(not fmt.is_float for choices in formats.values() for fmt in choices)
     factored = factor(H, settings.damping, importance) if settings.compensation and blocks else None
     sides = outputs if outputs and factored else {}
@@ -75,10 +75,13 @@ def compensate(
             rows = {key: target for key, target in targets.items() if not FORMATS[key[1]].is_float}
             begin = {(name, fmt): found[name].codes(fmt, step) for name, fmt in rows} if sweep else None
             data = compensate_rows(rows, factored, settings.refinement_rounds, begin, steps > 1) if factored else {}
-            for (name, wanted), target in targets.items():
-                fmt, (made, codes) = FORMATS[wanted], data.get((name, wanted), (None, None))
-                other = found[name].data(wanted, step) if sweep else quantize(fmt, target, plain)
-                found[name].take(wanted, step, *better_rows(fmt, target, other, made, H), codes)
+            for name, part in parts:
+                others = {wanted: found[name].data(wanted, step) for wanted in part} if sweep else None
+                others = others or quantize_all(part, plain)
+                for wanted, target in part.items():
+                    made, codes = data.get((name, wanted), (None, None))
+                    better = better_rows(FORMATS[wanted], target, others[wanted], made, H)
+                    found[name].take(wanted, step, *better, codes)
     return {name: levels.result(H) for name, levels in found.items()}
 
 

@@ -13,8 +13,10 @@ from quantizers.formats.table import FORMATS
 from quantizers.kernels import choice as kernels
 from quantizers.kernels.choice import PANEL
 from quantizers.rounding import scale_search, step_search
+from quantizers.rounding.codes import Codes
 from quantizers.rounding.column_loop import _round_panel, _Steps
-from quantizers.rounding.coordinate_descent import Block
+from quantizers.rounding.coordinate_descent import Block, Start, descend
+from quantizers.rounding.nearest import fit_rows, nearest_integers
 from quantizers.rounding.sparsegpt import compensate
 from tests.quantizers.weights import EXTREME_ROWS, correlated_hessian, heavy_tailed, skewed_importance
 
@@ -22,6 +24,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of divisions by zero
 
 NESTED = [*(name for name, grid in GRIDS.items() if grid.is_nested), *CODEBOOK_GRIDS]
+SMALL = [name for name, grid in GRIDS.items() if not grid.is_nested and name != "Q4_1"]
 N = 37  # not a multiple of the rows of a program
 ALL = [pytest.param(grid, id=name) for name, grid in GRIDS.items()]
 
@@ -37,6 +40,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             "panels": kernels.panel_kernels(like),
             "searches": kernels.search_kernels(like),
             "codes": kernels.code_kernels(like),
+            "blocks": kernels.block_kernels(like),
         }
         assert [name for name, module in found.items() if module is not None] == [kind] * (kind in found)
 
@@ -117,6 +121,27 @@ def test_codes_of_a_block_are_torchs_but_for_ties(name: str, use: Callable[[str]
     errors = [(b.D * (H @ b.D)).sum(0) for b in (Block(grid, H, D, D, q, *d, codes, mins), mine, theirs)]
     assert (errors[1] < errors[0]).float().mean() > 0.9
     assert ((errors[2] - errors[1]) / errors[0]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["Q4_1", *(pytest.param(name, marks=pytest.mark.long) for name in SMALL)])
+def test_small_blocks_are_updated_as_torch_does(name: str, use: Callable[[str], None]) -> None:
+    grid, K = GRIDS[name], 96
+    H, W = correlated_hessian(K).float(), heavy_tailed(N, K).T.contiguous()
+    W[:, 3] = 0
+    scales = fit_rows(grid, W, torch.ones(K))
+    start = Start(grid, W, Codes(scales, nearest_integers(grid, scales, W)))
+    found = []
+    for kind in ("torch", "blocks"):
+        use(kind)
+        found.append(descend(start, H, 2))
+    errors = []
+    for codes in (start.codes, *found):
+        D = W - (grid.blocks(codes.integers.float()) * codes.scales.step - codes.scales.offset).view_as(W)
+        errors.append((D * (H @ D)).sum(0))
+    assert (found[0].integers == found[1].integers).float().mean() > 0.98
+    assert found[1].integers.min() >= grid.low and found[1].integers.max() <= grid.high
+    assert errors[1].sum() < 0.9 * errors[0].sum()
+    assert float(errors[2].sum()) == pytest.approx(float(errors[1].sum()), rel=2e-3)
 
 
 @pytest.mark.parametrize("grid", ALL)
