@@ -3,6 +3,7 @@
 from bitgenome.plan.plan import Plan
 from evaluators.model.sizes import FLOAT_BYTES, ModelShape, block_of
 from quantizers.rounding.row_order import factor_entries
+from quantizers.statistics.row_groups import row_entries
 
 KEPT_FACTORS = 8 << 30  # bytes of output factors up to which rounding looks at the loss unless told otherwise
 
@@ -16,11 +17,19 @@ def factored_tensors(plan: Plan) -> list[str]:
     return [name for name in names if block_of(name) is not None]
 
 
+def tensors_by_rows(plan: Plan) -> list[str]:
+    """Return the tensors whose rows have Hessians of their own where the objective is the loss: head, lookup tables."""
+    names = [name for gene in plan.space.genes for name in gene.tensors if name not in plan.sparsity]
+    return [name for name in names if block_of(name) is None]
+
+
 def factor_bytes(plan: Plan) -> int:
-    """Return the bytes of the output factors of all ``factored_tensors``, float32."""
+    """Return the bytes of all output factors and Hessians of rows, float32."""
     shape = ModelShape.of(plan.folder)
-    rows = [shape.tensors[name][0] for name in factored_tensors(plan)]
-    return sum(FLOAT_BYTES * factor_entries(r) for r in rows)
+    factors = sum(factor_entries(shape.tensors[name][0]) for name in factored_tensors(plan))
+    uses = 2 if plan.folder.tied else 1
+    by_rows = sum(uses * row_entries(*shape.tensors[name]) for name in tensors_by_rows(plan))
+    return FLOAT_BYTES * (factors + by_rows)
 
 
 def rounds_by_loss(plan: Plan) -> bool:

@@ -18,6 +18,7 @@ from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.prepare import bank as banks
 from evaluators.prepare.input_group import group_file
 from evaluators.prepare.output_factor import factor_file
+from evaluators.prepare.row_hessians import summed_tensor
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -81,14 +82,29 @@ class BankBuild:
                 squares = [given[tensor] for tensor in sorted(tensors & given.keys())]
                 mean = np.mean(squares, axis=0) if squares else None
                 factors = tuple(self.factors[tensor] for tensor in sorted(tensors & self.factors.keys()))
-                tasks.append(banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors))
+                rows = {tensor: self.sums[tensor] for tensor in sorted(tensors & self.sums.keys())}
+                task = banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors, rows)
+                tasks.append(task)
         return sorted(tasks, key=lambda task: -task.work)
+
+    @cached_property
+    def measured(self) -> list[str]:
+        """Names of what the loss says: of tensors with output factors, and of sums for rows."""
+        return group_names(self.outputs / layout.GROUPS) if self.outputs else []
 
     @cached_property
     def factors(self) -> Mapping[str, Path]:
         """Files of the output factors by tensor: of all that are rounded on both sides."""
-        names = group_names(self.outputs / layout.GROUPS) if self.outputs else []
-        return {name: factor_file(self.outputs, name) for name in names if self.outputs}
+        return {n: factor_file(self.outputs, n) for n in self.measured if self.outputs and summed_tensor(n) is None}
+
+    @cached_property
+    def sums(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files of the sums for rows by tensor, one for each use."""
+        found: dict[str, tuple[Path, ...]] = {}
+        for name in self.measured:
+            if self.outputs and (tensor := summed_tensor(name)) is not None:
+                found[tensor] = (*found.get(tensor, ()), factor_file(self.outputs, name))
+        return found
 
     def finish(self) -> None:
         """Write the manifest of a complete bank."""

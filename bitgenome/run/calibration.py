@@ -5,12 +5,13 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bitgenome.common import layout
 from bitgenome.common.digests import digest_of
 from bitgenome.common.files import atomic_write_bytes, atomic_write_text
 from bitgenome.observe.progress import Track
-from bitgenome.plan.objective import factored_tensors
+from bitgenome.plan.objective import factored_tensors, tensors_by_rows
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import ModelAndText
 from bitgenome.storage.shared import build_once, shared_directory
@@ -23,8 +24,12 @@ from evaluators.prepare.calibration import LOOKUP_WEIGHT, Calibrate
 from evaluators.prepare.input_group import group_file, group_readable
 from evaluators.prepare.input_recorder import SHRINKAGE
 from evaluators.prepare.output_factor import factor_readable
+from evaluators.prepare.row_hessians import sums_readable
 from quantizers.rounding.row_order import MOST_ROWS
 from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS
+from quantizers.statistics.row_clusters import PROJECTED
+from quantizers.statistics.row_groups import GROUPS_BYTES, MOST_GROUPS, ROWS_OF_GROUP
+from quantizers.statistics.row_groups import SHRINKAGE as ROW_SHRINKAGE
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
@@ -101,13 +106,17 @@ def has_hessians(
 
 
 def measure_outputs(plan: Plan, windows: TokenWindows, pool: Pool, track: Track) -> Path:
-    """Measure the output factors of the tensors that need them if they are missing, and return their directory."""
-    tensors = factored_tensors(plan)
+    """Measure what the loss says of the tensors if it is missing, and return the directory: see MeasureOutputs."""
+    tensors = factored_tensors(plan) + tensors_by_rows(plan)
     text = hashlib.sha256(windows.windows["calibration"].tobytes()).hexdigest()
-    how = FACTOR_TOKENS, PART_TOKENS, MOST_ROWS, DAMPINGS, TRIED_ROWS, SHRINKAGE, windows.unscored
+    how: tuple[Any, ...] = FACTOR_TOKENS, PART_TOKENS, MOST_ROWS, DAMPINGS, TRIED_ROWS, SHRINKAGE, windows.unscored
+    how += MOST_GROUPS, ROWS_OF_GROUP, GROUPS_BYTES, ROW_SHRINKAGE, PROJECTED
     digest = digest_of(OUTPUTS_SCHEMA, plan.folder.digest, text, windows.windows["calibration"].shape, tensors, *how)
     directory = shared_directory(plan.config, layout.OUTPUTS_KIND, digest)
     done = directory / layout.GROUPS
+
+    def measured(path: Path) -> bool:
+        return factor_readable(path) or sums_readable(path)
 
     def build() -> None:
         windows_file = directory / layout.WINDOWS
@@ -116,7 +125,7 @@ def measure_outputs(plan: Plan, windows: TokenWindows, pool: Pool, track: Track)
         (found,) = track(pool.map([task]), 1, "calibrating outputs")
         atomic_write_text(done, json.dumps(found))
 
-    build_once(plan.config, directory, "the output factors", lambda: all_readable(done, factor_readable), build)
+    build_once(plan.config, directory, "the output factors", lambda: all_readable(done, measured), build)
     return directory
 
 

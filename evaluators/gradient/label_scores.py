@@ -21,6 +21,7 @@ from evaluators.engine.divergence import chunk_positions
 from evaluators.healing.tuner import micro_batches, repeatable_attention
 from evaluators.model.block_model import BlockModel
 from evaluators.model.experts import ExpertLinear
+from evaluators.model.head import Head
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,19 @@ def _head_use(model: BlockModel, final: Tensor, uniform: Tensor, counted: Tensor
         scores[part][~counted[part]] = 0
         head.hidden_gradient(logits, scores[part], out=below[part])  # also makes scores[part] those before a soft cap
     return LinearUse(model.head_name, final, scores), below
+
+
+@torch.no_grad()
+def row_weights(head: Head, final: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield final hidden states (p, D) with the Fisher information (p, V) of each logit before a soft cap, in chunks.
+
+    p_v (1 - p_v) is what a squared change of the product of row v and a state of ``final`` (P, D) counts.
+    """
+    for part in final.split(chunk_positions(head)):
+        logits = head(part)
+        spread = logits.softmax(-1)
+        spread.mul_(1 - spread).clamp_(min=0).sqrt_()
+        yield part, head.to_products(logits, spread).square_()
 
 
 def block_uses(model: BlockModel, block: int, inputs: Tensor, scores: Tensor) -> tuple[Tensor, list[LinearUse]]:

@@ -4,6 +4,8 @@ x is a layer's input and g the gradient of sampled labels' log-likelihood at its
 inputs it is the other Kronecker factor of the Fisher information of the layer's weights, one power iteration from the
 identity (sketch A of Tseng, Sun, De Sa 2025, arXiv 2505.22988); see quantizers.rounding.row_order for its use.
 
+Head and lookup tables have a Hessian for each group of their rows instead: quantizers.statistics.row_groups.
+
 One block is in memory at a time: the forward pass leaves the input of every block on disk, and the backward pass reads
 and removes them from the last to the first. An interrupted pass goes on at the block that it had reached.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,16 +28,19 @@ from bitgenome.common.files import replacing
 from bitgenome.common.steps import steps
 from bitgenome.common.tensor_files import holds_tensors
 from evaluators.data.windows import TokenWindows
-from evaluators.gradient.label_scores import LinearUse, at_hand, block_uses, head_scores
+from evaluators.gradient.label_scores import LinearUse, at_hand, block_uses, head_scores, row_weights
 from evaluators.gradient.sensitivity import PART_TOKENS, label_draws
 from evaluators.model.block_model import BlockModel
 from evaluators.model.experts import expert_parts
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_recorder import SHRINKAGE
 from evaluators.prepare.output_factor import factor_file, factor_readable, save_factor
+from evaluators.prepare.row_hessians import ROLES, load_sums, save_sums, sums_name, sums_readable
 from quantizers.rounding.row_order import output_blocks
 from quantizers.statistics.hessian import HessianAccumulator, damped, joined, mean_of, shrunk
 from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS, chosen_damping
+from quantizers.statistics.row_clusters import grouped_rows
+from quantizers.statistics.row_groups import RowSums, number_of_groups
 
 # Of the calibration text, for all factors. Embedded model, all linear layers alike, 8 steps, KL on 8,192 tokens: from
 # 8,192 tokens .0638 (Q2_K) and .00365 (Q4_K), from 32,768 tokens .0649 and .00366; under H alone .0792 and .00452.
@@ -119,7 +125,9 @@ def part_windows(states: Tensor) -> int:
 
 @dataclass(frozen=True)
 class MeasureOutputs:
-    """Pool task that writes the output factors of the blocks' ``tensors``, on every core: no other task runs then.
+    """Pool task that writes what the loss says of ``tensors``, on every core: no other task runs then.
+
+    These are the output factors of linear layers in blocks, and Hessians of groups of rows of head and lookup tables.
 
     Hidden states and scores are in ``directory`` meanwhile.
     """
@@ -139,7 +147,7 @@ class MeasureOutputs:
         return (self.directory,)
 
     def run(self, state: dict[Any, Any]) -> list[str]:
-        """Write a file for each tensor, and return the names of the tensors that have one."""
+        """Write files of the tensors, and return their names: of a tensor, or of its sums in a role."""
         with all_cores():
             model = BlockModel(ModelFolder(self.model), best_device())
             return Pass(model, TokenWindows.load(self.windows), self.directory, self.tensors).run()
@@ -155,7 +163,7 @@ class Pass:
     tensors: frozenset[str]
 
     def run(self) -> list[str]:
-        """Return the names of the tensors whose factors are written; see MeasureOutputs."""
+        """Return the names of what is written; see MeasureOutputs."""
         blocks = len(self.model.blocks)
         begun = min(self._saved("scores"), default=None)
         if begun is None:
@@ -167,8 +175,11 @@ class Pass:
             self._save("scores", block, scores)  # before what it was made of is removed
             self._remove(block + 1)
             release_memory()
+        self._lookups(self._load("scores", 0))
         self._remove(0)
-        return sorted(name for name in self.tensors if factor_readable(factor_file(self.directory, name)))
+        sums = [sums_name(name, role) for name in self.tensors for role in ROLES]
+        found = [name for name in self.tensors if factor_readable(factor_file(self.directory, name))]
+        return sorted(found + [name for name in sums if sums_readable(factor_file(self.directory, name))])
 
     def _parts(self, states: Tensor) -> Iterator[Tensor]:
         """Yield ``states`` (n, T, ...) in parts of whole windows on the model's device."""
@@ -182,9 +193,7 @@ class Pass:
         reached = max(self._saved("inputs"), default=None)
         if reached is None:
             model.load_embedding()
-            text = self.windows.windows["calibration"]
-            ids = torch.from_numpy(text[: -(-FACTOR_TOKENS // text.shape[1])])
-            self._save("inputs", 0, torch.cat([model.embed(part).cpu() for part in self._parts(ids)]))
+            self._save("inputs", 0, torch.cat([model.embed(part).cpu() for part in self._parts(self._ids())]))
             for name in model.lookup_names:
                 model.place(name, None)
             reached = 0
@@ -193,15 +202,52 @@ class Pass:
                 outputs = [model.run_block(block, part).cpu() for part in self._parts(self._load("inputs", block))]
             self._save("inputs", block + 1, torch.cat(outputs))
 
+    def _ids(self) -> Tensor:
+        """Return the token ids (n, T) of the text."""
+        text = self.windows.windows["calibration"]
+        return torch.from_numpy(text[: -(-FACTOR_TOKENS // text.shape[1])])
+
     def _head(self, hidden: Tensor) -> Tensor:
-        """Return the scores (n, T, D) at the last block's output ``hidden`` (n, T, D)."""
+        """Return the scores (n, T, D) at the last block's output ``hidden`` (n, T, D); sum for the head's rows."""
         self.model.load_head()
-        draws = label_draws(0, *hidden.shape[:2])
-        found = [
-            head_scores(self.model, part, uniform, self.windows.unscored)[1].cpu()
-            for part, uniform in zip(self._parts(hidden), self._parts(draws), strict=True)
-        ]
+        draws, name = label_draws(0, *hidden.shape[:2]), self.model.head_name
+        sums = self._sums(name) if name in self.tensors else None
+        found = []
+        for part, uniform in zip(self._parts(hidden), self._parts(draws), strict=True):
+            use, scores = head_scores(self.model, part, uniform, self.windows.unscored)
+            found.append(scores.cpu())
+            if sums is not None:
+                scored = use.scores.any(-1)
+                for states, weights in row_weights(self.model.head, use.inputs[scored]):
+                    sums.add_outputs(states, weights)
+        if sums is not None:
+            save_sums(factor_file(self.directory, sums_name(name, "head")), sums)
         return torch.cat(found)
+
+    def _lookups(self, scores: Tensor) -> None:
+        """Sum for the rows of the tables that tokens look up; ``scores`` (n, T, D) are at the first block's input."""
+        model = self.model
+        names = [name for name in model.lookup_names if name in self.tensors]
+        if not names:
+            return
+        model.load_embedding()
+        sums = {name: self._sums(name) for name in names}
+        for ids, part in zip(self._parts(self._ids()), self._parts(scores), strict=True):
+            for name, at_rows in model.lookup_gradients(ids, part).items():
+                if name in sums:
+                    sums[name].add_rows(ids.flatten(), at_rows.flatten(0, 1))
+        for name, found in sums.items():
+            save_sums(factor_file(self.directory, sums_name(name, "lookup")), found)
+
+    def _sums(self, name: str) -> RowSums:
+        """Return empty sums for the rows of a loaded tensor, in the groups that it has where it is summed already."""
+        weight = self.model.weight(name).data
+        for role in ROLES:
+            if sums_readable(path := factor_file(self.directory, sums_name(name, role))):
+                return RowSums(load_sums(path).labels.to(weight.device), weight.shape[1])
+        counts = torch.from_numpy(np.bincount(self.windows.windows["calibration"].ravel(), minlength=len(weight)))
+        groups = number_of_groups(*weight.shape)
+        return RowSums(grouped_rows(weight, counts.to(weight.device), groups), weight.shape[1])
 
     def _block(self, block: int, scores: Tensor) -> Tensor:
         """Write the factors of a block's tensors, and return the scores at its input given those at its output."""

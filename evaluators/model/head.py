@@ -99,10 +99,16 @@ class Head:
         return self.settings.apply(logits)
 
     def hidden_gradient(self, logits: Tensor, gradient: Tensor, out: Tensor) -> None:
-        """Write the gradient with respect to the hidden states to ``out`` (P, D).
+        """Write the gradient with respect to the hidden states to ``out`` (P, D), and change ``gradient``.
 
-        ``logits`` (P, V) are those of ``__call__``. ``gradient`` (P, V), with respect to them, becomes that with
-        respect to the products of hidden states and weight.
+        Arguments are as for ``to_products``.
+        """
+        torch.mm(self.to_products(logits, gradient), self.weight, out=out)
+
+    def to_products(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Make ``gradient`` (P, V), with respect to logits, that with respect to the products of states and weight.
+
+        ``logits`` (P, V) are those of ``__call__``. Works in place, and returns ``gradient``.
         """
         how = self.settings
         if how.softcap is not None:
@@ -111,4 +117,4 @@ class Head:
             gradient.mul_(how.factor)
         if how.divisor is not None:
             gradient.div_(how.divisor)
-        torch.mm(gradient, self.weight, out=out)
+        return gradient

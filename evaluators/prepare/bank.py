@@ -26,17 +26,19 @@ from bitgenome.common.tensor_files import holds_tensors
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_group import InputGroup
 from evaluators.prepare.output_factor import load_factor, tensor_of
+from evaluators.prepare.row_hessians import load_row_hessians
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.kernels.choice import ENABLED
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.row_batches import STACK_BYTES
-from quantizers.rounding.row_choice import Compensated
+from quantizers.rounding.row_choice import Compensated, assembled
 from quantizers.rounding.row_order import ROW_STEPS, ROW_SWEEPS
 from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
 from quantizers.statistics.importance import channel_dimensions, combined_importance
 from quantizers.statistics.moments import InputStatistics
+from quantizers.statistics.row_groups import RowHessians
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ class BuildBankGroup:
     work: float = 1.0  # number of weights, by which the pool compares the times of tasks
     given: np.ndarray | None = None  # mean squares (columns,) of the input from an imatrix file, in place of importance
     outputs: tuple[Path, ...] = ()  # files of the output factors of tensors that are rounded on both sides
+    rows: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # of sums for rows, by tensor
 
     @property
     def label(self) -> str:
@@ -143,17 +146,38 @@ class BuildBankGroup:
         dense = {name: W for name, W in weights.items() if name not in self.sparsity}
         H = group.hessian.to(next(iter(weights.values())).device)
         levels: dict[str, dict[str, Compensated]] = {}
+        for name in dense.keys() & self.rows.keys():
+            if (found := load_row_hessians(self.rows[name])) is not None:
+                levels[name] = self._by_rows(name, dense.pop(name), formats[name], group, found)
         if dense:
-            given = None if self.given is None else torch.from_numpy(self.given).to(H.device)
-            importance = given
-            if given is None:
-                importance = scale_importance(self.importance, dense, H, group.statistics, self.settings.damping)
-            dense_formats = {name: formats[name] for name in dense}
-            sides = {tensor_of(file): load_factor(file).to(H.device) for file in self.outputs}
-            levels |= compensate(dense, dense_formats, H, self.settings, importance, given, sides)
+            levels |= self._dense(dense, formats, H, group)
         if pruned:
             levels |= prune_and_compensate(pruned, formats, self.sparsity, H, self.settings)
         return levels
+
+    def _dense(
+        self, weights: Mapping[str, Tensor], formats: Mapping[str, Sequence[QuantFormat]], H: Tensor, group: InputGroup
+    ) -> dict[str, dict[str, Compensated]]:
+        """Return the packed levels of ``weights`` under H by tensor and format name."""
+        given = None if self.given is None else torch.from_numpy(self.given).to(H.device)
+        importance = given
+        if given is None:
+            importance = scale_importance(self.importance, weights, H, group.statistics, self.settings.damping)
+        wanted = {name: formats[name] for name in weights}
+        sides = {name: load_factor(file).to(H.device) for file in self.outputs if (name := tensor_of(file)) in weights}
+        return compensate(weights, wanted, H, self.settings, importance, given, sides)
+
+    def _by_rows(
+        self, name: str, W: Tensor, formats: Sequence[QuantFormat], group: InputGroup, found: RowHessians
+    ) -> dict[str, Compensated]:
+        """Return the packed levels of W (rows, columns) by format name, each group of rows under its own Hessian."""
+        parts = []
+        labels = found.labels.to(W.device)
+        for label, H in enumerate(found.hessians):
+            rows = (labels == label).nonzero()[:, 0]
+            (levels,) = self._dense({name: W[rows]}, {name: formats}, H.to(W.device), group).values()
+            parts.append((rows, levels))
+        return {fmt.name: assembled([(rows, levels[fmt.name]) for rows, levels in parts]) for fmt in formats}
 
 
 def scale_importance(

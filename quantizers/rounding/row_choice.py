@@ -1,5 +1,6 @@
 """This module judges rows by their error under a Hessian, and takes the better of two."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,18 @@ def better_rows(
 def compensated(fmt: QuantFormat, W: Tensor, data: Tensor, error: float, power: float) -> Compensated:
     """Return the bytes ``data`` of W (rows, columns) with their error; ``power`` is W's ``row_power``."""
     return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
+
+
+def assembled(parts: Sequence[tuple[Tensor, Compensated]]) -> Compensated:
+    """Return one tensor from disjoint ``parts``: which rows (n,) each has, and what was made of them."""
+    rows = torch.cat([rows for rows, _ in parts])
+    first = parts[0][1].packed
+    data = torch.empty_like(torch.cat([part.packed.data for _, part in parts]))
+    data[rows] = torch.cat([part.packed.data for _, part in parts])
+    error = sum(part.error for _, part in parts)
+    power = sum(part.error / part.relative if part.relative else 0.0 for _, part in parts)
+    relative = error / power if power else 0.0
+    return Compensated(PackedTensor(first.format, data, (len(rows), first.shape[1])), error, relative)
 
 
 def bytes_errors(fmt: QuantFormat, W: Tensor, data: Tensor, H: Tensor) -> Tensor:

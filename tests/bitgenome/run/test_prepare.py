@@ -9,7 +9,7 @@ import pytest
 
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import load_config
-from bitgenome.plan.objective import factored_tensors
+from bitgenome.plan.objective import factored_tensors, tensors_by_rows
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.text import read_windows
 from bitgenome.run.bank import build_bank
@@ -50,7 +50,8 @@ def test_a_damaged_factor_is_measured_again_with_a_notice(
     measure_outputs(plan, windows, pool, no_progress)
     assert pool.labels == ["output factors"], "measured once"
     pool.labels.clear()
-    assert sorted(file.stem for file in outputs.glob("model.*")) == sorted(factored_tensors(plan))
+    tied = [f"{tensor}@{use}" for tensor in tensors_by_rows(plan) for use in ("head", "lookup")]
+    assert sorted(file.stem for file in outputs.glob("model.*")) == sorted(factored_tensors(plan) + tied)
     victim = factor_file(outputs, "model.layers.2.self_attn.k_proj.weight")
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 3])

@@ -1,0 +1,51 @@
+"""This module keeps the Hessians of groups of rows in files, one for each use of a tensor: as a head, for lookups."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bitgenome.common.errors import UserError
+from bitgenome.common.files import replacing
+from bitgenome.common.tensor_files import holds_tensors
+from quantizers.statistics.row_groups import RowHessians, RowSums, row_hessians
+
+Role = Literal["head", "lookup"]
+ROLES: tuple[Role, ...] = ("head", "lookup")
+
+
+def sums_name(tensor: str, role: Role) -> str:
+    """Return the name of what is summed over the uses of a tensor in a ``role``."""
+    return f"{tensor}@{role}"
+
+
+def summed_tensor(name: str) -> str | None:
+    """Return the tensor whose sums have a ``sums_name``, None for other names."""
+    tensor, _, role = name.rpartition("@")
+    return tensor if role in ROLES else None
+
+
+def save_sums(path: Path, sums: RowSums) -> None:
+    """Write sums atomically."""
+    with replacing(path) as temporary:
+        save_file({key: t.cpu().contiguous() for key, t in sums.tensors().items()}, temporary)
+
+
+def load_sums(path: Path) -> RowSums:
+    """Return the sums in a file, on the CPU. Raises UserError if it is missing or damaged."""
+    try:
+        return RowSums.of(load_file(path))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"expected Hessians of rows in {path}, found {error}: the next attempt measures them") from None
+
+
+def sums_readable(path: Path) -> bool:
+    """Return whether the file of sums exists and is complete."""
+    return holds_tensors(path, ["labels", "sums", "weights", "squares"])
+
+
+def load_row_hessians(paths: Sequence[Path]) -> RowHessians | None:
+    """Return the Hessians of all uses of a tensor together, None if it was never used. Raises as ``load_sums``."""
+    return row_hessians([load_sums(path) for path in paths])

@@ -1,0 +1,29 @@
+"""This module divides the rows of a head or a lookup table into groups that share a Hessian.
+
+How groups of other kinds do is in quantizers.statistics.row_groups.
+"""
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.nn.functional import normalize
+
+PROJECTED = 64  # dimensions in which rows are compared
+
+
+def grouped_rows(W: Tensor, counts: Tensor, groups: int) -> Tensor:
+    """Return the group (V,) of each row of W (V, D), at most ``groups``, all of them with rows.
+
+    Rows are clustered by direction; ``counts`` (V,) is how often each one's token occurs in the text.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = normalize(W.float(), dim=1)
+    if W.shape[1] > PROJECTED:
+        directions = directions @ torch.randn(W.shape[1], PROJECTED, generator=generator).to(W.device)
+    weight = (counts.double() + 1).sqrt()
+    if groups == 1:
+        return torch.zeros(len(W), dtype=torch.long, device=W.device)
+    found = KMeans(groups, n_init=1, random_state=0).fit_predict(
+        directions.cpu().numpy(), sample_weight=weight.cpu().numpy()
+    )
+    return torch.from_numpy(found).long().unique(return_inverse=True)[1].to(W.device)
