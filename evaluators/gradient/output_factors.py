@@ -40,7 +40,7 @@ from quantizers.rounding.row_order import output_blocks
 from quantizers.statistics.hessian import HessianAccumulator, damped, joined, mean_of, shrunk
 from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS, chosen_damping
 from quantizers.statistics.row_clusters import grouped_rows
-from quantizers.statistics.row_groups import RowSums, number_of_groups
+from quantizers.statistics.row_groups import RowAccumulator, number_of_groups
 
 # Of the calibration text, for all factors. Embedded model, all linear layers alike, 8 steps, KL on 8,192 tokens: from
 # 8,192 tokens .0638 (Q2_K) and .00365 (Q4_K), from 32,768 tokens .0649 and .00366; under H alone .0792 and .00452.
@@ -221,7 +221,7 @@ class Pass:
                 for states, weights in row_weights(self.model.head, use.inputs[scored]):
                     sums.add_outputs(states, weights)
         if sums is not None:
-            save_sums(factor_file(self.directory, sums_name(name, "head")), sums)
+            save_sums(factor_file(self.directory, sums_name(name, "head")), sums.result())
         return torch.cat(found)
 
     def _lookups(self, scores: Tensor) -> None:
@@ -237,17 +237,17 @@ class Pass:
                 if name in sums:
                     sums[name].add_rows(ids.flatten(), at_rows.flatten(0, 1))
         for name, found in sums.items():
-            save_sums(factor_file(self.directory, sums_name(name, "lookup")), found)
+            save_sums(factor_file(self.directory, sums_name(name, "lookup")), found.result())
 
-    def _sums(self, name: str) -> RowSums:
-        """Return empty sums for the rows of a loaded tensor, in the groups that it has where it is summed already."""
+    def _sums(self, name: str) -> RowAccumulator:
+        """Return an accumulator for the rows of a loaded tensor, in the groups that an earlier use has."""
         weight = self.model.weight(name).data
         for role in ROLES:
             if sums_readable(path := factor_file(self.directory, sums_name(name, role))):
-                return RowSums(load_sums(path).labels.to(weight.device), weight.shape[1])
+                return RowAccumulator(load_sums(path).labels.to(weight.device), weight.shape[1])
         counts = torch.from_numpy(np.bincount(self.windows.windows["calibration"].ravel(), minlength=len(weight)))
         groups = number_of_groups(*weight.shape)
-        return RowSums(grouped_rows(weight, counts.to(weight.device), groups), weight.shape[1])
+        return RowAccumulator(grouped_rows(weight, counts.to(weight.device), groups), weight.shape[1])
 
     def _block(self, block: int, scores: Tensor) -> Tensor:
         """Write the factors of a block's tensors, and return the scores at its input given those at its output."""

@@ -26,7 +26,7 @@ from bitgenome.common.tensor_files import holds_tensors
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_group import InputGroup
 from evaluators.prepare.output_factor import load_factor, tensor_of
-from evaluators.prepare.row_hessians import load_row_hessians
+from evaluators.prepare.row_hessians import load_all_sums
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.kernels.choice import ENABLED
@@ -38,7 +38,7 @@ from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
 from quantizers.statistics.importance import channel_dimensions, combined_importance
 from quantizers.statistics.moments import InputStatistics
-from quantizers.statistics.row_groups import RowHessians
+from quantizers.statistics.row_groups import RowSums
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class BuildBankGroup:
         H = group.hessian.to(next(iter(weights.values())).device)
         levels: dict[str, dict[str, Compensated]] = {}
         for name in dense.keys() & self.rows.keys():
-            if (found := load_row_hessians(self.rows[name])) is not None:
+            if (found := load_all_sums(self.rows[name])).any:
                 levels[name] = self._by_rows(name, dense.pop(name), formats[name], group, found)
         if dense:
             levels |= self._dense(dense, formats, H, group)
@@ -168,14 +168,14 @@ class BuildBankGroup:
         return compensate(weights, wanted, H, self.settings, importance, given, sides)
 
     def _by_rows(
-        self, name: str, W: Tensor, formats: Sequence[QuantFormat], group: InputGroup, found: RowHessians
+        self, name: str, W: Tensor, formats: Sequence[QuantFormat], group: InputGroup, found: RowSums
     ) -> dict[str, Compensated]:
         """Return the packed levels of W (rows, columns) by format name, each group of rows under its own Hessian."""
         parts = []
         labels = found.labels.to(W.device)
-        for label, H in enumerate(found.hessians):
-            rows = (labels == label).nonzero()[:, 0]
-            (levels,) = self._dense({name: W[rows]}, {name: formats}, H.to(W.device), group).values()
+        for label in range(len(found.sums)):
+            rows, H = (labels == label).nonzero()[:, 0], found.hessian(label).to(W.device)
+            (levels,) = self._dense({name: W[rows]}, {name: formats}, H, group).values()
             parts.append((rows, levels))
         return {fmt.name: assembled([(rows, levels[fmt.name]) for rows, levels in parts]) for fmt in formats}
 

@@ -1,6 +1,7 @@
 """This module keeps the Hessians of groups of rows in files, one for each use of a tensor: as a head, for lookups."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import replacing
 from bitgenome.common.tensor_files import holds_tensors
-from quantizers.statistics.row_groups import RowHessians, RowSums, row_hessians
+from quantizers.statistics.row_groups import RowSums
 
 Role = Literal["head", "lookup"]
 ROLES: tuple[Role, ...] = ("head", "lookup")
@@ -30,22 +31,27 @@ def summed_tensor(name: str) -> str | None:
 def save_sums(path: Path, sums: RowSums) -> None:
     """Write sums atomically."""
     with replacing(path) as temporary:
-        save_file({key: t.cpu().contiguous() for key, t in sums.tensors().items()}, temporary)
+        members = {member.name: getattr(sums, member.name) for member in fields(RowSums)}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in members.items()}, temporary)
 
 
 def load_sums(path: Path) -> RowSums:
     """Return the sums in a file, on the CPU. Raises UserError if it is missing or damaged."""
     try:
-        return RowSums.of(load_file(path))
-    except (OSError, SafetensorError, KeyError) as error:
+        return RowSums(**load_file(path))
+    except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"expected Hessians of rows in {path}, found {error}: the next attempt measures them") from None
 
 
 def sums_readable(path: Path) -> bool:
     """Return whether the file of sums exists and is complete."""
-    return holds_tensors(path, ["labels", "sums", "weights", "squares"])
+    return holds_tensors(path, [member.name for member in fields(RowSums)])
 
 
-def load_row_hessians(paths: Sequence[Path]) -> RowHessians | None:
-    """Return the Hessians of all uses of a tensor together, None if it was never used. Raises as ``load_sums``."""
-    return row_hessians([load_sums(path) for path in paths])
+def load_all_sums(paths: Sequence[Path]) -> RowSums:
+    """Return the sums over all uses of a tensor together. Raises as ``load_sums``."""
+    first, *others = paths
+    found = load_sums(first)
+    for path in others:
+        found.add(load_sums(path))
+    return found

@@ -15,8 +15,8 @@ without weights (.0178, .0043), and parts of equal size (.0186, .0046). SmolLM2,
 in 32 groups, .0134 in 128. Legend: V rows, D columns, G groups, P positions.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,51 +31,89 @@ SHRINKAGE = 3.0
 LEAST_MASS = 1e-6  # of a group whose tokens are not in the text, relative to the mean
 
 
-@dataclass(frozen=True)
-class RowHessians:
-    """Holds the Hessians (G, D, D) of groups of rows; ``labels`` (V,) are the rows' groups."""
-
-    labels: Tensor
-    hessians: Tensor
-
-
+@dataclass
 class RowSums:
-    """Sums w x x^T for each group of rows; ``labels`` (V,) are the rows' groups, all of which have rows."""
+    """Sums w x x^T for each group of rows, all of which have rows, and in how many positions it was seen.
+
+    A group whose tokens are likely in few of them has seen little: (sum w)^2 / sum w^2 positions.
+    """
+
+    labels: Tensor  # int64 (V,), the groups of the rows
+    sums: Tensor  # float32 (G, D, D)
+    seen: Tensor  # float64 (G,)
+
+    @classmethod
+    def empty(cls, labels: Tensor, columns: int) -> "RowSums":
+        """Return sums of nothing."""
+        groups = int(labels.max()) + 1
+        seen = torch.zeros(groups, dtype=torch.float64, device=labels.device)
+        return cls(labels, torch.zeros(groups, columns, columns, device=labels.device), seen)
+
+    def add(self, other: "RowSums") -> None:
+        """Add what another use of the same rows has summed."""
+        self.sums += other.sums
+        self.seen += other.seen
+
+    def hessian(self, group: int) -> Tensor:
+        """Return the Hessian (D, D) of a group, which leans on the mean over all rows, the more the less was seen.
+
+        Its scale is that of one row. Raises ValueError where nothing was seen of any group.
+        """
+        H = self.sums[group]
+        mass, of_group = self._mass, float(H.trace())
+        if not mass > 0:
+            raise ValueError("the Hessians of rows have seen nothing")
+        prior = SHRINKAGE * len(H)
+        lean = prior / (float(self.seen[group]) + prior)
+        own = (H + H.T) / (2 * of_group) * (1 - lean) if of_group > 0 else 0.0
+        of_row = of_group / int((self.labels == group).sum())
+        return (own + self._mean * lean) * max(of_row, LEAST_MASS * mass / len(self.labels))
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was seen."""
+        return self._mass > 0
+
+    @cached_property
+    def _mass(self) -> float:
+        return float(self.sums.diagonal(dim1=1, dim2=2).sum())
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        mean = self.sums.sum(0)
+        return (mean + mean.T) / (2 * self._mass)
+
+
+class RowAccumulator:
+    """Adds up a RowSums, use by use."""
 
     def __init__(self, labels: Tensor, columns: int):
-        self.labels = labels
-        groups = int(labels.max()) + 1
-        self.sums = torch.zeros(groups, columns, columns, device=labels.device)
-        self.weights, self.squares = torch.zeros(2, groups, dtype=torch.float64, device=labels.device)
+        self._sums = RowSums.empty(labels, columns)
+        self._weights, self._squares = torch.zeros(2, len(self._sums.sums), dtype=torch.float64, device=labels.device)
 
     def add_outputs(self, x: Tensor, row_weights: Tensor) -> None:
         """Add inputs x (P, D) of a head, with the weight ``row_weights`` (P, V) in the Hessian of each row."""
-        w = row_weights.new_zeros(len(x), len(self.sums)).index_add_(1, self.labels, row_weights)
-        for total, mine in zip(self.sums, w.T, strict=True):
+        totals = self._sums.sums
+        w = row_weights.new_zeros(len(x), len(totals)).index_add_(1, self._sums.labels, row_weights)
+        for total, mine in zip(totals, w.T, strict=True):
             total.addmm_((x * mine[:, None]).T, x)
-        self.weights += w.sum(0)
-        self.squares += w.square().sum(0)
+        self._weights += w.sum(0)
+        self._squares += w.square().sum(0)
 
     def add_rows(self, rows: Tensor, scores: Tensor) -> None:
         """Add the gradients ``scores`` (P, D) at what the rows (P,) gave."""
-        of_position = self.labels[rows]
-        for group, total in enumerate(self.sums):
+        of_position = self._sums.labels[rows]
+        for group, total in enumerate(self._sums.sums):
             mine = scores[of_position == group]
             total.addmm_(mine.T, mine)
-        counts = torch.bincount(of_position, minlength=len(self.sums))
-        self.weights += counts
-        self.squares += counts
+        counts = torch.bincount(of_position, minlength=len(self._weights))
+        self._weights += counts
+        self._squares += counts
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what ``of`` takes."""
-        return {"labels": self.labels, "sums": self.sums, "weights": self.weights, "squares": self.squares}
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "RowSums":
-        """Return the sums that hold ``tensors``."""
-        found = cls(tensors["labels"], tensors["sums"].shape[-1])
-        found.sums, found.weights, found.squares = tensors["sums"], tensors["weights"], tensors["squares"]
-        return found
+    def result(self) -> RowSums:
+        """Return the sums."""
+        self._sums.seen = self._weights.square() / self._squares.clamp(min=1e-300)
+        return self._sums
 
 
 def number_of_groups(rows: int, columns: int) -> int:
@@ -86,26 +124,3 @@ def number_of_groups(rows: int, columns: int) -> int:
 def row_entries(rows: int, columns: int) -> int:
     """Return the number of entries of the Hessians of a tensor's groups of rows."""
     return number_of_groups(rows, columns) * columns**2
-
-
-def row_hessians(parts: Sequence[RowSums]) -> RowHessians | None:
-    """Return the Hessians that the sums of all ``parts``, of the same groups, make; None if all are zero.
-
-    Each leans on the mean over all rows, the more the less was seen of it. Its scale is that of one row.
-    """
-    labels = parts[0].labels
-    sums = torch.stack([part.sums for part in parts]).sum(0)
-    sums /= 2
-    sums += sums.mT.clone()
-    mass = sums.diagonal(dim1=1, dim2=2).sum(-1)
-    total = mass.sum()
-    if not total > 0:
-        return None
-    mean = sums.sum(0) / total
-    seen = sum((part.weights.square() / part.squares.clamp(min=1e-300) for part in parts), torch.zeros_like(mass))
-    prior = SHRINKAGE * sums.shape[-1]
-    lean = (prior / (seen + prior)).float()[:, None, None]
-    own = sums / mass.clamp(min=1e-30)[:, None, None]
-    of_row = mass / torch.bincount(labels)
-    of_row = of_row.clamp(min=LEAST_MASS * float(total) / len(labels))[:, None, None]
-    return RowHessians(labels, (own * (1 - lean) + mean * lean) * of_row)
