@@ -8,7 +8,7 @@ import torch
 from bitgenome.common.devices import best_device, compute_type, host_share, worker_memory
 from bitgenome.common.errors import UserError
 from bitgenome.config.run import RunConfig
-from bitgenome.plan.objective import factored_tensors, rounds_by_loss
+from bitgenome.plan.objective import factored_tensors, rounds_by_loss, tensors_by_rows
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
 from evaluators.engine.memory import Load, SweepMemory, lighter, sweep_memory
@@ -116,7 +116,7 @@ def stage_memory(plan: Plan, device: torch.device | None = None, limit: int | No
     sweep = division.stage(device)
     exact = sweep_memory(shape, formats, text.window, load, limit, device=device).stage(device)
     writing = {"text": writing_memory(shape, text.window, device)} if written_counts(text) else {}
-    factored = factored_tensors(plan) if rounds_by_loss(plan) else []
+    factored = factored_tensors(plan) + tensors_by_rows(plan) if rounds_by_loss(plan) else []
     stages = writing | {
         "calibration": calibration_memory(shape, text.tokens.calibration, text.window, device),
         "bank": bank_memory(shape, formats, device, compensation=config.quantization.compensation, factored=factored),

@@ -10,7 +10,7 @@ from math import ceil
 
 from bitgenome.common.cpus import usable_cpus
 from bitgenome.plan.memory import GENES_TOGETHER, MOST_TOGETHER, REFERENCES, healing_variant
-from bitgenome.plan.objective import factored_tensors, rounds_by_loss
+from bitgenome.plan.objective import factored_tensors, rounds_by_loss, tensors_by_rows
 from bitgenome.plan.plan import Plan
 from bitgenome.plan.text import written_counts
 from evaluators.gradient.output_factors import FACTOR_TOKENS
@@ -22,6 +22,7 @@ from evaluators.prepare.writing import BATCH, batches
 from evaluators.probes.rates import Rates, Rounding
 from exporters.runtime.nearest import SECONDS_A_WEIGHT, mix_wanted
 from quantizers.rounding.row_order import ROW_STEPS
+from quantizers.statistics.row_groups import number_of_groups, row_entries
 
 CLUSTER_SECONDS = 6.0  # for a local cluster and its first worker to be there (2 cores; 4 to 12 measured)
 RUNTIME_SECONDS = 4.0  # for llama.cpp to load a file and generate its first tokens
@@ -121,9 +122,10 @@ class Work:
         """Return the seconds of the output factors: a pass forward and one with gradients, and a product each."""
         tokens = min(FACTOR_TOKENS, self.plan.config.text.tokens.calibration)
         shape, rates = ModelShape.of(self.plan.folder), self.rates
-        products = sum(2 * shape.tensors[name][0] ** 2 for name in factored_tensors(self.plan)) / rates.host_flops
-        a_token = self.layers * (rates.block_calibration + rates.block_gradient) + rates.head + rates.head_gradient
-        return tokens * (a_token + products)
+        products = sum(2 * shape.tensors[name][0] ** 2 for name in factored_tensors(self.plan))
+        products += sum(2 * row_entries(*shape.tensors[name]) for name in tensors_by_rows(self.plan))
+        a_token = self.layers * (rates.block_calibration + rates.block_gradient) + 2 * rates.head + rates.head_gradient
+        return tokens * (a_token + products / rates.host_flops)
 
     def bank(self) -> float:
         """Return the seconds of rounding every tensor to every level; input groups are the tasks."""
@@ -134,9 +136,12 @@ class Work:
         """Return the seconds of rounding the tensors of one input group."""
         rate = self.rates.rounding[group.rounding.key]
         steps = ROW_STEPS if group.rounding.two_sided else 1
-        batches = ceil(group.weights / group.columns / steps / rate.rows)
+        parts = 1  # that have a Hessian of their own
+        if not group.block and rounds_by_loss(self.plan):
+            parts = number_of_groups(group.weights // group.columns, group.columns)
+        batches = parts * ceil(group.weights / group.columns / steps / parts / rate.rows)
         rounding = batches * group.columns * rate.column + group.weights * rate.weight
-        return rounding + self.rates.factor * group.columns**3
+        return rounding + parts * self.rates.factor * group.columns**3
 
     def sensitivity(self) -> float:
         """Return the seconds of the configured measure."""

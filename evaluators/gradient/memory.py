@@ -8,6 +8,7 @@ from evaluators.healing.memory import saved_bytes
 from evaluators.healing.tuner import MICRO_TOKENS
 from evaluators.model.sizes import DOUBLE_BYTES, FLOAT_BYTES, ModelShape, StageMemory, block_of, larger
 from quantizers.rounding.row_order import factor_entries
+from quantizers.statistics.row_groups import row_entries
 
 DELTAS = 2  # of a tensor: decoded, and its difference from full precision
 
@@ -43,6 +44,8 @@ def factor_memory(shape: ModelShape, tokens: int, window: int, device: torch.dev
         factor_entries(size[0]) for name, size in shape.tensors.items() if len(size) == 2 and block_of(name) == 0
     ]
     sums = {"output factors": 2 * sum(entries) * DOUBLE_BYTES + max(entries, default=0) * 2 * DOUBLE_BYTES}
-    host = {"states and scores": 3 * states}
-    more = StageMemory.on(device, sums, host)
+    outside = [row_entries(*size) for name, size in shape.tensors.items() if len(size) == 2 and block_of(name) is None]
+    rows = max(outside, default=0) * FLOAT_BYTES
+    host = {"states and scores": 3 * states, "Hessians of rows, to be written": rows}
+    more = StageMemory.on(device, sums | {"Hessians of rows": rows}, host)
     return StageMemory({**found.device, **more.device}, {**found.host, **more.host})

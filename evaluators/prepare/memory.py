@@ -17,6 +17,7 @@ from quantizers.formats.table import SUPER_BLOCK, QuantFormat
 from quantizers.rounding.nearest import ACCELERATOR_WEIGHTS, ROUNDED_WEIGHTS
 from quantizers.rounding.row_batches import batch_rows
 from quantizers.rounding.row_order import factor_entries
+from quantizers.statistics.row_groups import row_entries
 
 FIXED_BYTES = 40 << 20  # of matrix libraries, and what allocators keep between two blocks
 MOMENT_BYTES = 16  # of a feature of a position: magnitude and square, and float64 copies where they are summed
@@ -89,7 +90,7 @@ def bank_memory(
 ) -> StageMemory:
     """Return what quantizing the largest input group takes; ``formats`` are by Hugging Face name.
 
-    Tensors of ``factored`` are rounded on both sides.
+    Tensors of ``factored`` are rounded by the loss: on both sides, or under Hessians of their rows outside blocks.
     """
     groups = [names for names in input_groups(shape) if any(name in formats for name in names)]
     found = StageMemory()
@@ -133,7 +134,8 @@ def group_memory(
     at_once = ROUNDED_WEIGHTS if device.type == "cpu" else ACCELERATOR_WEIGHTS
     plain = min(at_once, max(shape.weights(name) for name in names)) * FLOAT_BYTES * PLAIN_COPIES
     compensated = max(C * C * (DOUBLE_BYTES + FLOAT_BYTES), C * C * 2 * FLOAT_BYTES + max(batch, plain))
-    sides = [name for name in names if name in factored]
+    sides = [name for name in names if name in factored and block_of(name) is not None]
+    by_rows = [shape.tensors[name] for name in names if name in factored and block_of(name) is None]
     both = {
         "targets of rows": sum(shape.weights(name) * len(formats[name]) for name in sides) * FLOAT_BYTES,
         "output factors": sum(factor_entries(shape.tensors[name][0]) for name in sides) * 2 * FLOAT_BYTES,
@@ -144,5 +146,10 @@ def group_memory(
         "packed": packed,
         "factor and rows": compensated if compensation else plain,
     }
-    host = {"Hessian as read": C * C * FLOAT_BYTES, "packed, to be written": packed}
-    return StageMemory.on(device, there, host if device.type != "cpu" else {"packed, to be written": packed})
+    host = {"packed, to be written": packed}
+    if by_rows:
+        host["Hessians of rows"] = sum(row_entries(*size) for size in by_rows) * 2 * FLOAT_BYTES
+        there["packed by groups of rows"] = packed
+    if device.type != "cpu":
+        host["Hessian as read"] = C * C * FLOAT_BYTES
+    return StageMemory.on(device, there, host)

@@ -69,7 +69,7 @@ def test_rounding_by_the_loss_takes_a_pass_each_way_and_the_loop_over_columns_in
     loss, output = (planned(runs, f"quantization.objective={name}") for name in ("loss", "output"))
     tokens = min(FACTOR_TOKENS, loss.config.text.tokens.calibration)
     more = [work(plan, block_calibration=1.0, block_gradient=2.0, head=0.5).calibration() for plan in (loss, output)]
-    assert more[0] - more[1] == pytest.approx(tokens * (3 * LAYERS + 0.5), rel=1e-3)
+    assert more[0] - more[1] == pytest.approx(tokens * (3 * LAYERS + 2 * 0.5), rel=1e-3), "logits twice"
     for plan in (loss, output):
         inner = next(group for group in input_groups(plan) if group.block)
         assert inner.rounding.two_sided == (plan is loss)
@@ -77,6 +77,10 @@ def test_rounding_by_the_loss_takes_a_pass_each_way_and_the_loop_over_columns_in
         seconds = replace(work(plan), rates=replace(rates(plan), rounding=kinds)).group_seconds(inner)
         rows = inner.weights / inner.columns
         assert seconds == inner.columns * ceil(rows / 64 / (ROW_STEPS if plan is loss else 1)), "a step is a batch"
+        head = next(group for group in input_groups(plan) if not group.block)
+        seconds = replace(work(plan), rates=replace(rates(plan), rounding=kinds)).group_seconds(head)
+        rows, parts = head.weights / head.columns, 32 if plan is loss else 1
+        assert seconds == head.columns * parts * ceil(rows / 64 / parts), "groups of rows have loops of their own"
 
 
 def test_the_objective_goes_by_the_bytes_of_the_factors(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bitgenome.common.errors import UserError
 from evaluators.prepare.bank import (
     Bank,
     BankError,
@@ -20,9 +21,12 @@ from evaluators.prepare.bank import (
     write_manifest,
 )
 from evaluators.prepare.input_group import InputGroup, group_file
+from evaluators.prepare.row_hessians import load_all_sums, save_sums, summed_tensor, sums_name, sums_readable
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS
+from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Sparsity
+from quantizers.statistics.row_groups import RowAccumulator
 from tests.conftest import SmallBank
 from workers.pool.base import SerialPool
 
@@ -117,3 +121,41 @@ def test_files_hold_nothing_but_packed_bytes_and_json(small_bank: SmallBank) -> 
         assert set(json.loads(file.metadata()["errors"])) == {"Q2_K", "Q3_K", "Q4_K", "Q8_0"}
         data = file.get_tensor("Q2_K")
     assert dequantize(FORMATS["Q2_K"], data).shape == (128, 256)
+
+
+def test_rows_are_rounded_under_the_hessians_of_their_groups(small_bank: SmallBank, tmp_path: Path) -> None:
+    """Each group's bytes are those of its rows alone under its own Hessian, whichever groups the others are in."""
+    W = small_bank.folder.read(NAME).float()
+    labels = (torch.arange(len(W)) * 7) % 3
+    draws = torch.Generator().manual_seed(0)
+    found = RowAccumulator(labels, W.shape[1])
+    found.add_outputs(torch.randn(900, W.shape[1], generator=draws), torch.rand(900, len(W), generator=draws))
+    more = RowAccumulator(labels, W.shape[1])
+    more.add_rows(torch.randint(len(W), (300,), generator=draws), torch.randn(300, W.shape[1], generator=draws))
+    files = (tmp_path / "head", tmp_path / "lookup")
+    for file, part in zip(files, (found, more), strict=True):
+        save_sums(file, part.result())
+    (task,) = [t for t in small_bank.bank_tasks(tmp_path) if NAME in group_tensors(t.group)]
+    names = {NAME: ("Q2_K", "Q4_K")}
+    SerialPool().map([replace(task, formats=names, rows={NAME: files})]).__next__()
+    sums, bank, relative = load_all_sums(files), Bank(tmp_path), 0.0
+    for fmt in ("Q2_K", "Q4_K"):
+        power = 0.0
+        for label in range(3):
+            rows, H = labels == label, sums.hessian(label)
+            alone = compensate({"w": W[rows]}, {"w": [FORMATS[fmt]]}, H, task.settings)["w"][fmt]
+            assert torch.equal(bank.packed(NAME, FORMATS[fmt])[rows], alone.packed.data)
+            power += float((W[rows] @ H * W[rows]).sum())
+        entry = bank.entry(NAME, FORMATS[fmt])
+        assert entry.power == pytest.approx(power, rel=1e-3) and entry.relative != relative
+        relative = entry.relative
+
+
+def test_cut_sums_are_named(tmp_path: Path) -> None:
+    file = tmp_path / sums_name("lm_head.weight", "head")
+    save_sums(file, RowAccumulator(torch.tensor([0, 1]), 4).result())
+    assert sums_readable(file) and summed_tensor(file.name) == "lm_head.weight"
+    file.write_bytes(file.read_bytes()[:40])
+    assert not sums_readable(file)
+    with pytest.raises(UserError, match="expected Hessians of rows in .*, found .*: the next attempt measures them"):
+        load_all_sums([file])
