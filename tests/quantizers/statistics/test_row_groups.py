@@ -6,6 +6,7 @@ import torch
 from quantizers.statistics.row_clusters import grouped_rows
 from quantizers.statistics.row_groups import (
     GROUPS_BYTES,
+    IDENTITY,
     MOST_GROUPS,
     SHRINKAGE,
     RowAccumulator,
@@ -49,13 +50,14 @@ def test_hessians_lean_on_all_and_have_the_scale_of_a_row() -> None:
     mean = sums.sums.sum(0) / sums.sums.sum(0).trace()
     seen, prior = 30, SHRINKAGE * D
     own = sums.sums[0] / sums.sums[0].trace()
-    expected = (own * seen + mean * prior) / (seen + prior) * sums.sums[0].trace()
+    apart = torch.eye(D) * IDENTITY / D
+    expected = ((own * seen + mean * prior) / (seen + prior) + apart) * sums.sums[0].trace()
     assert torch.allclose(sums.hessian(0), expected, rtol=1e-5)
-    assert float(sums.hessian(2).trace()) == pytest.approx(float(sums.sums[2].trace()) / 3)  # three rows share it
+    of_three = float(sums.sums[2].trace()) / 3
+    assert float(sums.hessian(2).trace()) == pytest.approx(of_three * (1 + IDENTITY))
     unseen = sums.hessian(1)
-    assert (
-        torch.allclose(unseen / unseen.trace(), mean, atol=1e-6) and 0 < unseen.trace() < 1e-4 * sums.hessian(0).trace()
-    )
+    assert torch.allclose(unseen / unseen.trace(), (mean + apart) / (1 + IDENTITY), atol=1e-6)
+    assert 0 < unseen.trace() < 1e-4 * sums.hessian(0).trace()
 
 
 def test_uses_of_a_tied_matrix_add_up() -> None:
