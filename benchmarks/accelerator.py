@@ -167,7 +167,7 @@ def all_stages(report: Report, subject: stages.Subject, share: float, *, kernels
             f"bank on both sides, {times}", 60 * share,
             lambda row: stages.build_groups(stages.two_sided_tasks(subject), len(subject.levels), row.update),
             part(lambda: stages.two_sided_tasks(subject, ("W4",))[0].run({})) if times == "first" else None,
-            f"{group}; groups of blocks alone",
+            f"{group}; head and embedding by their rows",
         )  # fmt: skip
     if any(not stages.whole(subject, task) for task in stages.bank_tasks(subject, subject.bank, subject.levels)):
         run("bank, the rest without compensation", 40 * share, lambda row: stages.fill_bank(subject))

@@ -37,6 +37,7 @@ from evaluators.prepare.bank import Bank, BuildBankGroup, group_tensors, tensor_
 from evaluators.prepare.calibration import Calibrate
 from evaluators.prepare.input_group import group_file
 from evaluators.prepare.output_factor import factor_file
+from evaluators.prepare.row_hessians import ROLES, sums_name
 from evaluators.settings import Compute, HealingSettings
 from quantizers.settings import CompensationSettings
 from search.fitness import FitnessSettings
@@ -201,22 +202,23 @@ def build_codebooks(subject: Subject) -> Figures:
 
 
 def measure_outputs(subject: Subject) -> Figures:
-    """Measure the output factors of the block's tensors."""
-    (subject.folder / "outputs").mkdir(exist_ok=True)
-    tensors = frozenset(name for name in subject.shapes if ".layers." in name)
-    found = MeasureOutputs(subject.model, subject.windows, subject.folder / "outputs", tensors).run({})
+    """Measure what the loss says of all tensors."""
+    outputs = subject.folder / "outputs"
+    outputs.mkdir(exist_ok=True)
+    found = MeasureOutputs(subject.model, subject.windows, outputs, frozenset(subject.shapes)).run({})
     return {"work": min(FACTOR_TOKENS, 2 * subject.tokens), "unit": "tokens", "factors": len(found)}
 
 
 def two_sided_tasks(subject: Subject, levels: Sequence[str] = ()) -> list[BuildBankGroup]:
-    """Tasks that round the groups inside blocks on both sides, the smallest first."""
-    found = bank_tasks(subject, subject.folder / "two-sided", levels or subject.levels)
-    outputs = subject.folder / "outputs"
-    return [
-        replace(task, outputs=tuple(factor_file(outputs, name) for name in group_tensors(task.group)))
-        for task in found
-        if ".layers." in task.label
-    ]
+    """Tasks that round by the loss: the groups inside blocks on both sides, head and embedding by their rows."""
+    tasks = []
+    for task in bank_tasks(subject, subject.folder / "two-sided", levels or subject.levels):
+        names, outputs = group_tensors(task.group), subject.folder / "outputs"
+        files = [factor_file(outputs, name) for name in names]
+        sums = {name: tuple(factor_file(outputs, sums_name(name, role)) for role in ROLES) for name in names}
+        used = {name: found for name, files in sums.items() if (found := tuple(f for f in files if f.is_file()))}
+        tasks.append(replace(task, outputs=tuple(file for file in files if file.is_file()), rows=used))
+    return tasks
 
 
 def scalar_task(subject: Subject, levels: Sequence[str] = ()) -> BuildBankGroup:

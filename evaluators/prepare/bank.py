@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bitgenome.common import layout
 from bitgenome.common.devices import ACCELERATOR_CHUNK, best_device, chunk_bytes
@@ -31,7 +32,7 @@ from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.kernels.choice import ENABLED
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
-from quantizers.rounding.row_batches import STACK_BYTES
+from quantizers.rounding.row_batches import STACK_BYTES, recorded_rows
 from quantizers.rounding.row_choice import Compensated, assembled
 from quantizers.rounding.row_order import ROW_STEPS, ROW_SWEEPS
 from quantizers.rounding.sparsegpt import compensate
@@ -175,7 +176,8 @@ class BuildBankGroup:
         labels = found.labels.to(W.device)
         for label in range(len(found.sums)):
             rows, H = (labels == label).nonzero()[:, 0], found.hessian(label).to(W.device)
-            (levels,) = self._dense({name: W[rows]}, {name: formats}, H, group).values()
+            more = recorded_rows(len(rows), W.device) - len(rows)
+            (levels,) = self._dense({name: pad(W[rows], (0, 0, 0, more))}, {name: formats}, H, group).values()
             parts.append((rows, levels))
         return {fmt.name: assembled([(rows, levels[fmt.name]) for rows, levels in parts]) for fmt in formats}
 

@@ -25,6 +25,11 @@ def even_batches(total: int, limit: int) -> int:
     return -(-total // -(-total // limit) // ROW_TILE) * ROW_TILE
 
 
+def recorded_rows(rows: int, device: torch.device) -> int:
+    """Return to how many rows some ``rows`` are best padded: kernels are recorded for each number of rows anew."""
+    return rows if device.type == "cpu" else max(ROW_TILE, 1 << (rows - 1).bit_length())
+
+
 def row_batches(rows: Mapping[str, int], limit: int) -> Iterator[dict[str, slice]]:
     """Yield batches of at most ``limit`` rows: slices of rows by tensor name, given the tensors' numbers of rows.
 

@@ -43,15 +43,17 @@ def compensated(fmt: QuantFormat, W: Tensor, data: Tensor, error: float, power: 
 
 
 def assembled(parts: Sequence[tuple[Tensor, Compensated]]) -> Compensated:
-    """Return one tensor from disjoint ``parts``: which rows (n,) each has, and what was made of them."""
-    rows = torch.cat([rows for rows, _ in parts])
-    first = parts[0][1].packed
-    data = torch.empty_like(torch.cat([part.packed.data for _, part in parts]))
-    data[rows] = torch.cat([part.packed.data for _, part in parts])
+    """Return one tensor from disjoint ``parts``: which rows (n,) each has, and what was made of them.
+
+    Further rows of a part are zeros, and are left out.
+    """
+    first, rows = parts[0][1].packed, sum(len(rows) for rows, _ in parts)
+    data = first.data.new_empty(rows, first.data.shape[1])
+    for mine, part in parts:
+        data[mine] = part.packed.data[: len(mine)]
     error = sum(part.error for _, part in parts)
     power = sum(part.error / part.relative if part.relative else 0.0 for _, part in parts)
-    relative = error / power if power else 0.0
-    return Compensated(PackedTensor(first.format, data, (len(rows), first.shape[1])), error, relative)
+    return Compensated(PackedTensor(first.format, data, (rows, first.shape[1])), error, error / power if power else 0.0)
 
 
 def bytes_errors(fmt: QuantFormat, W: Tensor, data: Tensor, H: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ def read_ahead(subject: stages.Subject) -> stages.Figures:
     return {"unit": "bytes", "work": sum(weights.get(*key).nbytes for key in keys)}
 
 
+def by_loss(subject: stages.Subject, *, inside: bool) -> stages.Figures:
+    """Round a group inside the block on both sides, or the tied embedding by its rows."""
+    task = next(task for task in stages.two_sided_tasks(subject) if (".layers." in task.label) == inside)
+    return stages.build_groups([task], 1, lambda figures: None)
+
+
 def main(folder: Path, model: Path) -> None:
     """Walk through the stages of ``model``; everything that is made goes below ``folder``."""
     subject = stages.Subject("walk", model, folder, ("W2", "W8"), ("IQ2_XXS",), **stages.LITTLE_WORK)
@@ -30,7 +36,8 @@ def main(folder: Path, model: Path) -> None:
         "bank": lambda: stages.build_bank(subject, lambda figures: None),
         "codebooks": lambda: stages.build_codebooks(subject),
         "outputs": lambda: stages.measure_outputs(subject),
-        "two-sided": lambda: stages.build_groups(stages.two_sided_tasks(subject)[:1], 1, lambda figures: None),
+        "two-sided": lambda: by_loss(subject, inside=True),
+        "rows": lambda: by_loss(subject, inside=False),
         "resident": lambda: stages.sweep(subject, "float32"),
         "streamed": lambda: stages.sweep(subject, "auto", stages.least_memory(subject)),
         "read ahead": lambda: read_ahead(subject),
