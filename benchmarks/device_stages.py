@@ -215,9 +215,9 @@ def two_sided_tasks(subject: Subject, levels: Sequence[str] = ()) -> list[BuildB
     for task in bank_tasks(subject, subject.folder / "two-sided", levels or subject.levels):
         names, outputs = group_tensors(task.group), subject.folder / "outputs"
         files = [factor_file(outputs, name) for name in names]
-        sums = {name: tuple(factor_file(outputs, sums_name(name, role)) for role in ROLES) for name in names}
-        used = {name: found for name, files in sums.items() if (found := tuple(f for f in files if f.is_file()))}
-        tasks.append(replace(task, outputs=tuple(file for file in files if file.is_file()), rows=used))
+        sums = [factor_file(outputs, sums_name(name, role)) for name in names for role in ROLES]
+        there = [tuple(file for file in found if file.is_file()) for found in (files, sums)]
+        tasks.append(replace(task, outputs=there[0], sums=there[1]))
     return tasks
 
 

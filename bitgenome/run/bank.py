@@ -82,8 +82,8 @@ class BankBuild:
                 squares = [given[tensor] for tensor in sorted(tensors & given.keys())]
                 mean = np.mean(squares, axis=0) if squares else None
                 factors = tuple(self.factors[tensor] for tensor in sorted(tensors & self.factors.keys()))
-                rows = {tensor: self.sums[tensor] for tensor in sorted(tensors & self.sums.keys())}
-                task = banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors, rows)
+                sums = tuple(file for tensor in sorted(tensors & self.sums.keys()) for file in self.sums[tensor])
+                task = banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors, sums)
                 tasks.append(task)
         return sorted(tasks, key=lambda task: -task.work)
 

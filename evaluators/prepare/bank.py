@@ -27,7 +27,7 @@ from bitgenome.common.tensor_files import holds_tensors
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_group import InputGroup
 from evaluators.prepare.output_factor import load_factor, tensor_of
-from evaluators.prepare.row_hessians import load_all_sums
+from evaluators.prepare.row_hessians import load_all_sums, summed_tensor
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.kernels.choice import ENABLED
@@ -116,7 +116,7 @@ class BuildBankGroup:
     work: float = 1.0  # number of weights, by which the pool compares the times of tasks
     given: np.ndarray | None = None  # mean squares (columns,) of the input from an imatrix file, in place of importance
     outputs: tuple[Path, ...] = ()  # files of the output factors of tensors that are rounded on both sides
-    rows: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # of sums for rows, by tensor
+    sums: tuple[Path, ...] = ()  # files of sums for rows, of head and lookup tables
 
     @property
     def label(self) -> str:
@@ -147,8 +147,9 @@ class BuildBankGroup:
         dense = {name: W for name, W in weights.items() if name not in self.sparsity}
         H = group.hessian.to(next(iter(weights.values())).device)
         levels: dict[str, dict[str, Compensated]] = {}
-        for name in dense.keys() & self.rows.keys():
-            if (found := load_all_sums(self.rows[name])).any:
+        for name in list(dense):
+            files = [file for file in self.sums if summed_tensor(tensor_of(file)) == name]
+            if files and (found := load_all_sums(files)).any:
                 levels[name] = self._by_rows(name, dense.pop(name), formats[name], group, found)
         if dense:
             levels |= self._dense(dense, formats, H, group)

@@ -21,7 +21,8 @@ from evaluators.prepare.bank import (
     write_manifest,
 )
 from evaluators.prepare.input_group import InputGroup, group_file
-from evaluators.prepare.row_hessians import load_all_sums, save_sums, summed_tensor, sums_name, sums_readable
+from evaluators.prepare.output_factor import factor_file
+from evaluators.prepare.row_hessians import ROLES, load_all_sums, save_sums, summed_tensor, sums_name, sums_readable
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS
 from quantizers.rounding.sparsegpt import compensate
@@ -29,6 +30,7 @@ from quantizers.settings import CompensationSettings, Sparsity
 from quantizers.statistics.row_groups import RowAccumulator
 from tests.conftest import SmallBank
 from workers.pool.base import SerialPool
+from workers.storage.staging import paths_of
 
 NAME = "model.layers.1.self_attn.v_proj.weight"
 
@@ -132,12 +134,12 @@ def test_rows_are_rounded_under_the_hessians_of_their_groups(small_bank: SmallBa
     found.add_outputs(torch.randn(900, W.shape[1], generator=draws), torch.rand(900, len(W), generator=draws))
     more = RowAccumulator(labels, W.shape[1])
     more.add_rows(torch.randint(len(W), (300,), generator=draws), torch.randn(300, W.shape[1], generator=draws))
-    files = (tmp_path / "head", tmp_path / "lookup")
+    files = tuple(factor_file(tmp_path, sums_name(NAME, role)) for role in ROLES)
     for file, part in zip(files, (found, more), strict=True):
         save_sums(file, part.result())
     (task,) = [t for t in small_bank.bank_tasks(tmp_path) if NAME in group_tensors(t.group)]
     names = {NAME: ("Q2_K", "Q4_K")}
-    SerialPool().map([replace(task, formats=names, rows={NAME: files})]).__next__()
+    SerialPool().map([replace(task, formats=names, sums=files)]).__next__()
     sums, bank, relative = load_all_sums(files), Bank(tmp_path), 0.0
     for fmt in ("Q2_K", "Q4_K"):
         power = 0.0
@@ -149,6 +151,12 @@ def test_rows_are_rounded_under_the_hessians_of_their_groups(small_bank: SmallBa
         entry = bank.entry(NAME, FORMATS[fmt])
         assert entry.power == pytest.approx(power, rel=1e-3) and entry.relative != relative
         relative = entry.relative
+
+
+def test_a_task_says_all_files_that_it_reads(small_bank: SmallBank, tmp_path: Path) -> None:
+    """Those that other machines fetch."""
+    task = replace(small_bank.bank_tasks(tmp_path)[0], outputs=(tmp_path / "factor",), sums=(tmp_path / "rows",))
+    assert {tmp_path / "factor", tmp_path / "rows", task.group, task.model} <= set(paths_of(task))
 
 
 def test_cut_sums_are_named(tmp_path: Path) -> None:
