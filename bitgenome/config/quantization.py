@@ -68,8 +68,8 @@ class QuantizationConfig(Section):
     objective: Literal["auto", "output", "loss"] = Field(
         "auto",
         description="what rounding makes least: each layer's output error, or what that does to the loss of the model "
-        "(two-sided rounding, by gradients on calibration text); auto: loss where the factors that takes are at most "
-        "8 GiB on disk",
+        "(two-sided rounding; head and embedding by their rows; gradients on calibration text); auto: loss where the "
+        "factors that takes are at most 8 GiB on disk",
     )
     damping: float = Field(CompensationSettings.damping, gt=0, description="of the Hessian's mean diagonal")
     upstream_level: str | None = Field(

@@ -37,7 +37,7 @@ def rounds_by_loss(plan: Plan) -> bool:
     settings = plan.config.quantization
     if settings.objective == "auto":
         return settings.compensation and 0 < factor_bytes(plan) <= KEPT_FACTORS
-    return settings.objective == "loss" and bool(factored_tensors(plan))
+    return settings.objective == "loss" and factor_bytes(plan) > 0
 
 
 def objective_line(plan: Plan) -> str:

@@ -40,6 +40,7 @@ class Group:
     rounding: Rounding
     weights: int
     block: bool  # in a decoder block; else embedding or head
+    parts: int = 1  # groups of rows with a Hessian and a factor of their own
 
     @property
     def columns(self) -> int:
@@ -51,14 +52,16 @@ def input_groups(plan: Plan) -> list[Group]:
     """Return the input groups of the tensors that are quantized."""
     shape = ModelShape.of(plan.folder)
     formats = {name: gene.formats for gene in plan.space.genes for name in gene.tensors}
-    both = set(factored_tensors(plan)) if rounds_by_loss(plan) else set()
+    by_loss = rounds_by_loss(plan)
+    both, by_rows = (set(names(plan)) if by_loss else set() for names in (factored_tensors, tensors_by_rows))
     found = []
     for names in groups_of(shape):
         if members := [name for name in names if name in formats]:
             first = members[0]
             choices = tuple(fmt.name for fmt in formats[first])
             kind = Rounding(shape.tensors[first][-1], choices, plan.sparsity.get(first), first in both)
-            found.append(Group(kind, sum(map(shape.weights, members)), block_of(first) is not None))
+            parts = number_of_groups(*shape.tensors[first]) if first in by_rows else 1
+            found.append(Group(kind, sum(map(shape.weights, members)), block_of(first) is not None, parts))
     return found
 
 
@@ -136,12 +139,9 @@ class Work:
         """Return the seconds of rounding the tensors of one input group."""
         rate = self.rates.rounding[group.rounding.key]
         steps = ROW_STEPS if group.rounding.two_sided else 1
-        parts = 1  # that have a Hessian of their own
-        if not group.block and rounds_by_loss(self.plan):
-            parts = number_of_groups(group.weights // group.columns, group.columns)
-        batches = parts * ceil(group.weights / group.columns / steps / parts / rate.rows)
+        batches = group.parts * ceil(group.weights / group.columns / steps / group.parts / rate.rows)
         rounding = batches * group.columns * rate.column + group.weights * rate.weight
-        return rounding + parts * self.rates.factor * group.columns**3
+        return rounding + group.parts * self.rates.factor * group.columns**3
 
     def sensitivity(self) -> float:
         """Return the seconds of the configured measure."""

@@ -28,14 +28,14 @@ from evaluators.prepare.row_hessians import sums_readable
 from quantizers.rounding.row_order import MOST_ROWS
 from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS
 from quantizers.statistics.row_clusters import PROJECTED
-from quantizers.statistics.row_groups import GROUPS_BYTES, IDENTITY, MOST_GROUPS, ROWS_OF_GROUP
+from quantizers.statistics.row_groups import GROUPS_BYTES, IDENTITY, LEAST_MASS, MOST_GROUPS, ROWS_OF_GROUP
 from quantizers.statistics.row_groups import SHRINKAGE as ROW_SHRINKAGE
 from workers.pool.base import Pool
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_SCHEMA = 2  # raise when the content of a group's file changes
-OUTPUTS_SCHEMA = 2  # raise when the content of an output factor's file changes
+OUTPUTS_SCHEMA = 2  # raise when the content of an output factor's file changes, or of one of sums for rows
 
 
 def all_readable(done: Path, readable: Callable[[Path], bool]) -> bool:
@@ -110,7 +110,7 @@ def measure_outputs(plan: Plan, windows: TokenWindows, pool: Pool, track: Track)
     tensors = factored_tensors(plan) + tensors_by_rows(plan)
     text = hashlib.sha256(windows.windows["calibration"].tobytes()).hexdigest()
     how: tuple[Any, ...] = FACTOR_TOKENS, PART_TOKENS, MOST_ROWS, DAMPINGS, TRIED_ROWS, SHRINKAGE, windows.unscored
-    how += MOST_GROUPS, ROWS_OF_GROUP, GROUPS_BYTES, ROW_SHRINKAGE, IDENTITY, PROJECTED
+    how += MOST_GROUPS, ROWS_OF_GROUP, GROUPS_BYTES, ROW_SHRINKAGE, IDENTITY, LEAST_MASS, PROJECTED
     digest = digest_of(OUTPUTS_SCHEMA, plan.folder.digest, text, windows.windows["calibration"].shape, tensors, *how)
     directory = shared_directory(plan.config, layout.OUTPUTS_KIND, digest)
     done = directory / layout.GROUPS

@@ -45,7 +45,7 @@ def factor_memory(shape: ModelShape, tokens: int, window: int, device: torch.dev
     ]
     sums = {"output factors": 2 * sum(entries) * DOUBLE_BYTES + max(entries, default=0) * 2 * DOUBLE_BYTES}
     outside = [row_entries(*size) for name, size in shape.tensors.items() if len(size) == 2 and block_of(name) is None]
-    rows = max(outside, default=0) * FLOAT_BYTES
+    rows = sum(outside) * FLOAT_BYTES
     host = {"states and scores": 3 * states, "Hessians of rows, to be written": rows}
     more = StageMemory.on(device, sums | {"Hessians of rows": rows}, host)
     return StageMemory({**found.device, **more.device}, {**found.host, **more.host})

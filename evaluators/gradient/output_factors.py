@@ -166,6 +166,9 @@ class Pass:
         """Return the names of what is written; see MeasureOutputs."""
         blocks = len(self.model.blocks)
         begun = min(self._saved("scores"), default=None)
+        head = sums_name(self.model.head_name, "head")
+        if self.model.head_name in self.tensors and not sums_readable(factor_file(self.directory, head)):
+            begun = None
         if begun is None:
             self._forward()
             self._save("scores", blocks, self._head(self._load("inputs", blocks)))

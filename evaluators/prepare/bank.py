@@ -31,9 +31,10 @@ from evaluators.prepare.row_hessians import load_all_sums, summed_tensor
 from quantizers.formats.packed_tensor import dequantize
 from quantizers.formats.table import FORMATS, QuantFormat
 from quantizers.kernels.choice import ENABLED
+from quantizers.rounding.nearest import rows_at_once
 from quantizers.rounding.pruned_sparsegpt import prune_and_compensate
 from quantizers.rounding.row_batches import STACK_BYTES, recorded_rows
-from quantizers.rounding.row_choice import Compensated, assembled
+from quantizers.rounding.row_choice import Compensated, bytes_errors, compensated, row_power
 from quantizers.rounding.row_order import ROW_STEPS, ROW_SWEEPS
 from quantizers.rounding.sparsegpt import compensate
 from quantizers.settings import CompensationSettings, Importance, Sparsity
@@ -44,7 +45,7 @@ from quantizers.statistics.row_groups import RowSums
 log = logging.getLogger(__name__)
 
 DECODED_BYTES = 1 << 22  # of the weights that are decoded at once on a CPU
-SCHEMA = 1  # raise when packed bytes or file layout change meaning
+SCHEMA = 2  # raise when packed bytes or file layout change meaning
 
 
 class BankError(UserError):
@@ -172,15 +173,25 @@ class BuildBankGroup:
     def _by_rows(
         self, name: str, W: Tensor, formats: Sequence[QuantFormat], group: InputGroup, found: RowSums
     ) -> dict[str, Compensated]:
-        """Return the packed levels of W (rows, columns) by format name, each group of rows under its own Hessian."""
-        parts = []
+        """Return the packed levels of W (rows, columns) by format name, each group of rows under its own Hessian.
+
+        Their errors are those under the Hessian of the input, as every tensor's.
+        """
+        data: dict[str, Tensor] = {}
         labels = found.labels.to(W.device)
-        for label in range(len(found.sums)):
-            rows, H = (labels == label).nonzero()[:, 0], found.hessian(label).to(W.device)
-            more = recorded_rows(len(rows), W.device) - len(rows)
-            (levels,) = self._dense({name: pad(W[rows], (0, 0, 0, more))}, {name: formats}, H, group).values()
-            parts.append((rows, levels))
-        return {fmt.name: assembled([(rows, levels[fmt.name]) for rows, levels in parts]) for fmt in formats}
+        step = rows_at_once(W)
+        for label, H in enumerate(found.hessians()):
+            for rows in (labels == label).nonzero()[:, 0].split(step):
+                padding = recorded_rows(len(rows), W.device) - len(rows)
+                part = {name: pad(W[rows], (0, 0, 0, padding))}
+                (levels,) = self._dense(part, {name: formats}, H.to(W.device), group).values()
+                for level, made in levels.items():
+                    mine = made.packed.data[: len(rows)]
+                    data.setdefault(level, mine.new_empty(len(W), mine.shape[1]))[rows] = mine
+        H = group.hessian.to(W.device)
+        power = row_power(W, H)
+        errors = {fmt.name: float(bytes_errors(fmt, W, data[fmt.name], H).sum()) for fmt in formats}
+        return {fmt.name: compensated(fmt, W, data[fmt.name], errors[fmt.name], power) for fmt in formats}
 
 
 def scale_importance(

@@ -5,6 +5,7 @@ tensors that read it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -149,7 +150,7 @@ def group_memory(
     host = {"packed, to be written": packed}
     if by_rows:
         host["Hessians of rows"] = sum(row_entries(*size) for size in by_rows) * 2 * FLOAT_BYTES
-        there["packed by groups of rows"] = packed
+        there["rows of a group"] = 2 * min(at_once, max(map(prod, by_rows))) * FLOAT_BYTES
     if device.type != "cpu":
         host["Hessian as read"] = C * C * FLOAT_BYTES
     return StageMemory.on(device, there, host)

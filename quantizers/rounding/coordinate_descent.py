@@ -58,21 +58,23 @@ def descend_all(starts: Iterable[Start], H: Tensor, rounds: int) -> Iterator[tup
     """Yield the grid and the codes of each of ``starts`` after ``descend``; their weights have the same rows.
 
     An accelerator updates blocks of several formats side by side, where rows are so few that no kernel keeps it busy:
-    weights of less than TOGETHER_BYTES.
+    weights of at most TOGETHER_BYTES.
     """
     if H.device.type == "cpu":
         yield from ((start.grid, descend(start, H, rounds)) for start in starts)
         return
-    groups: dict[int, list[Start]] = {}
-    for i, start in enumerate(starts):
-        together = start.W.nbytes <= TOGETHER_BYTES
-        groups.setdefault(start.grid.format.block_size if together else -i, []).append(start)
-    for group in groups.values():
-        yield from zip((start.grid for start in group), _descend(group, H, rounds), strict=True)
+    together: list[Start] = []
+    for start in starts:
+        if start.W.nbytes <= TOGETHER_BYTES:
+            together.append(start)
+        else:
+            yield start.grid, descend(start, H, rounds)
+    if together:
+        yield from zip((start.grid for start in together), _descend(together, H, rounds), strict=True)
 
 
 def _descend(starts: Sequence[Start], H: Tensor, rounds: int, kept: Tensor | None = None) -> list[Codes]:
-    """Return the codes of ``starts``, whose blocks are of one size, updated together."""
+    """Return the codes of ``starts``, updated together."""
     found: list[list[Codes]] = [[] for _ in starts]
     step = chunk_bytes(H.device, CHUNK_BYTES) // (SUPER_BLOCK * H.element_size())
     for first in range(0, max(start.W.shape[1] for start in starts), step):

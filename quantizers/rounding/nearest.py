@@ -36,13 +36,16 @@ def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> T
     an importance of the wrong length, and non-finite or negative importance.
     """
     check_weights(fmt, W)
-    return quantize_all({fmt.name: W}, normalized_importance(importance, W.shape[1], W.device))[fmt.name]
+    if not fmt.is_float:
+        importance = normalized_importance(importance, W.shape[1], W.device)
+    return quantize_all({fmt.name: W}, importance)[fmt.name]
 
 
-def quantize_all(wanted: Mapping[str, Tensor], importance: Tensor) -> dict[str, Tensor]:
+def quantize_all(wanted: Mapping[str, Tensor], importance: Tensor | None) -> dict[str, Tensor]:
     """Return bytes as ``quantize`` does, by format name, for weights (rows, columns) of the same shape in each format.
 
-    They are not checked; ``importance`` (columns,) is normalized. An accelerator rounds to scalar formats side by side.
+    They are not checked; ``importance`` (columns,) is normalized, and may be None where all formats are floats. An
+    accelerator rounds to scalar formats side by side.
     """
     found = {
         name: W.to(FLOAT_TYPES[name]).contiguous().view(torch.uint8)
@@ -55,6 +58,7 @@ def quantize_all(wanted: Mapping[str, Tensor], importance: Tensor) -> dict[str, 
     for names in (together, *([name] for name in blocks if name not in together)):
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
         for rows in row_ranges(wanted[names[0]]) if names else ():
+            assert importance is not None
             made = _quantize_rows({name: wanted[name][rows] for name in names}, importance)
             for name, data in made.items():
                 parts[name].append(data)
@@ -68,9 +72,14 @@ def row_ranges(W: Tensor) -> Iterator[slice]:
     What rounding takes beside W then does not grow with its rows. Rows are independent, so the bytes do not depend on
     the ranges.
     """
-    weights = ROUNDED_WEIGHTS if W.device.type == "cpu" else ACCELERATOR_WEIGHTS
-    step = max(ROW_TILE, weights // W.shape[1] // ROW_TILE * ROW_TILE)
+    step = rows_at_once(W)
     return (slice(first, first + step) for first in range(0, max(1, len(W)), step))
+
+
+def rows_at_once(W: Tensor) -> int:
+    """Return of how many rows of W (rows, columns) copies are made at once."""
+    weights = ROUNDED_WEIGHTS if W.device.type == "cpu" else ACCELERATOR_WEIGHTS
+    return max(ROW_TILE, weights // W.shape[1] // ROW_TILE * ROW_TILE)
 
 
 def _quantize_rows(wanted: Mapping[str, Tensor], importance: Tensor) -> dict[str, Tensor]:

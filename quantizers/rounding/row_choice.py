@@ -1,6 +1,5 @@
 """This module judges rows by their error under a Hessian, and takes the better of two."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,20 +39,6 @@ def better_rows(
 def compensated(fmt: QuantFormat, W: Tensor, data: Tensor, error: float, power: float) -> Compensated:
     """Return the bytes ``data`` of W (rows, columns) with their error; ``power`` is W's ``row_power``."""
     return Compensated(PackedTensor(fmt, data, (W.shape[0], W.shape[1])), error, error / power if power else 0.0)
-
-
-def assembled(parts: Sequence[tuple[Tensor, Compensated]]) -> Compensated:
-    """Return one tensor from disjoint ``parts``: which rows (n,) each has, and what was made of them.
-
-    Further rows of a part are zeros, and are left out.
-    """
-    first, rows = parts[0][1].packed, sum(len(rows) for rows, _ in parts)
-    data = first.data.new_empty(rows, first.data.shape[1])
-    for mine, part in parts:
-        data[mine] = part.packed.data[: len(mine)]
-    error = sum(part.error for _, part in parts)
-    power = sum(part.error / part.relative if part.relative else 0.0 for _, part in parts)
-    return Compensated(PackedTensor(first.format, data, (rows, first.shape[1])), error, error / power if power else 0.0)
 
 
 def bytes_errors(fmt: QuantFormat, W: Tensor, data: Tensor, H: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ def compensate(
     for name, W in weights.items():
         for fmt in formats[name]:
             check_weights(fmt, W, columns)
-    plain = normalized_importance(H.diagonal() if plain is None else plain, columns, H.device)
     blocks = any(not fmt.is_float for choices in formats.values() for fmt in choices)
+    if blocks:
+        plain = normalized_importance(H.diagonal() if plain is None else plain, columns, H.device)
     factored = factor(H, settings.damping, importance) if settings.compensation and blocks else None
     sides = outputs if outputs and factored else {}
     found = {name: Levels(W, formats[name], RowOrder(len(W), sides.get(name))) for name, W in weights.items()}
@@ -72,15 +73,19 @@ def compensate(
         for step in range(steps):
             parts = [(name, levels.targets(sweep, step)) for name, levels in found.items()]
             targets = {(name, fmt): target for name, part in parts for fmt, target in part.items()}
+            if steps > 1 and not all(target.isfinite().all() for target in targets.values()):
+                raise ValueError("rows aim at non-finite values: check the output factors")
             rows = {key: target for key, target in targets.items() if not FORMATS[key[1]].is_float}
             begin = {(name, fmt): found[name].codes(fmt, step) for name, fmt in rows} if sweep else None
             data = compensate_rows(rows, factored, settings.refinement_rounds, begin, steps > 1) if factored else {}
             for name, part in parts:
-                others = {wanted: found[name].data(wanted, step) for wanted in part} if sweep else None
-                others = others or quantize_all(part, plain)
+                others = {} if sweep or H.device.type == "cpu" else quantize_all(part, plain)
                 for wanted, target in part.items():
-                    made, codes = data.get((name, wanted), (None, None))
-                    better = better_rows(FORMATS[wanted], target, others[wanted], made, H)
+                    made, codes = data.pop((name, wanted), (None, None))
+                    other = found[name].data(wanted, step) if sweep else others.pop(wanted, None)
+                    if other is None:
+                        other = quantize_all({wanted: target}, plain)[wanted]
+                    better = better_rows(FORMATS[wanted], target, other, made, H)
                     found[name].take(wanted, step, *better, codes)
     return {name: levels.result(H) for name, levels in found.items()}
 

@@ -5,6 +5,7 @@ How groups of other kinds do is in quantizers.statistics.row_groups.
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,7 +24,7 @@ def grouped_rows(W: Tensor, counts: Tensor, groups: int) -> Tensor:
     weight = (counts.double() + 1).sqrt()
     if groups == 1:
         return torch.zeros(len(W), dtype=torch.long, device=W.device)
-    found = KMeans(groups, n_init=1, random_state=0).fit_predict(
-        directions.cpu().numpy(), sample_weight=weight.cpu().numpy()
-    )
+    means = KMeans(groups, n_init=1, random_state=0)
+    with threadpool_limits(1):  # several threads add up in any order
+        found = means.fit_predict(directions.cpu().numpy(), sample_weight=weight.cpu().numpy())
     return torch.from_numpy(found).long().unique(return_inverse=True)[1].to(W.device)

@@ -15,11 +15,13 @@ without weights (.0178, .0043), and parts of equal size (.0186, .0046). SmolLM2,
 in 32 groups, .0134 in 128. Legend: V rows, D columns, G groups, P positions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 MOST_GROUPS = 128
 ROWS_OF_GROUP = 128  # on average, at least
@@ -53,40 +55,46 @@ class RowSums:
         return cls(labels, torch.zeros(groups, columns, columns, device=labels.device), seen)
 
     def add(self, other: "RowSums") -> None:
-        """Add what another use of the same rows has summed."""
+        """Add what another use of the same rows has summed. Raises ValueError for other groups."""
+        if not torch.equal(self.labels, other.labels):
+            raise ValueError("expected sums of the same groups of rows")
         self.sums += other.sums
         self.seen += other.seen
 
-    def hessian(self, group: int) -> Tensor:
-        """Return the Hessian (D, D) of a group, which leans on the mean over all rows, the more the less was seen.
-
-        Its scale is that of one row. Raises ValueError where nothing was seen of any group.
-        """
-        H = self.sums[group]
-        mass, of_group = self._mass, float(H.trace())
-        if not mass > 0:
-            raise ValueError("the Hessians of rows have seen nothing")
-        prior = SHRINKAGE * len(H)
-        lean = prior / (float(self.seen[group]) + prior)
-        own = (H + H.T) / (2 * of_group) * (1 - lean) if of_group > 0 else 0.0
-        of_row = of_group / int((self.labels == group).sum())
-        found: Tensor = own + self._mean * lean
-        found.diagonal().add_(IDENTITY / len(H))  # its trace was 1
-        return found * max(of_row, LEAST_MASS * mass / len(self.labels))
-
     @property
     def any(self) -> bool:
-        """Whether anything was seen."""
-        return self._mass > 0
+        """Whether anything was seen. Raises ValueError for sums that are not finite."""
+        mass = float(self._masses().sum())
+        if not isfinite(mass):
+            raise ValueError("the Hessians of rows hold non-finite values: check the gradients of the calibration text")
+        return mass > 0
 
-    @cached_property
-    def _mass(self) -> float:
-        return float(self.sums.diagonal(dim1=1, dim2=2).sum())
+    def hessians(self) -> Iterator[Tensor]:
+        """Yield the Hessian (D, D) of each group, which leans on the mean over all rows, the more the less was seen.
 
-    @cached_property
-    def _mean(self) -> Tensor:
-        mean = self.sums.sum(0)
-        return (mean + mean.T) / (2 * self._mass)
+        Its scale is that of one row. Raises ValueError where nothing was seen of any group, and as ``any``.
+        """
+        if not self.any:
+            raise ValueError("the Hessians of rows have seen nothing")
+        columns, masses = self.sums.shape[-1], self._masses()
+        total, sizes = float(masses.sum()), torch.bincount(self.labels)
+        mean = _symmetric(self.sums.sum(0)) / total
+        for group, (mass, seen) in enumerate(zip(masses.tolist(), self.seen.tolist(), strict=True)):
+            prior = SHRINKAGE * columns
+            lean = prior / (seen + prior)
+            found = mean * lean
+            if mass > 0:
+                found += _symmetric(self.sums[group]) / mass * (1 - lean)
+            found.diagonal().add_(IDENTITY / columns)  # its trace was 1
+            yield found * max(mass / int(sizes[group]), LEAST_MASS * total / len(self.labels))
+
+    def _masses(self) -> Tensor:
+        """Return the traces (G,) of the sums."""
+        return self.sums.diagonal(dim1=1, dim2=2).sum(-1)
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    return (M + M.T) / 2
 
 
 class RowAccumulator:
@@ -95,11 +103,12 @@ class RowAccumulator:
     def __init__(self, labels: Tensor, columns: int):
         self._sums = RowSums.empty(labels, columns)
         self._weights, self._squares = torch.zeros(2, len(self._sums.sums), dtype=torch.float64, device=labels.device)
+        self._members = one_hot(labels).float()
 
     def add_outputs(self, x: Tensor, row_weights: Tensor) -> None:
         """Add inputs x (P, D) of a head, with the weight ``row_weights`` (P, V) in the Hessian of each row."""
         totals = self._sums.sums
-        w = row_weights.new_zeros(len(x), len(totals)).index_add_(1, self._sums.labels, row_weights)
+        w = row_weights @ self._members  # not index_add, whose sums a GPU takes in any order
         for total, mine in zip(totals, w.T, strict=True):
             total.addmm_((x * mine[:, None]).T, x)
         self._weights += w.sum(0)

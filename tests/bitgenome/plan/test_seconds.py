@@ -11,7 +11,7 @@ from bitgenome.config.run import load_config
 from bitgenome.plan import objective
 from bitgenome.plan.disk import bank_bytes, hessian_bytes
 from bitgenome.plan.forecast import StageForecast, compared, forecast, too_large
-from bitgenome.plan.objective import factor_bytes, rounds_by_loss
+from bitgenome.plan.objective import factor_bytes, factored_tensors, rounds_by_loss
 from bitgenome.plan.plan import Plan, make_plan
 from bitgenome.plan.seconds import STEP_SECONDS, Work, input_groups, roundings
 from evaluators.gradient.output_factors import FACTOR_TOKENS
@@ -98,7 +98,8 @@ def test_the_objective_goes_by_the_bytes_of_the_factors(runs: Runs, monkeypatch:
         "levels=[W4,W8]",
         "budget.bits_per_weight=6",
     )
-    assert not rounds_by_loss(pruned), "pruned tensors are rounded on one side"
+    assert not factored_tensors(pruned), "pruned tensors are rounded on one side"
+    assert rounds_by_loss(pruned), "the embedding is not pruned: it has its rows"
 
 
 def test_text_that_the_model_writes_takes_a_step_for_each_token_of_the_batches_that_one_worker_has(runs: Runs) -> None:

@@ -140,17 +140,16 @@ def test_rows_are_rounded_under_the_hessians_of_their_groups(small_bank: SmallBa
     (task,) = [t for t in small_bank.bank_tasks(tmp_path) if NAME in group_tensors(t.group)]
     names = {NAME: ("Q2_K", "Q4_K")}
     SerialPool().map([replace(task, formats=names, sums=files)]).__next__()
-    sums, bank, relative = load_all_sums(files), Bank(tmp_path), 0.0
+    sums, bank, H = load_all_sums(files), Bank(tmp_path), InputGroup.load(task.group).hessian
     for fmt in ("Q2_K", "Q4_K"):
-        power = 0.0
-        for label in range(3):
-            rows, H = labels == label, sums.hessian(label)
-            alone = compensate({"w": W[rows]}, {"w": [FORMATS[fmt]]}, H, task.settings)["w"][fmt]
+        for label, own in enumerate(sums.hessians()):
+            rows = labels == label
+            alone = compensate({"w": W[rows]}, {"w": [FORMATS[fmt]]}, own, task.settings)["w"][fmt]
             assert torch.equal(bank.packed(NAME, FORMATS[fmt])[rows], alone.packed.data)
-            power += float((W[rows] @ H * W[rows]).sum())
         entry = bank.entry(NAME, FORMATS[fmt])
-        assert entry.power == pytest.approx(power, rel=1e-3) and entry.relative != relative
-        relative = entry.relative
+        dW = W - bank.weights(NAME, FORMATS[fmt], W.shape[1], W.device)
+        assert entry.error == pytest.approx(float((dW @ H * dW).sum()), rel=1e-3), "of the input, as every tensor's"
+        assert entry.power == pytest.approx(float((W @ H * W).sum()), rel=1e-3)
 
 
 def test_a_task_says_all_files_that_it_reads(small_bank: SmallBank, tmp_path: Path) -> None:

@@ -47,17 +47,18 @@ def test_hessians_lean_on_all_and_have_the_scale_of_a_row() -> None:
     found = RowAccumulator(LABELS, D)
     found.add_rows(torch.tensor([0] * 30 + [3] * 2), random(32, D))
     sums = found.result()
+    hessians = list(sums.hessians())
     mean = sums.sums.sum(0) / sums.sums.sum(0).trace()
     seen, prior = 30, SHRINKAGE * D
     own = sums.sums[0] / sums.sums[0].trace()
     apart = torch.eye(D) * IDENTITY / D
     expected = ((own * seen + mean * prior) / (seen + prior) + apart) * sums.sums[0].trace()
-    assert torch.allclose(sums.hessian(0), expected, rtol=1e-5)
+    assert torch.allclose(hessians[0], expected, rtol=1e-5)
     of_three = float(sums.sums[2].trace()) / 3
-    assert float(sums.hessian(2).trace()) == pytest.approx(of_three * (1 + IDENTITY))
-    unseen = sums.hessian(1)
+    assert float(hessians[2].trace()) == pytest.approx(of_three * (1 + IDENTITY))
+    unseen = hessians[1]
     assert torch.allclose(unseen / unseen.trace(), (mean + apart) / (1 + IDENTITY), atol=1e-6)
-    assert 0 < unseen.trace() < 1e-4 * sums.hessian(0).trace()
+    assert 0 < unseen.trace() < 1e-4 * hessians[0].trace()
 
 
 def test_uses_of_a_tied_matrix_add_up() -> None:
@@ -74,7 +75,12 @@ def test_nothing_seen_is_said() -> None:
     sums = RowAccumulator(LABELS, D).result()
     assert not sums.any
     with pytest.raises(ValueError, match="have seen nothing"):
-        sums.hessian(0)
+        next(sums.hessians())
+    sums.sums[1, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="Hessians of rows hold non-finite values"):
+        _ = sums.any
+    with pytest.raises(ValueError, match="same groups"):
+        sums.add(RowAccumulator(LABELS.flip(0), D).result())
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
