@@ -33,6 +33,7 @@ SHRINKAGE = 3.0
 # Of the identity, relative to the mean diagonal: rows keep to themselves where the text says nothing. KL at Q3_K and
 # Q4_K: .01734 and .00414 at 0, .01696 and .00409 at 0.1, .01718 and .00416 at 0.3, .01891 and .00444 at 1.
 IDENTITY = 0.1
+TOGETHER = 2048  # positions whose inputs are multiplied together
 LEAST_MASS = 1e-6  # of a group whose tokens are not in the text, relative to the mean
 
 
@@ -104,15 +105,16 @@ class RowAccumulator:
         self._sums = RowSums.empty(labels, columns)
         self._weights, self._squares = torch.zeros(2, len(self._sums.sums), dtype=torch.float64, device=labels.device)
         self._members = one_hot(labels).float()
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # inputs and their weights by group
 
     def add_outputs(self, x: Tensor, row_weights: Tensor) -> None:
         """Add inputs x (P, D) of a head, with the weight ``row_weights`` (P, V) in the Hessian of each row."""
-        totals = self._sums.sums
         w = row_weights @ self._members  # not index_add, whose sums a GPU takes in any order
-        for total, mine in zip(totals, w.T, strict=True):
-            total.addmm_((x * mine[:, None]).T, x)
         self._weights += w.sum(0)
         self._squares += w.square().sum(0)
+        self._waiting.append((x, w))
+        if sum(len(inputs) for inputs, _ in self._waiting) >= TOGETHER:
+            self._multiply()
 
     def add_rows(self, rows: Tensor, scores: Tensor) -> None:
         """Add the gradients ``scores`` (P, D) at what the rows (P,) gave."""
@@ -124,8 +126,18 @@ class RowAccumulator:
         self._weights += counts
         self._squares += counts
 
+    def _multiply(self) -> None:
+        """Add the inputs that wait: each product reads and writes all sums, so few positions go together with many."""
+        if not self._waiting:
+            return
+        x, weights = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        for total, mine in zip(self._sums.sums, weights.T, strict=True):
+            total.addmm_((x * mine[:, None]).T, x)
+
     def result(self) -> RowSums:
         """Return the sums."""
+        self._multiply()
         self._sums.seen = self._weights.square() / self._squares.clamp(min=1e-300)
         return self._sums
 
