@@ -58,14 +58,16 @@ def side_by_side(parts: Sequence[Callable[[], T]]) -> list[T]:
 
 def overwrite(targets: Tensors, values: Tensors) -> None:
     """Copy each of ``values`` into the tensor of ``targets`` at its place, contiguous ones together."""
-    pairs = list(zip(targets, values, strict=True))
-    alike = [(t, v) for t, v in pairs if t.is_contiguous() and v.is_contiguous() and t.dtype == v.dtype]
-    if alike:
-        torch._foreach_copy_([t for t, _ in alike], [v for _, v in alike])
-    together = {id(t) for t, _ in alike}
-    for target, value in pairs:
-        if id(target) not in together:
+    into: list[Tensor] = []
+    out_of: list[Tensor] = []
+    for target, value in zip(targets, values, strict=True):
+        if target.is_contiguous() and value.is_contiguous() and target.dtype == value.dtype:
+            into.append(target)
+            out_of.append(value)
+        else:
             target.copy_(value)
+    if into:
+        torch._foreach_copy_(into, out_of)
 
 
 def records(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from bitgenome.run.calibration import group_names
 from bitgenome.storage.shared import build_once, shared_directory
 from evaluators.prepare import bank as banks
 from evaluators.prepare.input_group import group_file
-from evaluators.prepare.output_factor import factor_file
+from evaluators.prepare.output_factor import factor_file, tensor_of
 from evaluators.prepare.row_hessians import summed_tensor
 from workers.pool.base import Pool
 
@@ -82,7 +82,7 @@ class BankBuild:
                 squares = [given[tensor] for tensor in sorted(tensors & given.keys())]
                 mean = np.mean(squares, axis=0) if squares else None
                 factors = tuple(self.factors[tensor] for tensor in sorted(tensors & self.factors.keys()))
-                sums = tuple(file for tensor in sorted(tensors & self.sums.keys()) for file in self.sums[tensor])
+                sums = tuple(file for file in self.sums if summed_tensor(tensor_of(file)) in tensors)
                 task = banks.BuildBankGroup(*where, names, settings, plan.sparsity, how, work, mean, factors, sums)
                 tasks.append(task)
         return sorted(tasks, key=lambda task: -task.work)
@@ -98,13 +98,9 @@ class BankBuild:
         return {n: factor_file(self.outputs, n) for n in self.measured if self.outputs and summed_tensor(n) is None}
 
     @cached_property
-    def sums(self) -> Mapping[str, tuple[Path, ...]]:
-        """Files of the sums for rows by tensor, one for each use."""
-        found: dict[str, tuple[Path, ...]] = {}
-        for name in self.measured:
-            if self.outputs and (tensor := summed_tensor(name)) is not None:
-                found[tensor] = (*found.get(tensor, ()), factor_file(self.outputs, name))
-        return found
+    def sums(self) -> list[Path]:
+        """Files of the sums for rows, one for each use of a tensor."""
+        return [factor_file(self.outputs, n) for n in self.measured if self.outputs and summed_tensor(n) is not None]
 
     def finish(self) -> None:
         """Write the manifest of a complete bank."""

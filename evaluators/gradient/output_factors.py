@@ -35,7 +35,7 @@ from evaluators.model.experts import expert_parts
 from evaluators.model.folder import ModelFolder
 from evaluators.prepare.input_recorder import SHRINKAGE
 from evaluators.prepare.output_factor import factor_file, factor_readable, save_factor
-from evaluators.prepare.row_hessians import ROLES, load_sums, save_sums, sums_name, sums_readable
+from evaluators.prepare.row_hessians import ROLES, load_labels, save_sums, sums_name, sums_readable
 from quantizers.rounding.row_order import output_blocks
 from quantizers.statistics.hessian import HessianAccumulator, damped, joined, mean_of, shrunk
 from quantizers.statistics.output_damping import DAMPINGS, TRIED_ROWS, chosen_damping
@@ -247,7 +247,7 @@ class Pass:
         weight = self.model.weight(name).data
         for role in ROLES:
             if sums_readable(path := factor_file(self.directory, sums_name(name, role))):
-                return RowAccumulator(load_sums(path).labels.to(weight.device), weight.shape[1])
+                return RowAccumulator(load_labels(path).to(weight.device), weight.shape[1])
         counts = torch.from_numpy(np.bincount(self.windows.windows["calibration"].ravel(), minlength=len(weight)))
         groups = number_of_groups(*weight.shape)
         return RowAccumulator(grouped_rows(weight, counts.to(weight.device), groups), weight.shape[1])

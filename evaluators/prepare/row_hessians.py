@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
 
 from bitgenome.common.errors import UserError
 from bitgenome.common.files import replacing
@@ -41,6 +42,13 @@ def load_sums(path: Path) -> RowSums:
         return RowSums(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"expected Hessians of rows in {path}, found {error}: the next attempt measures them") from None
+
+
+def load_labels(path: Path) -> Tensor:
+    """Return the groups (V,) of the rows in a readable file of sums, without the sums."""
+    with safe_open(path, framework="pt") as file:
+        labels: Tensor = file.get_tensor("labels")
+    return labels
 
 
 def sums_readable(path: Path) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantizers.formats.codebooks import CodebookGrid
 from quantizers.formats.grids import Grid, safe_inverse
-from quantizers.kernels.panels import WHOLE
+from quantizers.kernels.panels import _nearest
 
 ROWS = 32  # of a program of one warp: every thread holds one row's sub-block
 
@@ -40,11 +40,6 @@ def _pairs_kernel(H, stride_h, q, pairs, leans, rows, S: tl.constexpr, T: tl.con
 
 
 @triton.jit
-def _whole(x):  # type: ignore[no-untyped-def]
-    return (x + WHOLE) - WHOLE
-
-
-@triton.jit
 def _codes_kernel(  # type: ignore[no-untyped-def]
     pairs, leans, plain, gains, sums, d, inverse_d, dmin, inverse_dmin, scale, minimum,
     first, unit, low, high, low_min, high_min, rows,
@@ -64,7 +59,7 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
         square = tl.load(pairs + (s * S + s) * rows + n, there, 1.0)
         old = tl.load(scale + s * rows + n, there, 0.0)
         wanted = old + tl.div_rn(tl.sum(tl.where(mine, gain, 0.0), 0), tl.maximum(square, 1e-30)) * inverse_step
-        code = tl.minimum(tl.maximum(_whole(tl.div_rn(wanted - first, unit)), low), high) * unit + first
+        code = _nearest(tl.div_rn(wanted - first, unit), low, high, scale, False) * unit + first
         change = (code - old) * step
         tl.store(scale + s * rows + n, code, there)
         gain -= tl.load(pairs + s * S * rows + table, there[None, :], 0.0) * change[None, :]
@@ -73,7 +68,7 @@ def _codes_kernel(  # type: ignore[no-untyped-def]
             old = tl.load(minimum + s * rows + n, there, 0.0)
             lean = tl.sum(tl.where(mine, total, 0.0), 0)
             wanted = old - tl.div_rn(lean, tl.maximum(tl.load(plain + s * S + s), 1e-30)) * inverse_offset
-            code = tl.minimum(tl.maximum(_whole(wanted), low_min), high_min)
+            code = _nearest(wanted, low_min, high_min, minimum, False)
             change = (old - code) * offset
             tl.store(minimum + s * rows + n, code, there)
             across = leans + every[:, None] * S * rows + s * rows + n[None, :]

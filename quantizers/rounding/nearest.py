@@ -38,32 +38,29 @@ def quantize(fmt: QuantFormat, W: Tensor, importance: Tensor | None = None) -> T
     check_weights(fmt, W)
     if not fmt.is_float:
         importance = normalized_importance(importance, W.shape[1], W.device)
-    return quantize_all({fmt.name: W}, importance)[fmt.name]
+    ((_, data),) = quantize_all({fmt.name: W}, importance)
+    return data
 
 
-def quantize_all(wanted: Mapping[str, Tensor], importance: Tensor | None) -> dict[str, Tensor]:
-    """Return bytes as ``quantize`` does, by format name, for weights (rows, columns) of the same shape in each format.
+def quantize_all(wanted: Mapping[str, Tensor], importance: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield format names and bytes as ``quantize`` returns them, of weights (rows, columns) of one shape by format.
 
     They are not checked; ``importance`` (columns,) is normalized, and may be None where all formats are floats. An
-    accelerator rounds to scalar formats side by side.
+    accelerator rounds to scalar formats side by side, a CPU to one after another.
     """
-    found = {
-        name: W.to(FLOAT_TYPES[name]).contiguous().view(torch.uint8)
-        for name, W in wanted.items()
-        if FORMATS[name].is_float
-    }
-    blocks = [name for name in wanted if name not in found]
-    scalar = [name for name in blocks if name not in CODEBOOK_GRIDS]
-    together = [] if any(W.device.type == "cpu" for W in wanted.values()) else scalar
-    for names in (together, *([name] for name in blocks if name not in together)):
-        parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for rows in row_ranges(wanted[names[0]]) if names else ():
-            assert importance is not None
-            made = _quantize_rows({name: wanted[name][rows] for name in names}, importance)
-            for name, data in made.items():
-                parts[name].append(data)
-        found |= {name: data[0] if len(data) == 1 else torch.cat(data) for name, data in parts.items()}
-    return found
+    blocks = [name for name in wanted if not FORMATS[name].is_float]
+    for name in wanted.keys() - blocks:
+        yield name, wanted[name].to(FLOAT_TYPES[name]).contiguous().view(torch.uint8)
+    together = [name for name in blocks if name not in CODEBOOK_GRIDS and wanted[name].device.type != "cpu"]
+    for names in filter(None, (together, *([name] for name in blocks if name not in together))):
+        assert importance is not None
+        made = [
+            _quantize_rows({name: wanted[name][rows] for name in names}, importance)
+            for rows in row_ranges(wanted[names[0]])
+        ]
+        for name in names:
+            parts = [part.pop(name) for part in made]
+            yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def row_ranges(W: Tensor) -> Iterator[slice]:

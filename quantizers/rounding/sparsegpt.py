@@ -79,13 +79,10 @@ def compensate(
             begin = {(name, fmt): found[name].codes(fmt, step) for name, fmt in rows} if sweep else None
             data = compensate_rows(rows, factored, settings.refinement_rounds, begin, steps > 1) if factored else {}
             for name, part in parts:
-                others = {} if sweep or H.device.type == "cpu" else quantize_all(part, plain)
-                for wanted, target in part.items():
+                there = ((wanted, found[name].data(wanted, step)) for wanted in part)
+                for wanted, other in there if sweep else quantize_all(part, plain):
                     made, codes = data.pop((name, wanted), (None, None))
-                    other = found[name].data(wanted, step) if sweep else others.pop(wanted, None)
-                    if other is None:
-                        other = quantize_all({wanted: target}, plain)[wanted]
-                    better = better_rows(FORMATS[wanted], target, other, made, H)
+                    better = better_rows(FORMATS[wanted], part[wanted], other, made, H)
                     found[name].take(wanted, step, *better, codes)
     return {name: levels.result(H) for name, levels in found.items()}
 
