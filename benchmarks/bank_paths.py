@@ -137,10 +137,8 @@ def equality(columns: int, rows: Sequence[int], formats: Sequence[str], paths: S
 def used() -> list[str]:
     """What is used where it is wanted."""
     like = torch.empty(0, device=best_device())
-    found = {"recorded": replay._RECORDINGS.active(like.device), "panels": kernels.panel_kernels(like)}
-    found |= {"searches": kernels.search_kernels(like), "codes": kernels.code_kernels(like)}
-    found |= {"blocks": kernels.block_kernels(like)}
-    return [name for name, there in found.items() if there]
+    recorded = ["recorded"] if replay._RECORDINGS.active(like.device) else []
+    return recorded + [kind for kind in kernels.TRIALS if kernels.kernels_for(kind, like)]
 
 
 def block(path: str, names: Sequence[str], note: Note) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,43 +15,31 @@ from quantizers.formats.grids import GRIDS
 log = logging.getLogger(__name__)
 
 PANEL = 32  # columns that are rounded one after another, before their errors reach the others
-ENABLED = {"panels", "searches", "codes", "blocks"}  # the kernels that may be used
+ENABLED = {"panels", "searches", "codes", "blocks"}  # the kinds that may be used
 
 
-def panel_kernels(like: Tensor) -> ModuleType | None:
-    """Return ``quantizers.kernels.panels`` where it runs on tensors like ``like``; None: use torch."""
-    return _module("panels", _panels_work, like.device) if _wanted("panels", like) else None
+Kind = Literal["panels", "searches", "codes", "blocks"]
 
 
-def search_kernels(like: Tensor) -> ModuleType | None:
-    """Return ``quantizers.kernels.searches`` where it runs on tensors like ``like``; None: use torch."""
-    return _module("searches", _searches_work, like.device) if _wanted("searches", like) else None
+def kernels_for(kind: Kind, like: Tensor) -> ModuleType | None:
+    """Return the module ``quantizers.kernels.<kind>`` where it runs on tensors like ``like``; None: use torch."""
+    return _module(kind, like.device) if _wanted(kind, like) else None
 
 
-def code_kernels(like: Tensor) -> ModuleType | None:
-    """Return ``quantizers.kernels.codes`` where it runs on tensors like ``like``; None: use torch."""
-    return _module("codes", _codes_work, like.device) if _wanted("codes", like) else None
-
-
-def block_kernels(like: Tensor) -> ModuleType | None:
-    """Return ``quantizers.kernels.blocks`` where it runs on tensors like ``like``; None: use torch."""
-    return _module("blocks", _blocks_work, like.device) if _wanted("blocks", like) else None
-
-
-def _wanted(kind: str, like: Tensor) -> bool:
+def _wanted(kind: Kind, like: Tensor) -> bool:
     return kind in ENABLED and like.dtype == torch.float32 and like.device.type != "cpu"
 
 
 @cache
-def _module(name: str, works: Callable[[ModuleType, torch.device], bool], device: torch.device) -> ModuleType | None:
+def _module(kind: Kind, device: torch.device) -> ModuleType | None:
     """Return the kernels if they can be compiled, which takes Triton and a C compiler, and give what they should."""
     try:
-        kernels = importlib.import_module(f"quantizers.kernels.{name}")  # Triton is not everywhere
-        return kernels if works(kernels, device) else None
+        kernels = importlib.import_module(f"quantizers.kernels.{kind}")  # Triton is not everywhere
+        return kernels if TRIALS[kind](kernels, device) else None
     except ImportError:
         return None
     except Exception as error:  # whatever a compiler raises
-        log.warning("torch's kernels are used in place of those of %s, which do not run here: %s", name, error)
+        log.warning("torch's kernels are used in place of those of %s, which do not run here: %s", kind, error)
         return None
 
 
@@ -87,3 +76,11 @@ def _blocks_work(kernels: ModuleType, device: torch.device) -> bool:
     D, q, d = 3 * ones, ones.clone().view(2, 32, 32), torch.ones(2, 32, device=device)
     kernels.update(grid, H, 3 * ones, D, q, (d, 0 * d), 0.0)  # the step takes all that there is to gain
     return bool((d == 4).all() and (q == 1).all() and (D == 0).all())
+
+
+TRIALS: dict[Kind, Callable[[ModuleType, torch.device], bool]] = {
+    "panels": _panels_work,
+    "searches": _searches_work,
+    "codes": _codes_work,
+    "blocks": _blocks_work,
+}

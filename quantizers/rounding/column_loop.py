@@ -17,7 +17,7 @@ from torch import Tensor
 from bitgenome.common.replay import replayed, side_by_side
 from quantizers.formats.grids import Grid, Scales, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.kernels.choice import PANEL, panel_kernels
+from quantizers.kernels.choice import PANEL, kernels_for
 from quantizers.rounding.nearest import fit_rows
 from quantizers.rounding.pruning_masks import ColumnMasks
 
@@ -74,7 +74,7 @@ def _round_super_block(
     """
     integers, errors = torch.empty_like(W, dtype=torch.int8), torch.empty_like(W)
     steps = _Steps(ranges, W)
-    kernels = panel_kernels(W) if masks is None else None
+    kernels = kernels_for("panels", W) if masks is None else None
     for start in range(0, len(W), PANEL):
         panel = slice(start, start + PANEL)
         if masks is not None:

@@ -22,7 +22,7 @@ from bitgenome.common.devices import chunk_bytes
 from bitgenome.common.replay import overwrite, replayed, side_by_side
 from quantizers.formats.grids import Grid, nearest_fp16, safe_inverse
 from quantizers.formats.table import SUPER_BLOCK
-from quantizers.kernels.choice import PANEL, block_kernels, code_kernels, panel_kernels
+from quantizers.kernels.choice import PANEL, kernels_for
 from quantizers.rounding.codes import Codes
 
 CHUNK_BYTES = 1 << 20  # of a temporary of one super-block on a CPU: 1024 rows
@@ -165,7 +165,7 @@ def _update_blocks(
 ) -> None:
     """Update blocks one after another, in place; G (K, N) follows them, and is overwritten."""
     size = grid.format.block_size
-    if size == PANEL and block_type is Block and kept is None and (kernels := block_kernels(G)) is not None:
+    if size == PANEL and block_type is Block and kept is None and (kernels := kernels_for("blocks", G)) is not None:
         D, q, d, dmin, *_ = state
         kernels.update(grid, H, G, D, q, (d, dmin), DEGENERATE)
         return
@@ -207,7 +207,7 @@ class Block:
 
     def adjust_codes(self) -> None:
         """Update the integer scale, then the integer min, of each sub-block in turn."""
-        if (kernels := code_kernels(self.q)) is not None:
+        if (kernels := kernels_for("codes", self.q)) is not None:
             change = kernels.adjust(self.grid, self.H, self.G, self.q, (self.d, self.dmin), (self.scale, self.min))
             self.move(slice(None), change)
             return
@@ -252,7 +252,7 @@ class Block:
         """Update the integers column by column; those where ``kept``, bool (K, N), is false become 0."""
         step = self.d * self.scale
         inverse = safe_inverse(step)
-        kernels = panel_kernels(self.q) if kept is None else None
+        kernels = kernels_for("panels", self.q) if kept is None else None
         for start in range(0, len(self.q), PANEL):
             panel = slice(start, start + PANEL)
             H, G, change = self.H[panel, panel], self.G[panel].clone(), torch.empty_like(self.G[panel])

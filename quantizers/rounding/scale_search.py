@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import Grid, Scales, nearest_fp16, round_to_grid, safe_inverse
-from quantizers.kernels.choice import search_kernels
+from quantizers.kernels.choice import kernels_for
 from quantizers.rounding.step_search import FLAT, S_DIM, T_DIM, search_affine, search_symmetric
 
 ROUNDS = 2
@@ -46,7 +46,7 @@ def _snap(grid: Grid, x: Tensor, w: Tensor, step: Tensor, offset: Tensor) -> Sca
         d = nearest_fp16(step)
         ones = torch.ones_like(d)
         return Scales(d, nearest_fp16(-offset), ones, ones * grid.min_codes[0])
-    if (kernels := search_kernels(x)) is not None:
+    if (kernels := kernels_for("searches", x)) is not None:
         square = kernels.sums(grid, x, w, step, offset)[2]
     else:
         q = round_to_grid(grid, x, offset, safe_inverse(step))
@@ -67,7 +67,7 @@ def _snap_codes(values: Tensor, weight: Tensor, codes: tuple[int, int]) -> tuple
 def _error(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> Tensor:
     """Return the weighted squared error of each sub-block, (B, S, 1, N), of the weights as they will be decoded."""
     step, offset = scales.step, scales.offset
-    if (kernels := search_kernels(x)) is not None:
+    if (kernels := kernels_for("searches", x)) is not None:
         found: Tensor = kernels.sums(grid, x, w, step, offset)[0]
         return found
     residual = round_to_grid(grid, x, offset, safe_inverse(step)).mul_(step)
@@ -83,7 +83,7 @@ def _neighbours(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> Iterator[Sc
         minimum = scales.min
         if grid.has_offset:
             step = scales.d * scale
-            if (kernels := search_kernels(x)) is not None:
+            if (kernels := kernels_for("searches", x)) is not None:
                 lean = kernels.sums(grid, x, w, step, scales.offset)[1]
             else:
                 q = round_to_grid(grid, x, scales.offset, safe_inverse(step))
@@ -122,7 +122,7 @@ class _Sums(NamedTuple):
 
 
 def _sums(grid: Grid, x: Tensor, w: Tensor, scales: Scales) -> _Sums:
-    if (kernels := search_kernels(x)) is not None:
+    if (kernels := kernels_for("searches", x)) is not None:
         qq, q1, xq = kernels.sums(grid, x, w, scales.step, scales.offset)[2:]
     else:
         q = round_to_grid(grid, x, scales.offset, safe_inverse(scales.step))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantizers.formats.grids import Grid, safe_inverse
-from quantizers.kernels.choice import search_kernels
+from quantizers.kernels.choice import kernels_for
 
 T_DIM, S_DIM = 2, 1
 TARGETS_BELOW, TARGETS_ABOVE = 10, 6  # candidates below and above each end of the integer range
@@ -52,7 +52,7 @@ def search_symmetric(
         ends = [abs(end) for end in ends]
     spacing = 1.0 if grid is None else grid.spacing
     tried = tuple(chain.from_iterable(targets(end, spacing) for end in ends))
-    if (kernels := search_kernels(x)) is not None:
+    if (kernels := kernels_for("searches", x)) is not None:
         return kernels.search_symmetric(x, w, dim, tried, span, grid and grid.levels, positive=positive)
     largest, smallest = x.amax(dim, keepdim=True), x.amin(dim, keepdim=True)
     inverse_peak = safe_inverse(torch.where(largest >= -smallest, largest, smallest))
@@ -79,7 +79,7 @@ def search_affine(x: Tensor, w: Tensor, high: int, nonnegative_offset: bool) -> 
     For given q both follow from the weighted 2 x 2 normal equations, with x centred on its weighted mean to keep
     float32 accurate.
     """
-    if (kernels := search_kernels(x)) is not None:
+    if (kernels := kernels_for("searches", x)) is not None:
         return kernels.search_affine(x, w, tuple(targets(high)), high, nonnegative=nonnegative_offset)
     floor = x.amin(T_DIM, keepdim=True)
     if nonnegative_offset:

@@ -36,13 +36,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def choose(kind: str) -> None:
         monkeypatch.setattr(kernels, "_wanted", lambda wanted, like: wanted == kind)
         like = torch.empty(0)
-        found = {
-            "panels": kernels.panel_kernels(like),
-            "searches": kernels.search_kernels(like),
-            "codes": kernels.code_kernels(like),
-            "blocks": kernels.block_kernels(like),
-        }
-        assert [name for name, module in found.items() if module is not None] == [kind] * (kind in found)
+        found = [name for name in kernels.TRIALS if kernels.kernels_for(name, like) is not None]
+        assert found == [kind] * (kind in kernels.TRIALS)
 
     return choose
 
@@ -65,7 +60,7 @@ def test_a_panel_of_the_column_loop_gets_torchs_integers(grid: Grid, use: Callab
     steps = _Steps([(grid, 0, N)], W)
     steps.step, steps.inverse, steps.offset = steps_of(grid, len(steps.step))
     use("panels")
-    found = kernels.panel_kernels(W)
+    found = kernels.kernels_for("panels", W)
     assert found is not None
     integers, errors = torch.empty(PANEL, N, dtype=torch.int8), torch.empty(PANEL, N)
     steps.round_panel(found, W, U, PANEL, (integers, errors))
